@@ -1,0 +1,125 @@
+"""Settings: frozen, validated, and few."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hybridcore.errors import ConfigError
+
+OnDivergence = Literal["recover", "raise"]
+
+
+@dataclass(frozen=True, slots=True)
+class HybridTrainerConfig:
+    """Settings of a hybrid run; the defaults are meant to work everywhere.
+
+    Attributes
+    ----------
+    enabled : bool
+        False runs the plain loop, bit for bit.
+    warmup_steps : int
+        Full steps before anything is measured, at least 1.
+    min_full_steps : int
+        Full steps between two jumps, at least 4. Snapshots are spread over the last of them.
+    horizon : int
+        Most steps that one predict phase covers, at least 1.
+    correction_interval : int
+        Predicted steps between two micro-corrections, at least 1.
+    confidence_threshold : float
+        Least confidence for a jump, in [0, 1].
+    divergence_sigma : float
+        Standard deviations of the loss's own noise that count as a rise, positive.
+    snapshots : int
+        Copies of the trainable parameters that are kept, 4 to 10.
+    on_divergence : {"recover", "raise"}
+        What a loss or gradient that is not finite does: cost its batch, or raise
+        :class:`~hybridcore.errors.DivergenceError` once the batch has been left out.
+
+    Raises
+    ------
+    ConfigError
+        If a value has the wrong type or is out of range.
+    """
+
+    enabled: bool = True
+    warmup_steps: int = 100
+    min_full_steps: int = 50
+    horizon: int = 75
+    correction_interval: int = 15
+    confidence_threshold: float = 0.60
+    divergence_sigma: float = 2.2
+    snapshots: int = 6
+    on_divergence: OnDivergence = "recover"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise _error("enabled", self.enabled, "True or False")
+        _check_integer("warmup_steps", self.warmup_steps, 1)
+        _check_integer("min_full_steps", self.min_full_steps, 4)
+        _check_integer("horizon", self.horizon, 1)
+        _check_integer("correction_interval", self.correction_interval, 1)
+        _check_integer("snapshots", self.snapshots, 4, 10)
+        _check_real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _check_real("divergence_sigma", self.divergence_sigma, 0.0, float("inf"))
+        if self.divergence_sigma == 0.0:
+            raise _error("divergence_sigma", self.divergence_sigma, "a positive number")
+        if self.on_divergence not in get_args(OnDivergence):
+            raise _error("on_divergence", self.on_divergence, "'recover' or 'raise'")
+
+    @classmethod
+    def memory_saver(cls) -> HybridTrainerConfig:
+        """Preset with the fewest snapshots and short predict phases."""
+        return cls(horizon=15, snapshots=4)
+
+    @property
+    def snapshot_interval(self) -> int:
+        """Full steps between two snapshots, so that a bank fits into `min_full_steps`."""
+        return max(1, self.min_full_steps // self.snapshots)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a plain dictionary that :meth:`from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> HybridTrainerConfig:
+        """Build from a mapping; a name that is not a setting raises :class:`ConfigError`."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
+        return cls(**settings)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> HybridTrainerConfig:
+        """Build from the top level of a TOML file, or from its table ``[hybridcore]``."""
+        try:
+            with Path(path).open("rb") as file:
+                document = tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        return cls.from_dict(document.get("hybridcore", document))
+
+
+def _error(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    expected = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _error(name, value, expected)
+    if value < least or (most is not None and value > most):
+        raise _error(name, value, expected)
+
+
+def _check_real(name: str, value: object, least: float, most: float) -> None:
+    expected = f"a number from {least:g} to {most:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _error(name, value, expected)
+    if not least <= value <= most or value == float("inf"):
+        raise _error(name, value, expected)

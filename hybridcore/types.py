@@ -1,0 +1,122 @@
+"""What crosses the boundary between the core and an adapter, and what a user gets back."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridcore.phases import Phase
+
+NAN = float("nan")
+
+
+class Action(enum.Enum):
+    """What an adapter is told to do. FULL and SKIP are the step; the others come before it."""
+
+    FULL = "full"
+    SKIP = "skip"
+    PROBE = "probe"
+    MOVE = "move"
+    SAVE = "save"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True, slots=True)
+class Directive:
+    """One order of the engine to an adapter, answered by one :class:`Observation`.
+
+    Attributes
+    ----------
+    action : Action
+        - ``FULL``: forward, backward, optimizer, schedule. Report loss, gradient norm, learning
+          rate, seconds, and with `snapshot` the Gram matrices.
+        - ``SKIP``: advance the schedule, nothing else.
+        - ``PROBE``: loss without gradients at `coefficients` of the bank (None: where the weights
+          are), weights and buffers as before afterwards. Report loss and seconds.
+        - ``MOVE``: put the weights at `coefficients` of the bank.
+        - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
+        - ``ROLLBACK``: restore what ``SAVE`` kept.
+    coefficients : (groups, m) ndarray of float64 or None
+        Affine coefficients over the bank's snapshots, oldest first; rows sum to 1.
+    at_recovery_point : bool
+        For ``PROBE``: at the weights that ``SAVE`` kept.
+    snapshot : bool
+        For ``FULL``: add the weights after the step to the bank.
+    fresh_bank : bool
+        For ``FULL`` with `snapshot`: empty the bank first.
+    learning_rate_scale : float
+        For ``FULL``: factor on every learning rate, for this step only.
+    """
+
+    action: Action
+    coefficients: NDArray[np.float64] | None = None
+    at_recovery_point: bool = False
+    snapshot: bool = False
+    fresh_bank: bool = False
+    learning_rate_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an adapter saw while it carried out a :class:`Directive`.
+
+    Attributes
+    ----------
+    loss : float
+        Loss, NaN where the directive computes none or the batch was bad.
+    gradient_norm : float
+        Euclidean norm of all gradients before clipping, NaN where there is none.
+    learning_rate : float
+        Learning rate of the first parameter group, without `learning_rate_scale`.
+    seconds : float
+        Wall-clock time of the work.
+    gram : (groups, m, m) ndarray of float64 or None
+        Inner products of the bank's snapshots about the newest one, after a snapshot.
+    applied : bool
+        For ``FULL``: the optimizer stepped. False if loss or gradients were not finite.
+    """
+
+    loss: float = NAN
+    gradient_norm: float = NAN
+    learning_rate: float = NAN
+    seconds: float = 0.0
+    gram: NDArray[np.float64] | None = None
+    applied: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one call of ``step`` did.
+
+    Attributes
+    ----------
+    loss : float
+        Loss of the batch; in a predicted step the forecast, or the probe's loss where there was
+        one; NaN after a bad batch.
+    phase : Phase
+        Phase in which the step was taken.
+    was_predicted : bool
+        True if no backward pass was run.
+    prediction_error : float or None
+        ``|forecast - loss| / loss`` where the step could compare them, else None.
+    confidence : float
+        Confidence in [0, 1] that a jump started now would land where it is forecast.
+    gradient_norm : float or None
+        Norm of all gradients before clipping; None in a predicted step.
+    step_time_ms : float
+        Wall-clock milliseconds of the whole call.
+    metrics : dict of str to float
+        Further figures of this step, for example ``learning_rate``.
+    """
+
+    loss: float
+    phase: Phase
+    was_predicted: bool
+    prediction_error: float | None
+    confidence: float
+    gradient_norm: float | None
+    step_time_ms: float
+    metrics: dict[str, float] = field(default_factory=dict)

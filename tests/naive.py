@@ -1,0 +1,69 @@
+"""Slow, obvious NumPy oracles. Nothing here imports the code under test.
+
+The extrapolators work on the explicit snapshots, an (m, d) matrix with the oldest in row 0, and
+return the predicted point (d,) itself: they share neither the Gram matrix nor the affine
+coefficients with ``hybridcore.extrapolation``.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+
+def average(snapshots, horizon):
+    return sum(snapshots) / len(snapshots)
+
+
+def linear(snapshots, horizon):
+    first, last = snapshots[0], snapshots[-1]
+    if len(snapshots) == 1:
+        return last.copy()
+    return last + horizon * (last - first) / (len(snapshots) - 1)
+
+
+def nesterov(snapshots, horizon, momentum):
+    buffer = np.zeros_like(snapshots[0])
+    steady = 0.0  # what the buffer would hold of a velocity of 1
+    for before, after in pairwise(snapshots):
+        buffer = momentum * buffer + (after - before)
+        steady = momentum * steady + 1.0
+    if steady == 0.0:
+        return snapshots[-1].copy()
+    return snapshots[-1] + horizon * buffer / steady
+
+
+def anderson(snapshots, horizon, regularization):
+    moves = np.diff(snapshots, axis=0)
+    if len(moves) < 2:
+        return snapshots[-1].copy()
+    n = len(moves)
+    longest = max(np.linalg.norm(move) for move in moves)
+    # c = 1/n + D z has sum 1 for every z, so the constrained problem becomes a plain one, solved
+    # on the displacements themselves: their condition number is not squared.
+    centre = np.full(n, 1.0 / n)
+    directions = np.vstack([np.eye(n - 1), -np.ones(n - 1)])
+    stacked = np.vstack([moves.T, np.sqrt(regularization) * longest * np.eye(n)])
+    z = np.linalg.lstsq(stacked @ directions, -stacked @ centre, rcond=None)[0]
+    return (centre + directions @ z) @ snapshots[1:]
+
+
+def dmd(snapshots, horizon, tolerance):
+    if horizon != int(horizon):
+        raise ValueError("the oracle takes whole steps only")
+    moves = np.diff(snapshots, axis=0).T
+    if moves.shape[1] < 2:
+        return linear(snapshots, horizon)
+    before, after = moves[:, :-1], moves[:, 1:]
+    left, sizes, right = np.linalg.svd(before, full_matrices=False)
+    kept = sizes > np.sqrt(tolerance) * sizes[0]
+    left, sizes, right = left[:, kept], sizes[kept], right[kept]
+    operator = left.T @ after @ right.T @ np.diag(1.0 / sizes)
+    values, vectors = np.linalg.eig(operator)
+    values = np.array([value / abs(value) if abs(value) > 1.0 else value for value in values])
+    operator = (vectors @ np.diag(values) @ np.linalg.inv(vectors)).real
+    point = snapshots[-1].copy()
+    velocity = left.T @ moves[:, -1]
+    for _ in range(int(horizon)):
+        velocity = operator @ velocity
+        point = point + left @ velocity
+    return point
