@@ -36,8 +36,9 @@ Array: TypeAlias = NDArray[np.float64]
 Extrapolator: TypeAlias = Callable[[ArrayLike, float], Array]
 
 MOMENTUM = 0.5
-REGULARIZATION = 1e-12
-RANK_TOLERANCE = 1e-12
+# Above the rounding of a Gram matrix of float32 parameters.
+REGULARIZATION = 1e-8
+RANK_TOLERANCE = 1e-8
 
 
 def average(gram: ArrayLike, horizon: float = 0.0) -> Array:
@@ -164,6 +165,8 @@ EXTRAPOLATORS: dict[str, Extrapolator] = {
     "anderson": anderson,
     "dmd": dmd,
 }
+# Those that say where the weights will be at a given time; the others name one point.
+FORECASTERS = ("linear", "nesterov", "dmd")
 
 
 def _checked(gram: ArrayLike, horizon: float) -> Array:

@@ -32,7 +32,7 @@ class Directive:
     ----------
     action : Action
         - ``FULL``: forward, backward, optimizer, schedule. Report loss, gradient norm, learning
-          rate, seconds, and with `snapshot` the Gram matrices.
+          rate, seconds, and with `gram` the Gram matrices.
         - ``SKIP``: advance the schedule, nothing else.
         - ``PROBE``: loss without gradients at `coefficients` of the bank (None: where the weights
           are), weights and buffers as before afterwards. Report loss and seconds.
@@ -47,6 +47,8 @@ class Directive:
         For ``FULL``: add the weights after the step to the bank.
     fresh_bank : bool
         For ``FULL`` with `snapshot`: empty the bank first.
+    gram : bool
+        For ``FULL`` with `snapshot`: report the bank's Gram matrices.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
     """
@@ -56,6 +58,7 @@ class Directive:
     at_recovery_point: bool = False
     snapshot: bool = False
     fresh_bank: bool = False
+    gram: bool = False
     learning_rate_scale: float = 1.0
 
 
@@ -74,9 +77,10 @@ class Observation:
     seconds : float
         Wall-clock time of the work.
     gram : (groups, m, m) ndarray of float64 or None
-        Inner products of the bank's snapshots about the newest one, after a snapshot.
+        Inner products of the bank's snapshots about the newest one, where asked for.
     applied : bool
-        For ``FULL``: the optimizer stepped. False if loss or gradients were not finite.
+        For ``FULL``: the optimizer stepped. False if loss or gradients were not finite; then
+        nothing else was done either, no snapshot among it.
     """
 
     loss: float = NAN

@@ -1,0 +1,5 @@
+"""hybridcore inside PyTorch loops."""
+
+from hybridcore_torch.trainer import HybridTrainer
+
+__all__ = ["HybridTrainer"]

@@ -1,0 +1,69 @@
+"""Arguments of the trainer, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridcore import ConfigError, HybridTrainerConfig, ModelError
+
+
+def check_arguments(
+    model: object,
+    optimizer: object,
+    config: object,
+    scheduler: Any,
+    max_grad_norm: object,
+    probe: object,
+    callbacks: object,
+) -> None:
+    """Raise an error that names the argument, the value and the fix."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ModelError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it "
+            "from model.parameters() first"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ModelError(
+            "optimizer LBFGS calls the closure by itself and cannot be stepped from outside: use "
+            "a first-order optimizer such as Adam or SGD"
+        )
+    if config is not None and not isinstance(config, HybridTrainerConfig):
+        raise ConfigError(
+            f"config must be a HybridTrainerConfig, got {type(config).__name__}: for a dictionary "
+            "use HybridTrainerConfig.from_dict"
+        )
+    if scheduler is not None:
+        if not callable(getattr(scheduler, "step", None)):
+            raise ModelError(
+                f"scheduler must have a step() method, got {type(scheduler).__name__}: pass a "
+                "scheduler from torch.optim.lr_scheduler"
+            )
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ModelError(
+                "scheduler ReduceLROnPlateau needs a metric at each step: leave scheduler=None and "
+                "call it yourself after each validation"
+            )
+        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise ModelError(
+                "scheduler drives another optimizer: build it from the optimizer given here"
+            )
+    if max_grad_norm is not None:
+        number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
+        if not number or not 0.0 < float(max_grad_norm) < float("inf"):  # type: ignore[arg-type]
+            raise ConfigError(
+                f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}"
+            )
+    if probe is not None and not callable(probe):
+        raise ConfigError(
+            f"probe must be a callable that returns a loss, got {type(probe).__name__}"
+        )
+    if not isinstance(callbacks, Iterable) or not all(callable(c) for c in callbacks):
+        raise ConfigError(
+            f"callbacks must be a sequence of callables that take a StepResult, got {callbacks!r}"
+        )

@@ -1,0 +1,91 @@
+"""Calling the user's closure: for a step, and for a probe that must leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from hybridcore import ClosureError
+
+Closure = Callable[[], torch.Tensor]
+
+
+def training_loss(closure: Closure) -> torch.Tensor:
+    """Call `closure` and check that what it returns can be trained on.
+
+    Raises
+    ------
+    ClosureError
+        If it does not return a scalar tensor with a graph.
+    """
+    loss = closure()
+    _check_scalar(loss, "closure")
+    if not loss.requires_grad:
+        raise ClosureError(
+            "closure returned a loss without a graph (detached, or computed under no_grad): "
+            "return the loss tensor itself, without .detach() or .item()"
+        )
+    return loss
+
+
+class Prober:
+    """Evaluates a closure without gradients and without a trace.
+
+    Buffers (running statistics) and random states are put back, so a probe changes nothing, and
+    probes of one step see the same dropout masks. A loss that differentiates inside, as that of a
+    physics-informed network, cannot run without a graph: that is found out once and remembered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._needs_graph = False
+
+    def loss(self, closure: Closure, name: str) -> float:
+        """Loss of `closure` at the present weights; `name` is what an error calls it."""
+        with self._no_trace():
+            if not self._needs_graph:
+                try:
+                    with torch.no_grad():
+                        value = closure()
+                        _check_scalar(value, name)
+                    return float(value)
+                except RuntimeError:
+                    self._needs_graph = True
+            try:
+                with torch.enable_grad():
+                    value = closure()
+            except RuntimeError:
+                # It fails either way, so it was not for want of a graph.
+                self._needs_graph = False
+                raise
+            _check_scalar(value, name)
+            return float(value.detach())
+
+    @contextlib.contextmanager
+    def _no_trace(self) -> Iterator[None]:
+        buffers = list(self._model.buffers())
+        saved = [b.detach().clone() for b in buffers]
+        devices = {p.device.index for p in self._model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for buffer, before in zip(buffers, saved, strict=True):
+                        buffer.copy_(before)
+
+
+def _check_scalar(loss: object, name: str) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise ClosureError(
+            f"{name} returned {type(loss).__name__}, not a loss: end it with `return loss`, the "
+            "tensor that you would call backward() on"
+        )
+    if loss.numel() != 1:
+        raise ClosureError(
+            f"{name} returned a tensor of shape {tuple(loss.shape)}, not a scalar: reduce it, for "
+            "example with .mean()"
+        )

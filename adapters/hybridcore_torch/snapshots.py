@@ -1,0 +1,167 @@
+"""A bank of snapshots on the parameters' own device, and the algebra that needs the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_BLOCK = 4096
+
+
+class _Bucket:
+    """Parameters of one group with one device and dtype, as rows of one matrix."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], rows: int) -> None:
+        self.parameters: list[torch.Tensor] = list(parameters)
+        size = sum(p.numel() for p in parameters)
+        first = parameters[0]
+        self.rows = torch.empty(rows, size, dtype=first.dtype, device=first.device)
+        self.views = [self._split(row) for row in self.rows]
+
+    def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        sizes = [p.numel() for p in self.parameters]
+        parts = torch.split(row, sizes)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def store(self, row: int) -> None:
+        torch._foreach_copy_(self.views[row], self.parameters)
+
+    def load(self, row: int) -> None:
+        torch._foreach_copy_(self.parameters, self.views[row])
+
+    def displacements(self, order: Sequence[int]) -> torch.Tensor:
+        """Rows of `order` less the last of them, at least in float32, shape (m, size)."""
+        rows = self.rows[list(order)]
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        return rows - rows[-1]
+
+
+class SnapshotBank:
+    """The newest `capacity` snapshots of all layer groups, and two more places.
+
+    Parameters
+    ----------
+    groups : list of list of Parameter
+        Layer groups; every parameter once.
+    capacity : int
+        Snapshots that are kept; an older one makes room for a newer one.
+
+    Attributes
+    ----------
+    count : int
+        Snapshots in the bank.
+
+    Notes
+    -----
+    Memory is ``capacity + 2`` copies of the parameters, made once: the bank, the recovery point,
+    and the place where the weights wait during a probe.
+    """
+
+    def __init__(self, groups: list[list[torch.nn.Parameter]], capacity: int) -> None:
+        self.capacity = capacity
+        self._recovery, self._waiting = capacity, capacity + 1
+        self._order: list[int] = []
+        self._buckets: list[list[_Bucket]] = []
+        for group in groups:
+            kinds: dict[tuple[torch.device, torch.dtype], list[torch.nn.Parameter]] = {}
+            for p in group:
+                kinds.setdefault((p.device, p.dtype), []).append(p)
+            self._buckets.append([_Bucket(same, capacity + 2) for same in kinds.values()])
+
+    @property
+    def count(self) -> int:
+        """Snapshots in the bank."""
+        return len(self._order)
+
+    @property
+    def _all(self) -> list[_Bucket]:
+        return [bucket for group in self._buckets for bucket in group]
+
+    @torch.no_grad()
+    def take(self, *, fresh: bool) -> None:
+        """Add the weights as they are; with `fresh`, forget the older snapshots first."""
+        if fresh:
+            self._order.clear()
+        if len(self._order) == self.capacity:
+            row = self._order.pop(0)
+        else:
+            row = next(i for i in range(self.capacity) if i not in self._order)
+        for bucket in self._all:
+            bucket.store(row)
+        self._order.append(row)
+
+    @torch.no_grad()
+    def gram(self) -> NDArray[np.float64]:
+        """Inner products of the snapshots about the newest one, (groups, m, m) float64.
+
+        Products are summed in blocks, in the precision of the parameters inside a block and in
+        float64 over blocks: nearly as exact as float64 throughout, at a fraction of its time.
+        """
+        m = self.count
+        out = np.zeros((len(self._buckets), m, m))
+        for index, group in enumerate(self._buckets):
+            for bucket in group:
+                moved = bucket.displacements(self._order)
+                whole = moved.shape[1] // _BLOCK * _BLOCK
+                blocks = moved[:, :whole].view(m, -1, _BLOCK).transpose(0, 1)
+                total = torch.bmm(blocks, blocks.transpose(1, 2)).double().sum(0)
+                rest = moved[:, whole:].double()
+                out[index] += (total + rest @ rest.T).cpu().numpy()
+        return out
+
+    @torch.no_grad()
+    def move(self, coefficients: NDArray[np.float64]) -> None:
+        """Put the weights at `coefficients` (groups, n) of the newest n snapshots.
+
+        Written as the newest snapshot plus displacements, so that standing still is exact.
+        """
+        order = self._order[-coefficients.shape[1] :]
+        for weights, group in zip(coefficients, self._buckets, strict=True):
+            for bucket in group:
+                moved = bucket.displacements(order)
+                factors = torch.as_tensor(weights, dtype=moved.dtype, device=moved.device)
+                newest = bucket.rows[order[-1]]
+                point = (newest.to(moved.dtype) + factors @ moved).to(newest.dtype)
+                torch._foreach_copy_(bucket.parameters, bucket._split(point))
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Keep the weights as the recovery point."""
+        for bucket in self._all:
+            bucket.store(self._recovery)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weights back to the recovery point."""
+        for bucket in self._all:
+            bucket.load(self._recovery)
+
+    @torch.no_grad()
+    def set_aside(self) -> None:
+        """Remember the weights for :meth:`put_back`."""
+        for bucket in self._all:
+            bucket.store(self._waiting)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo what was done to the weights since :meth:`set_aside`."""
+        for bucket in self._all:
+            bucket.load(self._waiting)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the snapshots and the recovery point, cloned."""
+        rows = [bucket.rows[: self._recovery + 1].clone() for bucket in self._all]
+        return {"order": list(self._order), "rows": rows}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take back what :meth:`state_dict` returned for the same groups."""
+        rows, order = state["rows"], state["order"]
+        assert isinstance(rows, list)
+        assert isinstance(order, list)
+        for bucket, saved in zip(self._all, rows, strict=True):
+            bucket.rows[: self._recovery + 1].copy_(saved)
+        self._order = list(order)

@@ -1,0 +1,473 @@
+"""The trainer: carries out the engine's directives on a PyTorch model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from hybridcore import (
+    Action,
+    CheckpointError,
+    ClosureError,
+    Directive,
+    DivergenceError,
+    Engine,
+    HybridTrainerConfig,
+    Observation,
+    Phase,
+    StepResult,
+    TrainingStatistics,
+)
+from hybridcore_torch import checkpoints
+from hybridcore_torch.checks import check_arguments
+from hybridcore_torch.closures import Closure, Prober, training_loss
+from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
+from hybridcore_torch.recovery import RecoveryPoint
+from hybridcore_torch.snapshots import SnapshotBank
+
+Batch = TypeVar("Batch")
+NAN = float("nan")
+
+
+class HybridTrainer:
+    """Runs a PyTorch training loop by real and predicted steps.
+
+    The trainer calls ``zero_grad``, ``backward``, ``optimizer.step`` and ``scheduler.step``; the
+    loop only says how the loss is computed::
+
+        trainer = HybridTrainer(model, optimizer, scheduler=scheduler)
+        for x, y in loader:
+            result = trainer.step(lambda: F.cross_entropy(model(x), y))
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model to train.
+    optimizer : torch.optim.Optimizer
+        Optimizer of the model's parameters. Its moments are kept across a jump: resetting them
+        loses what the jump gained, decaying them part of it
+        (``python benchmarks/moments.py``).
+    config : HybridTrainerConfig, optional
+        Settings.
+    scheduler : optional
+        Learning-rate scheduler with ``step()``; called once for every step, predicted or not.
+    scaler : torch.amp.GradScaler, optional
+        Loss scaler of a mixed-precision loop.
+    max_grad_norm : float, optional
+        Clip the norm of all gradients to this, positive.
+    probe : callable, optional
+        Returns the loss of a fixed held-out batch. Without it, probes use the batch of the step.
+    layer_groups : iterable of iterables of Parameter, optional
+        Layer groups; by default up to 8 by depth.
+    callbacks : sequence of callable
+        Each is called with the :class:`~hybridcore.StepResult` of every step.
+
+    Raises
+    ------
+    ModelError, ConfigError
+        If the arguments do not fit together; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: HybridTrainerConfig | None = None,
+        *,
+        scheduler: Any | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float | None = None,
+        probe: Closure | None = None,
+        layer_groups: Iterable[Iterable[torch.nn.Parameter]] | None = None,
+        callbacks: Sequence[Callable[[StepResult], object]] = (),
+    ) -> None:
+        check_arguments(model, optimizer, config, scheduler, max_grad_norm, probe, callbacks)
+        parameters = trainable_parameters(model, optimizer)
+        groups = None if layer_groups is None else [list(group) for group in layer_groups]
+        if groups is not None:
+            by_user(groups, parameters)
+        self.model = model
+        self.optimizer = optimizer
+        self.config = HybridTrainerConfig() if config is None else config
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.max_grad_norm = max_grad_norm
+        self.probe = probe
+        self.callbacks = tuple(callbacks)
+        self.engine = Engine(self.config)
+        self._layer_groups = groups
+        self._parameters = parameters
+        self._structure = self._present_structure()
+        self._bank: SnapshotBank | None = None
+        self._prober = Prober(model)
+        self._recovery: RecoveryPoint | None = None
+        self._steps_since_recovery = 0
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def step(self, closure: Closure) -> StepResult:
+        """Take one step, real or predicted.
+
+        Parameters
+        ----------
+        closure : callable
+            Computes and returns the loss of the present batch, a scalar tensor with its graph. It
+            is called once in a full step, not at all in most predicted ones, and several times,
+            without gradients, where a jump is chosen or checked.
+
+        Raises
+        ------
+        ClosureError
+            If the closure does not return a loss; nothing has been changed then.
+        DivergenceError
+            With ``on_divergence="raise"``, after a batch whose loss or gradients were not finite
+            was left out.
+        """
+        if not callable(closure):
+            raise ClosureError(
+                f"closure must be callable, got {type(closure).__name__}: pass a function that "
+                "computes the loss, for example lambda: loss_fn(model(x), y)"
+            )
+        return self._step(closure)
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches of `loader` that will be used; call :meth:`step` for each of them.
+
+        Predicted steps that need no data are taken here, without loading a batch. A loader with a
+        length still makes for as many steps as it has batches, so that schedules by the epoch stay
+        true: the batches at its end are left out, which a shuffled loader spreads evenly.
+        """
+        most = len(loader) if isinstance(loader, Sized) else math.inf
+        iterator = iter(loader)
+        taken = 0
+        while taken < most:
+            if self.config.enabled and not self.engine.needs_batch:
+                self._step(None)
+            else:
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                yield batch
+            taken += 1
+
+    def statistics(self) -> TrainingStatistics:
+        """Return the summary of the run so far."""
+        return self.engine.statistics()
+
+    def _step(self, closure: Closure | None) -> StepResult:
+        start = perf_counter()
+        engine = self.engine
+        if not self.config.enabled:
+            assert closure is not None
+            observation = self._plain_step(closure)
+            engine.count_plain(observation)
+            phase, working, predicted = Phase.FULL, observation.seconds, False
+        else:
+            self._check_structure()
+            working = 0.0
+            try:
+                while True:
+                    directive = engine.next()
+                    if directive.action in (Action.FULL, Action.SKIP):
+                        phase, predicted = engine.phase, directive.action is Action.SKIP
+                    observation = self._carry_out(directive, closure)
+                    if directive.action is Action.FULL:
+                        last_full = observation
+                    working += observation.seconds
+                    engine.observe(observation)
+                    if engine.step_done:
+                        break
+            except BaseException:
+                engine.abandon()
+                raise
+            if not predicted:
+                observation = last_full
+        seconds = perf_counter() - start
+        engine.count_time(phase, seconds, seconds - working)
+        result = StepResult(
+            engine.forecast_loss if predicted else observation.loss,
+            phase,
+            predicted,
+            engine.prediction_error,
+            engine.confidence,
+            None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
+            1e3 * seconds,
+            {"learning_rate": self._learning_rate()},
+        )
+        for callback in self.callbacks:
+            callback(result)
+        if self.config.on_divergence == "raise" and not (predicted or observation.applied):
+            raise DivergenceError(
+                f"loss {observation.loss:g} with gradient norm {observation.gradient_norm:g} in "
+                f"step {engine.counters.steps}: the batch was left out and the weights are as "
+                "before; lower the learning rate or check the data"
+            )
+        return result
+
+    # -- directives -------------------------------------------------------------------------
+
+    def _carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
+        action = directive.action
+        if action is Action.FULL:
+            assert closure is not None
+            observation = self._full_step(closure, directive)
+            if directive.snapshot and observation.applied:
+                self._snapshots.take(fresh=directive.fresh_bank)
+                if directive.gram:
+                    return dataclasses.replace(observation, gram=self._snapshots.gram())
+            return observation
+        if action is Action.SKIP:
+            self._advance_schedule()
+        elif action is Action.PROBE:
+            assert closure is not None
+            return self._probe(directive, closure)
+        elif action is Action.MOVE:
+            assert directive.coefficients is not None
+            self._snapshots.move(directive.coefficients)
+        elif action is Action.SAVE:
+            self._snapshots.save()
+            self._recovery = RecoveryPoint(self.model, self.optimizer, self.scheduler, self.scaler)
+            self._steps_since_recovery = 0
+        elif action is Action.ROLLBACK:
+            assert self._recovery is not None
+            self._snapshots.restore()
+            self._recovery.restore(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.scaler,
+                self._steps_since_recovery,
+            )
+            self._recovery = None
+        return Observation()
+
+    def _plain_step(self, closure: Closure) -> Observation:
+        """Do what the plain loop does, and nothing else."""
+        start = perf_counter()
+        loss = training_loss(closure)
+        self.optimizer.zero_grad()
+        norm = NAN
+        if self.scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.max_grad_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        self._update(1.0)
+        if self.scaler is not None:
+            self.scaler.update()
+        self._advance_schedule()
+        return Observation(loss.item(), norm, self._learning_rate(), perf_counter() - start)
+
+    def _full_step(self, closure: Closure, directive: Directive) -> Observation:
+        start = perf_counter()
+        loss = training_loss(closure)
+        value = loss.item()
+        rate = self._learning_rate()
+        self.optimizer.zero_grad()
+        if not math.isfinite(value):
+            self._advance_schedule()
+            return Observation(value, NAN, rate, perf_counter() - start, applied=False)
+        norm = self._backward(loss)
+        applied = math.isfinite(norm)
+        if applied:
+            self._update(directive.learning_rate_scale)
+        else:
+            self.optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler.update()
+        self._advance_schedule()
+        return Observation(value, norm, rate, perf_counter() - start, applied=applied)
+
+    def _backward(self, loss: torch.Tensor) -> float:
+        """Compute gradients, clip them, and return their norm before clipping."""
+        if self.scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.unscale_(self.optimizer)
+        if self.max_grad_norm is not None:
+            return float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not gradients:
+            return 0.0
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _update(self, scale: float) -> None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if scale != 1.0:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["lr"] * scale
+        try:
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+        finally:
+            if scale != 1.0:
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+
+    def _probe(self, directive: Directive, closure: Closure) -> Observation:
+        away = directive.at_recovery_point or directive.coefficients is not None
+        if away:
+            self._snapshots.set_aside()
+        try:
+            if directive.at_recovery_point:
+                self._snapshots.restore()
+            elif directive.coefficients is not None:
+                self._snapshots.move(directive.coefficients)
+            start = perf_counter()
+            if self.probe is None:
+                loss = self._prober.loss(closure, "closure")
+            else:
+                loss = self._prober.loss(self.probe, "probe")
+            return Observation(loss=loss, seconds=perf_counter() - start)
+        finally:
+            if away:
+                self._snapshots.put_back()
+
+    def _advance_schedule(self) -> None:
+        self._steps_since_recovery += 1
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # -- structure --------------------------------------------------------------------------
+
+    @property
+    def _snapshots(self) -> SnapshotBank:
+        if self._bank is None:
+            if self._layer_groups is None:
+                groups = by_depth(self._parameters)
+            else:
+                groups = by_user(self._layer_groups, self._parameters)
+            self._bank = SnapshotBank(groups, self.config.snapshots)
+        return self._bank
+
+    def _present_structure(self) -> tuple[object, ...]:
+        return tuple(
+            (id(p), p.requires_grad, p.shape)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        )
+
+    def _check_structure(self) -> None:
+        """Start over with snapshots if parameters were added, frozen or resized."""
+        if self._present_structure() == self._structure:
+            return
+        parameters = trainable_parameters(self.model, self.optimizer)
+        if self._layer_groups is not None:
+            known = {id(p) for p in parameters}
+            groups = [[p for p in group if id(p) in known] for group in self._layer_groups]
+            named = {id(p) for group in groups for p in group}
+            groups.append([p for p in parameters if id(p) not in named])
+            self._layer_groups = [group for group in groups if group]
+        self._parameters = parameters
+        self._structure = self._present_structure()
+        self._bank = self._recovery = None
+        self.engine.regroup()
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that training needs to go on as if it had not been interrupted.
+
+        Model, optimizer, scheduler and scaler are included. Everything is a tensor, a number, a
+        string or a container of those, so ``torch.load(..., weights_only=True)`` reads it back.
+        """
+        return {
+            "hybridcore": checkpoints.VERSION,
+            "config": self.config.to_dict(),
+            "engine": checkpoints.to_tensors(self.engine.state_dict()),
+            "bank": None if self._bank is None else self._bank.state_dict(),
+            "recovery": None if self._recovery is None else self._recovery.state_dict(),
+            "steps_since_recovery": self._steps_since_recovery,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Raises
+        ------
+        CheckpointError
+            If the state is of another version, model or optimizer, or was saved with or without a
+            scheduler or scaler where this trainer differs.
+        """
+        checkpoints.check(state)
+        self._check_state_fits(state)
+        if state["config"] != self.config.to_dict():
+            raise CheckpointError(
+                f"state was saved with settings {state['config']}, this trainer has "
+                f"{self.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.engine.load_state_dict(state["engine"])
+        self._bank = None
+        if state["bank"] is not None:
+            self._snapshots.load_state_dict(state["bank"])
+        recovery = state["recovery"]
+        self._recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
+        self._steps_since_recovery = state["steps_since_recovery"]
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched."""
+        checkpoints.write(self.state_dict(), path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, **arguments: Any
+    ) -> HybridTrainer:
+        """Build a trainer and restore into it what :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+            File that :meth:`save` wrote.
+        model, optimizer
+            Built as for the run that was saved; their state is overwritten.
+        **arguments
+            Further arguments of the constructor, but for ``config``, which is the saved one.
+        """
+        state = checkpoints.read(path)
+        config = HybridTrainerConfig.from_dict(state["config"])
+        trainer = cls(model, optimizer, config, **arguments)
+        trainer.load_state_dict(state)
+        return trainer
+
+    def _check_state_fits(self, state: dict[str, Any]) -> None:
+        for name in ("scheduler", "scaler"):
+            if (getattr(self, name) is None) != (state[name] is None):
+                has = "without" if state[name] is None else "with"
+                raise CheckpointError(f"state was saved {has} a {name}: build the trainer likewise")
+        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in state["model"].items()}
+        if shapes != saved:
+            differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
+            raise CheckpointError(
+                f"state is of another model: {', '.join(differ[:5])} differ in name or shape"
+            )
+        counts = [len(group["params"]) for group in self.optimizer.param_groups]
+        if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
+            raise CheckpointError("state is of another optimizer: its parameter groups differ")

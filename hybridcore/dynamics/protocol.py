@@ -1,0 +1,60 @@
+"""What the engine asks of a model of the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Distribution of the logarithm of a future loss.
+
+    Attributes
+    ----------
+    mean : float
+        Expected log loss.
+    std : float
+        Standard deviation of the log loss, at least 0; infinite while nothing is known.
+    """
+
+    mean: float
+    std: float
+
+    def confidence(self, tolerance: float) -> float:
+        """Probability in [0, 1] that the log loss comes to lie within `tolerance` of the mean."""
+        if not math.isfinite(self.std):
+            return 0.0
+        return math.erf(tolerance / (math.sqrt(2.0) * self.std)) if self.std > 0.0 else 1.0
+
+
+class DynamicsModel(Protocol):
+    """Learns the trajectory of the loss from full steps and forecasts full steps to come."""
+
+    @property
+    def slope(self) -> float:
+        """Change of the log loss that one more full step is expected to make."""
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of one log loss about its trend."""
+
+    @property
+    def is_stable(self) -> bool:
+        """True once the trend is known and does not rise beyond its own uncertainty."""
+
+    def observe(self, loss: float) -> None:
+        """Take the loss of one full step; losses that are not finite and positive are ignored."""
+
+    def forecast(self, horizon: float) -> Forecast:
+        """Forecast of the log loss `horizon` full steps after the last one observed."""
+
+    def restart(self) -> None:
+        """Forget the trend: the weights have moved by other means than full steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as plain numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""

@@ -1,0 +1,498 @@
+"""The state machine: directives out, observations in.
+
+The engine never sees a tensor and calls no framework. An adapter asks :meth:`Engine.next` what to
+do, does it, and tells :meth:`Engine.observe` what it saw, until the step is done::
+
+    while True:
+        directive = engine.next()
+        engine.observe(carry_out(directive))
+        if engine.step_done:
+            break
+
+Every phase is one generator below that reads as its row of the phase table. Decisions follow from
+the observations alone, never from the clock, so the same observations give the same decisions on
+every rank and every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import deque
+from collections.abc import Generator
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridcore.config import HybridTrainerConfig
+from hybridcore.dynamics import DynamicsModel, LinearDynamics
+from hybridcore.errors import ProtocolError
+from hybridcore.extrapolation import average
+from hybridcore.meter import NOMINAL_PROBE_COST, Meter
+from hybridcore.metrics import Counters, TrainingStatistics
+from hybridcore.phases import Event, Phase, transition
+from hybridcore.planning import (
+    ARMS,
+    MOST_REACH,
+    Flight,
+    Jump,
+    learning_rate_ahead,
+    path_confidence,
+)
+from hybridcore.types import NAN, Action, Directive, Observation
+
+logger = logging.getLogger("hybridcore")
+
+Turn: TypeAlias = Generator[Directive, Observation, None]
+
+SETTLE_INTERVALS = 2
+SETTLE_RATE = 0.5
+ABORT_RISE = math.log(1.3)
+TOLERANCE = math.log(1.2)
+MOST_PATIENCE = 16
+PATIENT_STEPS = 3
+
+_PLAIN_STATE = ("confidence", "_taken", "_wait", "_wait_next", "_patience", "_worth", "_bank")
+_FULL = Directive(Action.FULL)
+_SKIP = Directive(Action.SKIP)
+_PROBE = Directive(Action.PROBE)
+
+
+class Engine:
+    """Decides, from a few floats a step, which steps are taken and which are predicted.
+
+    Parameters
+    ----------
+    config : HybridTrainerConfig
+        Settings.
+    dynamics : DynamicsModel, optional
+        Model of the loss; a :class:`LinearDynamics` of its own by default.
+    """
+
+    def __init__(self, config: HybridTrainerConfig, dynamics: DynamicsModel | None = None) -> None:
+        self.config = config
+        self.dynamics = LinearDynamics() if dynamics is None else dynamics
+        self.meter = Meter()
+        self.counters = Counters()
+        self.phase = Phase.WARMUP
+        self.confidence = 0.0
+        self.forecast_loss = NAN
+        self.prediction_error: float | None = None
+        self.arm_values: dict[str, float] = {}
+        self._flight: Flight | None = None
+        # Steps taken in the present phase, and those after which a jump may be chosen.
+        self._taken = 0
+        self._wait = self._wait_next = config.min_full_steps
+        self._patience = 1
+        self._worth = NAN
+        self._gram: NDArray[np.float64] | None = None
+        self._bank = 0
+        window = config.snapshot_interval * (config.snapshots - 1)
+        self._rates: deque[float] = deque(maxlen=max(2, window))
+        self._turn: Turn | None = None
+        self._directive: Directive | None = None
+
+    @property
+    def step_done(self) -> bool:
+        """True when the directives of the present step have all been observed."""
+        return self._turn is None
+
+    @property
+    def needs_batch(self) -> bool:
+        """False if the next step will neither train nor probe, so that no data is needed."""
+        if self.phase is not Phase.PREDICT:
+            return True
+        taken = self._taken + 1
+        return taken % self.config.correction_interval == 0 or taken == self._in_flight.horizon
+
+    def next(self) -> Directive:
+        """Return the next directive; one that waits for its observation is returned again."""
+        if self._turn is None:
+            self.prediction_error = None
+            self._turn = {
+                Phase.WARMUP: self._warm_up,
+                Phase.FULL: self._full,
+                Phase.PREDICT: self._predict,
+                Phase.CORRECT: self._correct,
+            }[self.phase]()
+            self._directive = next(self._turn)
+        assert self._directive is not None
+        return self._directive
+
+    def observe(self, observation: Observation) -> None:
+        """Take what the adapter saw while it carried out the last directive.
+
+        Raises
+        ------
+        ProtocolError
+            If no directive waits for an observation.
+        """
+        if self._turn is None or self._directive is None:
+            raise ProtocolError("observe() without a directive: call next() and carry it out first")
+        self._account(self._directive, observation)
+        try:
+            self._directive = self._turn.send(observation)
+        except StopIteration:
+            self._turn = self._directive = None
+
+    def abandon(self) -> None:
+        """Drop the present step, because the user's code raised in it."""
+        self._turn = self._directive = None
+
+    def regroup(self) -> None:
+        """Start over with an empty bank: the parameters are others than they were."""
+        self._gram, self._flight, self._bank = None, None, 0
+        if self.phase is not Phase.WARMUP:
+            self.phase = Phase.FULL
+        self._wait = self._taken + self.config.min_full_steps
+        self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
+        self.dynamics.restart()
+        logger.info("parameters changed: snapshots and trend start over")
+
+    def count_plain(self, observation: Observation) -> None:
+        """Count a step of a run with ``enabled=False``, about which there is nothing to decide."""
+        self.phase = Phase.FULL
+        self._account(_FULL, observation)
+
+    def count_time(self, phase: Phase, seconds: float, overhead: float) -> None:
+        """Take the wall-clock time of a whole step, and what of it was neither training nor probe.
+
+        Times are reported; no decision depends on them.
+        """
+        self.counters.phase_steps[phase.name] += 1
+        self.counters.phase_seconds[phase.name] += seconds
+        self.meter.overhead_seconds += overhead
+
+    def statistics(self) -> TrainingStatistics:
+        """Summary of the run so far."""
+        counters, meter = self.counters, self.meter
+        speedup, interval = meter.speedup(counters.full_steps, counters.probes)
+        return TrainingStatistics(
+            steps=counters.steps,
+            full_steps=counters.full_steps,
+            predicted_steps=counters.predicted_steps,
+            backward_passes=counters.backward_passes,
+            backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
+            probes=counters.probes,
+            probe_cost=meter.probe_cost,
+            rollbacks=counters.rollbacks,
+            divergences=counters.divergences,
+            phase_counts=dict(counters.phase_steps),
+            phase_seconds=dict(counters.phase_seconds),
+            overhead_seconds=meter.overhead_seconds,
+            cost=meter.cost(counters.full_steps, counters.probes) + meter.overhead,
+            measured_speedup=speedup,
+            measured_speedup_interval=interval,
+            arm_values=dict(self.arm_values),
+            confidence=self.confidence,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides what happens next, as numbers, lists and arrays.
+
+        Raises
+        ------
+        ProtocolError
+            In the middle of a step.
+        """
+        if self._turn is not None:
+            raise ProtocolError("state_dict() in the middle of a step: finish the step first")
+        return {
+            "phase": self.phase.name,
+            "dynamics": self.dynamics.state_dict(),
+            "meter": self.meter.state_dict(),
+            "counters": self.counters.state_dict(),
+            "arm_values": dict(self.arm_values),
+            "flight": None if self._flight is None else dataclasses.asdict(self._flight),
+            "gram": None if self._gram is None else self._gram.copy(),
+            "rates": list(self._rates),
+            **{name: getattr(self, name) for name in _PLAIN_STATE},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned from an engine with the same settings."""
+        self._turn = self._directive = None
+        self.phase = Phase[state["phase"]]
+        self.dynamics.load_state_dict(state["dynamics"])
+        self.meter.load_state_dict(state["meter"])
+        self.counters.load_state_dict(state["counters"])
+        self.arm_values = dict(state["arm_values"])
+        flight = state["flight"]
+        self._flight = (
+            None if flight is None else Flight(**{**flight, "jump": Jump(**flight["jump"])})
+        )
+        self._gram = None if state["gram"] is None else np.array(state["gram"], dtype=np.float64)
+        self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
+        for name in _PLAIN_STATE:
+            setattr(self, name, state[name])
+
+    # -- the phases -------------------------------------------------------------------------
+
+    def _warm_up(self) -> Turn:
+        self._absorb((yield _FULL))
+        if self._taken >= self.config.warmup_steps and self.dynamics.is_stable:
+            self._enter(Event.BASELINE_STABLE)
+
+    def _full(self) -> Turn:
+        if self._gram is not None and self._bank == self.config.snapshots:
+            self._flight = yield from self._choose(self._gram)
+            if self._flight is not None:
+                yield Directive(Action.SAVE)
+                self._enter(Event.JUMP_CHOSEN)
+                yield from self._predict()
+                return
+            self._gram = None
+        lead = self._wait - self._taken - 1
+        interval, snapshots = self.config.snapshot_interval, self.config.snapshots
+        if lead % interval != 0 or lead >= interval * snapshots:
+            self._absorb((yield _FULL))
+            return
+        observation = yield Directive(
+            Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=lead <= 0
+        )
+        self._absorb(observation)
+        if observation.applied:
+            self._bank = min(self._bank + 1, snapshots)
+            self._gram = observation.gram
+
+    def _predict(self) -> Turn:
+        flight, interval = self._in_flight, self.config.correction_interval
+        if self._taken % interval == 0:
+            yield self._move(min(self._taken + interval, flight.horizon) / flight.horizon)
+        share = (self._taken + 1) / flight.horizon
+        expected = flight.expected(share)
+        self.forecast_loss = math.exp(expected)
+        event = Event.HORIZON_REACHED if self._taken + 1 == flight.horizon else None
+        if self.needs_batch:
+            probe = yield _PROBE
+            # A probe that is not finite is a bad batch, or settling and validation will tell.
+            if _usable(probe.loss):
+                loss = math.log(probe.loss)
+                self.prediction_error = abs(math.expm1(expected - loss))
+                self.forecast_loss = probe.loss
+                if loss > flight.log_best + self._margin:
+                    yield self._move(flight.best_share)
+                    event = Event.DIVERGED
+                elif loss > expected + TOLERANCE + self._margin:
+                    event = Event.CONFIDENCE_LOST
+                if loss < flight.log_best:
+                    flight.log_best, flight.best_share = loss, share
+        yield _SKIP
+        self._taken += 1
+        if event is not None:
+            self._enter(event)
+
+    def _correct(self) -> Turn:
+        interval = self.config.snapshot_interval
+        if self._taken == SETTLE_INTERVALS * interval:
+            if (yield from self._validate()):
+                self._enter(Event.VALIDATED)
+            else:
+                yield from self._roll_back()
+            yield from self._full()
+            return
+        due = (self._taken + 1) % interval == 0
+        observation = yield Directive(
+            Action.FULL,
+            snapshot=due,
+            fresh_bank=due and self._bank == 0,
+            learning_rate_scale=SETTLE_RATE,
+        )
+        self._absorb(observation)
+        self._bank += due and observation.applied
+        # The fast directions that a jump excites fall back within a few steps, or never.
+        if self._taken >= PATIENT_STEPS and observation.applied:
+            rise = math.log(observation.loss) - self._in_flight.log_start
+            if rise > ABORT_RISE + self._margin:
+                self._reward(0.0)
+                yield from self._roll_back()
+
+    # -- decisions --------------------------------------------------------------------------
+
+    def _choose(
+        self, gram: NDArray[np.float64]
+    ) -> Generator[Directive, Observation, Flight | None]:
+        """Jump to take from here, None for "do not predict"."""
+        config = self.config
+        path = path_confidence(gram.sum(axis=0))
+        in_loss = self.dynamics.forecast(config.correction_interval).confidence(TOLERANCE)
+        self.confidence = min(max(path.values()), in_loss)
+        retry = config.snapshot_interval
+        if self.confidence < config.confidence_threshold:
+            # Far from regular, looking again soon would cost more than it could find.
+            if self.confidence < config.confidence_threshold / 2:
+                retry = self._back_off()
+            self._wait = self._taken + retry
+            self._bank = 0 if retry >= config.min_full_steps else self._bank
+            return None
+        here = (yield _PROBE).loss
+        averaged = (yield self._probe_average()).loss
+        self._wait = self._taken + retry
+        if not (_usable(here) and _usable(averaged)):
+            return None
+        self._close_stretch(math.log(averaged), predicting=False)
+        ahead = learning_rate_ahead(self._rates, config.horizon)
+        unit = config.horizon / config.snapshot_interval * ahead
+        best, least = None, here
+        for name in ARMS:
+            if path[name] >= config.confidence_threshold:
+                jump = Jump(name, unit)
+                loss = yield from self._try(jump)
+                if loss < least:
+                    best, least = jump, loss
+        while best is not None and best.reach < MOST_REACH * unit:
+            further = Jump(best.extrapolator, 2.0 * best.reach)
+            loss = yield from self._try(further)
+            if not loss < least:
+                break
+            best, least = further, loss
+        if best is None:
+            self._wait = self._taken + 2 * retry
+            return None
+        flight = Flight(
+            best, 0, math.log(here), math.log(least), self.dynamics.slope, log_best=math.log(here)
+        )
+        worth = _steps_for(flight, flight.log_start - flight.log_target, config.horizon)
+        if math.isfinite(self._worth):
+            worth = max(worth, self._worth)
+        # A predicted step is to replace a real one: take as many as the jump is worth, no more.
+        worth = max(worth, config.correction_interval)
+        flight.horizon = round(min(worth, config.horizon))
+        return flight
+
+    def _validate(self) -> Generator[Directive, Observation, bool]:
+        """Compare the settled weights with the recovery point; True if the jump is kept."""
+        before = (yield Directive(Action.PROBE, at_recovery_point=True)).loss
+        after = (yield self._probe_average()).loss
+        if not (_usable(before) and _usable(after)):
+            # A bad batch proves nothing, and the settling steps had no reason to abort.
+            if _usable(before):
+                self._reward(0.0)
+            return not _usable(before)
+        progress = math.log(before) - math.log(after)
+        self._reward(progress)
+        if progress > 0.0:
+            self._close_stretch(math.log(after), predicting=True, progress=progress)
+        return progress > 0.0
+
+    def _roll_back(self) -> Turn:
+        yield Directive(Action.ROLLBACK)
+        self.counters.rollbacks += 1
+        logger.info("jump by %s rolled back", self._in_flight.jump.extrapolator)
+        self._close_stretch(self.meter.mark[0], predicting=True, progress=0.0)
+        self._enter(Event.ROLLED_BACK)
+
+    def _reward(self, progress: float) -> None:
+        """Learn what the jump was worth, and how soon another one is worth trying."""
+        flight = self._in_flight
+        steps = _steps_for(flight, progress, self.config.horizon)
+        spent, probes = self.meter.spent(self.counters.full_steps, self.counters.probes)
+        name = flight.jump.extrapolator
+        self._worth = _blend(self._worth, max(0.0, steps - spent))
+        self.arm_values[name] = _blend(self.arm_values.get(name, NAN), steps - spent)
+        # Costs count at their nominal value here: a decision must not depend on the clock.
+        if progress > 0.0 and steps >= spent + NOMINAL_PROBE_COST * probes:
+            self._patience = max(1, self._patience // 2)
+            self._wait_next = self.config.min_full_steps
+        else:
+            self._wait_next = self._back_off()
+
+    # -- small change -----------------------------------------------------------------------
+
+    @property
+    def _margin(self) -> float:
+        """Rise of the log loss that the loss's own noise explains."""
+        return self.config.divergence_sigma * self.dynamics.noise
+
+    def _enter(self, event: Event) -> None:
+        self.phase = transition(self.phase, event)
+        self._taken = 0
+        if event in (Event.VALIDATED, Event.ROLLED_BACK):
+            self._gram, self._bank = None, 0
+            self._wait = self._wait_next
+        elif self.phase is Phase.CORRECT:
+            self._bank = 0
+        if event is Event.VALIDATED:
+            # After a rollback the trend from before the jump holds again, so only here.
+            self.dynamics.restart()
+        logger.debug("%s: now %s", event.value, self.phase.name)
+
+    def _absorb(self, observation: Observation) -> None:
+        """Take the figures of a full step into the statistics of its phase."""
+        self.forecast_loss = NAN
+        if not observation.applied:
+            return
+        self._taken += 1
+        if self.phase is not Phase.CORRECT:
+            self.dynamics.observe(observation.loss)
+            self._rates.append(observation.learning_rate)
+
+    def _back_off(self) -> int:
+        """Full steps to wait before the next attempt, twice as many each time in a row."""
+        wait = self.config.min_full_steps * self._patience
+        self._patience = min(2 * self._patience, MOST_PATIENCE)
+        return wait
+
+    @property
+    def _in_flight(self) -> Flight:
+        assert self._flight is not None
+        return self._flight
+
+    def _move(self, share: float) -> Directive:
+        return Directive(Action.MOVE, self._everywhere(self._in_flight.jump, share))
+
+    def _try(self, jump: Jump) -> Generator[Directive, Observation, float]:
+        loss = (yield Directive(Action.PROBE, self._everywhere(jump, 1.0))).loss
+        return loss if _usable(loss) else math.inf
+
+    def _everywhere(self, jump: Jump, share: float) -> NDArray[np.float64]:
+        """Coefficients of the joint trajectory for every layer group, shape (groups, m)."""
+        assert self._gram is not None
+        shared = jump.coefficients(self._gram.sum(axis=0), share)
+        return np.tile(shared, (len(self._gram), 1))
+
+    def _probe_average(self) -> Directive:
+        """Probe at the mean of the newest snapshots, where the step-to-step noise is less."""
+        assert self._gram is not None
+        mean = average(np.zeros((SETTLE_INTERVALS, SETTLE_INTERVALS)))
+        return Directive(Action.PROBE, np.tile(mean, (len(self._gram), 1)))
+
+    def _close_stretch(
+        self, log_loss: float, predicting: bool, progress: float | None = None
+    ) -> None:
+        full, probes = self.counters.full_steps, self.counters.probes
+        self.meter.close_stretch(log_loss, full, probes, predicting=predicting, progress=progress)
+
+    def _account(self, directive: Directive, observation: Observation) -> None:
+        counters, meter = self.counters, self.meter
+        if directive.action is Action.FULL:
+            counters.steps += 1
+            counters.full_steps += 1
+            counters.backward_passes += math.isfinite(observation.loss)
+            counters.divergences += not observation.applied
+            meter.full_seconds.append(observation.seconds)
+        elif directive.action is Action.SKIP:
+            counters.steps += 1
+            counters.predicted_steps += 1
+        elif directive.action is Action.PROBE:
+            counters.probes += 1
+            meter.probe_seconds.append(observation.seconds)
+
+
+def _usable(loss: float) -> bool:
+    return 0.0 < loss < math.inf
+
+
+def _steps_for(flight: Flight, progress: float, horizon: int) -> float:
+    """Full steps that would have made `progress` at the slope before the jump."""
+    most = float(MOST_REACH * horizon)
+    if progress <= 0.0:
+        return 0.0
+    return min(progress / -flight.slope, most) if flight.slope < 0.0 else most
+
+
+def _blend(old: float, new: float) -> float:
+    """Mean that forgets half of its past with each new value."""
+    return new if math.isnan(old) else 0.5 * (old + new)

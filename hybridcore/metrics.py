@@ -1,0 +1,110 @@
+"""Counters of a run and the summary that users read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridcore.meter import Interval
+from hybridcore.phases import Phase
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals; `phase_steps` and `phase_seconds` are by the name of the phase."""
+
+    steps: int = 0
+    full_steps: int = 0
+    predicted_steps: int = 0
+    backward_passes: int = 0
+    probes: int = 0
+    rollbacks: int = 0
+    divergences: int = 0
+    phase_steps: dict[str, int] = field(default_factory=lambda: {p.name: 0 for p in Phase})
+    phase_seconds: dict[str, float] = field(default_factory=lambda: {p.name: 0.0 for p in Phase})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals as plain numbers and dictionaries."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        for name in self.__slots__:
+            value = state[name]
+            setattr(self, name, dict(value) if isinstance(value, dict) else value)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStatistics:
+    """Summary of a run so far.
+
+    Attributes
+    ----------
+    steps : int
+        Steps of the user's loop, ``full_steps + predicted_steps``.
+    full_steps : int
+        Steps with forward and backward pass, bad batches among them.
+    predicted_steps : int
+        Steps without a backward pass.
+    backward_passes : int
+        Backward passes run.
+    backward_reduction : float
+        Share in [0, 1] of the steps that ran none.
+    probes : int
+        Forward passes without gradients.
+    probe_cost : float
+        Time of one such pass in full steps, measured.
+    rollbacks : int
+        Jumps that were taken back.
+    divergences : int
+        Batches left out because loss or gradients were not finite.
+    phase_counts : dict of str to int
+        Steps by phase name.
+    phase_seconds : dict of str to float
+        Wall-clock seconds by phase name.
+    overhead_seconds : float
+        Time that hybridcore itself took: snapshots, decisions, moves.
+    cost : float
+        Work done, in full steps: full steps, probes and overhead.
+    measured_speedup : float
+        Progress per cost against this run's own stretches of full steps.
+    measured_speedup_interval : (float, float)
+        Its 90 % interval.
+    arm_values : dict of str to float
+        By extrapolator, how many full steps its last jumps gained, net.
+    confidence : float
+        Confidence in [0, 1] at the last decision.
+    """
+
+    steps: int
+    full_steps: int
+    predicted_steps: int
+    backward_passes: int
+    backward_reduction: float
+    probes: int
+    probe_cost: float
+    rollbacks: int
+    divergences: int
+    phase_counts: dict[str, int]
+    phase_seconds: dict[str, float]
+    overhead_seconds: float
+    cost: float
+    measured_speedup: float
+    measured_speedup_interval: Interval
+    arm_values: dict[str, float]
+    confidence: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as a plain dictionary, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        low, high = self.measured_speedup_interval
+        return (
+            f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
+            f"({self.backward_reduction:.0%} fewer backward passes), {self.probes} probes, "
+            f"{self.rollbacks} rollbacks, {self.divergences} bad batches; "
+            f"cost {self.cost:.0f} full steps; "
+            f"measured speed-up {self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
+        )
