@@ -16,12 +16,11 @@ every rank and every machine.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections import deque
 from collections.abc import Generator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ from hybridcore.config import HybridTrainerConfig
 from hybridcore.dynamics import DynamicsModel, LinearDynamics
 from hybridcore.errors import ProtocolError
 from hybridcore.extrapolation import average
-from hybridcore.meter import NOMINAL_PROBE_COST, Meter
+from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import (
@@ -38,6 +37,7 @@ from hybridcore.planning import (
     MOST_REACH,
     Flight,
     Jump,
+    Pace,
     learning_rate_ahead,
     path_confidence,
 )
@@ -51,10 +51,8 @@ SETTLE_INTERVALS = 2
 SETTLE_RATE = 0.5
 ABORT_RISE = math.log(1.3)
 TOLERANCE = math.log(1.2)
-MOST_PATIENCE = 16
 PATIENT_STEPS = 3
 
-_PLAIN_STATE = ("confidence", "_taken", "_wait", "_wait_next", "_patience", "_worth", "_bank")
 _FULL = Directive(Action.FULL)
 _SKIP = Directive(Action.SKIP)
 _PROBE = Directive(Action.PROBE)
@@ -80,13 +78,9 @@ class Engine:
         self.confidence = 0.0
         self.forecast_loss = NAN
         self.prediction_error: float | None = None
-        self.arm_values: dict[str, float] = {}
+        self.pace = Pace(config)
         self._flight: Flight | None = None
-        # Steps taken in the present phase, and those after which a jump may be chosen.
         self._taken = 0
-        self._wait = self._wait_next = config.min_full_steps
-        self._patience = 1
-        self._worth = NAN
         self._gram: NDArray[np.float64] | None = None
         self._bank = 0
         window = config.snapshot_interval * (config.snapshots - 1)
@@ -146,7 +140,7 @@ class Engine:
         self._gram, self._flight, self._bank = None, None, 0
         if self.phase is not Phase.WARMUP:
             self.phase = Phase.FULL
-        self._wait = self._taken + self.config.min_full_steps
+        self.pace.wait = self._taken + self.config.min_full_steps
         self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
         self.dynamics.restart()
         logger.info("parameters changed: snapshots and trend start over")
@@ -167,66 +161,9 @@ class Engine:
 
     def statistics(self) -> TrainingStatistics:
         """Summary of the run so far."""
-        counters, meter = self.counters, self.meter
-        speedup, interval = meter.speedup(counters.full_steps, counters.probes)
-        return TrainingStatistics(
-            steps=counters.steps,
-            full_steps=counters.full_steps,
-            predicted_steps=counters.predicted_steps,
-            backward_passes=counters.backward_passes,
-            backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
-            probes=counters.probes,
-            probe_cost=meter.probe_cost,
-            rollbacks=counters.rollbacks,
-            divergences=counters.divergences,
-            phase_counts=dict(counters.phase_steps),
-            phase_seconds=dict(counters.phase_seconds),
-            overhead_seconds=meter.overhead_seconds,
-            cost=meter.cost(counters.full_steps, counters.probes) + meter.overhead,
-            measured_speedup=speedup,
-            measured_speedup_interval=interval,
-            arm_values=dict(self.arm_values),
-            confidence=self.confidence,
+        return TrainingStatistics.of(
+            self.counters, self.meter, self.pace.arm_values, self.confidence
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that decides what happens next, as numbers, lists and arrays.
-
-        Raises
-        ------
-        ProtocolError
-            In the middle of a step.
-        """
-        if self._turn is not None:
-            raise ProtocolError("state_dict() in the middle of a step: finish the step first")
-        return {
-            "phase": self.phase.name,
-            "dynamics": self.dynamics.state_dict(),
-            "meter": self.meter.state_dict(),
-            "counters": self.counters.state_dict(),
-            "arm_values": dict(self.arm_values),
-            "flight": None if self._flight is None else dataclasses.asdict(self._flight),
-            "gram": None if self._gram is None else self._gram.copy(),
-            "rates": list(self._rates),
-            **{name: getattr(self, name) for name in _PLAIN_STATE},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned from an engine with the same settings."""
-        self._turn = self._directive = None
-        self.phase = Phase[state["phase"]]
-        self.dynamics.load_state_dict(state["dynamics"])
-        self.meter.load_state_dict(state["meter"])
-        self.counters.load_state_dict(state["counters"])
-        self.arm_values = dict(state["arm_values"])
-        flight = state["flight"]
-        self._flight = (
-            None if flight is None else Flight(**{**flight, "jump": Jump(**flight["jump"])})
-        )
-        self._gram = None if state["gram"] is None else np.array(state["gram"], dtype=np.float64)
-        self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
-        for name in _PLAIN_STATE:
-            setattr(self, name, state[name])
 
     # -- the phases -------------------------------------------------------------------------
 
@@ -244,7 +181,7 @@ class Engine:
                 yield from self._predict()
                 return
             self._gram = None
-        lead = self._wait - self._taken - 1
+        lead = self.pace.wait - self._taken - 1
         interval, snapshots = self.config.snapshot_interval, self.config.snapshots
         if lead % interval != 0 or lead >= interval * snapshots:
             self._absorb((yield _FULL))
@@ -303,7 +240,7 @@ class Engine:
         self._absorb(observation)
         self._bank += due and observation.applied
         # The fast directions that a jump excites fall back within a few steps, or never.
-        if self._taken >= PATIENT_STEPS and observation.applied:
+        if self._taken >= PATIENT_STEPS and _usable(observation.loss):
             rise = math.log(observation.loss) - self._in_flight.log_start
             if rise > ABORT_RISE + self._margin:
                 self._reward(0.0)
@@ -323,13 +260,13 @@ class Engine:
         if self.confidence < config.confidence_threshold:
             # Far from regular, looking again soon would cost more than it could find.
             if self.confidence < config.confidence_threshold / 2:
-                retry = self._back_off()
-            self._wait = self._taken + retry
+                retry = self.pace.back_off()
+            self.pace.wait = self._taken + retry
             self._bank = 0 if retry >= config.min_full_steps else self._bank
             return None
         here = (yield _PROBE).loss
         averaged = (yield self._probe_average()).loss
-        self._wait = self._taken + retry
+        self.pace.wait = self._taken + retry
         if not (_usable(here) and _usable(averaged)):
             return None
         self._close_stretch(math.log(averaged), predicting=False)
@@ -349,17 +286,12 @@ class Engine:
                 break
             best, least = further, loss
         if best is None:
-            self._wait = self._taken + 2 * retry
+            self.pace.wait = self._taken + 2 * retry
             return None
         flight = Flight(
             best, 0, math.log(here), math.log(least), self.dynamics.slope, log_best=math.log(here)
         )
-        worth = _steps_for(flight, flight.log_start - flight.log_target, config.horizon)
-        if math.isfinite(self._worth):
-            worth = max(worth, self._worth)
-        # A predicted step is to replace a real one: take as many as the jump is worth, no more.
-        worth = max(worth, config.correction_interval)
-        flight.horizon = round(min(worth, config.horizon))
+        flight.horizon = self.pace.horizon(flight)
         return flight
 
     def _validate(self) -> Generator[Directive, Observation, bool]:
@@ -386,18 +318,8 @@ class Engine:
 
     def _reward(self, progress: float) -> None:
         """Learn what the jump was worth, and how soon another one is worth trying."""
-        flight = self._in_flight
-        steps = _steps_for(flight, progress, self.config.horizon)
-        spent, probes = self.meter.spent(self.counters.full_steps, self.counters.probes)
-        name = flight.jump.extrapolator
-        self._worth = _blend(self._worth, max(0.0, steps - spent))
-        self.arm_values[name] = _blend(self.arm_values.get(name, NAN), steps - spent)
-        # Costs count at their nominal value here: a decision must not depend on the clock.
-        if progress > 0.0 and steps >= spent + NOMINAL_PROBE_COST * probes:
-            self._patience = max(1, self._patience // 2)
-            self._wait_next = self.config.min_full_steps
-        else:
-            self._wait_next = self._back_off()
+        spent = self.meter.spent(self.counters.full_steps, self.counters.probes)
+        self.pace.reward(self._in_flight, progress, *spent)
 
     # -- small change -----------------------------------------------------------------------
 
@@ -411,7 +333,6 @@ class Engine:
         self._taken = 0
         if event in (Event.VALIDATED, Event.ROLLED_BACK):
             self._gram, self._bank = None, 0
-            self._wait = self._wait_next
         elif self.phase is Phase.CORRECT:
             self._bank = 0
         if event is Event.VALIDATED:
@@ -428,12 +349,6 @@ class Engine:
         if self.phase is not Phase.CORRECT:
             self.dynamics.observe(observation.loss)
             self._rates.append(observation.learning_rate)
-
-    def _back_off(self) -> int:
-        """Full steps to wait before the next attempt, twice as many each time in a row."""
-        wait = self.config.min_full_steps * self._patience
-        self._patience = min(2 * self._patience, MOST_PATIENCE)
-        return wait
 
     @property
     def _in_flight(self) -> Flight:
@@ -483,16 +398,3 @@ class Engine:
 
 def _usable(loss: float) -> bool:
     return 0.0 < loss < math.inf
-
-
-def _steps_for(flight: Flight, progress: float, horizon: int) -> float:
-    """Full steps that would have made `progress` at the slope before the jump."""
-    most = float(MOST_REACH * horizon)
-    if progress <= 0.0:
-        return 0.0
-    return min(progress / -flight.slope, most) if flight.slope < 0.0 else most
-
-
-def _blend(old: float, new: float) -> float:
-    """Mean that forgets half of its past with each new value."""
-    return new if math.isnan(old) else 0.5 * (old + new)

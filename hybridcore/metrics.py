@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridcore.meter import Interval
+from hybridcore.meter import Interval, Meter
 from hybridcore.phases import Phase
 
 
@@ -94,6 +94,32 @@ class TrainingStatistics:
     measured_speedup_interval: Interval
     arm_values: dict[str, float]
     confidence: float
+
+    @classmethod
+    def of(
+        cls, counters: Counters, meter: Meter, arm_values: dict[str, float], confidence: float
+    ) -> TrainingStatistics:
+        """Summarise the running totals of an engine."""
+        speedup, interval = meter.speedup(counters.full_steps, counters.probes)
+        return cls(
+            steps=counters.steps,
+            full_steps=counters.full_steps,
+            predicted_steps=counters.predicted_steps,
+            backward_passes=counters.backward_passes,
+            backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
+            probes=counters.probes,
+            probe_cost=meter.probe_cost,
+            rollbacks=counters.rollbacks,
+            divergences=counters.divergences,
+            phase_counts=dict(counters.phase_steps),
+            phase_seconds=dict(counters.phase_seconds),
+            overhead_seconds=meter.overhead_seconds,
+            cost=meter.cost(counters.full_steps, counters.probes) + meter.overhead,
+            measured_speedup=speedup,
+            measured_speedup_interval=interval,
+            arm_values=dict(arm_values),
+            confidence=confidence,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as a plain dictionary, ready for JSON."""

@@ -8,13 +8,17 @@ smooth it is exact. The test costs no forward pass, since the Gram matrix holds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridcore.config import HybridTrainerConfig
 from hybridcore.extrapolation import EXTRAPOLATORS, FORECASTERS
+from hybridcore.meter import NOMINAL_PROBE_COST
 
 # An average leads back, not ahead: it serves to judge a jump, not to make one.
 ARMS = (*FORECASTERS, "anderson")
@@ -22,6 +26,7 @@ BACKTEST_INTERVALS = (1, 2)
 # Error of a forecast, relative to the distance moved, at which nothing can be trusted.
 WORTHLESS_ERROR = 0.5
 MOST_REACH = 8
+MOST_PATIENCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,92 @@ class Flight:
     def expected(self, share: float) -> float:
         """Log loss forecast for a `share` of the way."""
         return self.log_start + share * (self.log_target - self.log_start)
+
+
+class Pace:
+    """When to try again and how many steps to predict, learned from what jumps were worth.
+
+    Attributes
+    ----------
+    wait : int
+        Full steps in the present phase after which a jump may be chosen.
+    patience : int
+        Factor on the wait after a failure, doubled by each and halved by each success.
+    worth : float
+        Full steps that a jump has gained, net of its settling; NaN before the first.
+    arm_values : dict of str to float
+        The same by extrapolator; it can be negative.
+    """
+
+    def __init__(self, config: HybridTrainerConfig) -> None:
+        self._config = config
+        self.wait = config.min_full_steps
+        self.patience = 1
+        self.worth = math.nan
+        self.arm_values: dict[str, float] = {}
+
+    def back_off(self) -> int:
+        """Full steps to wait before the next attempt, twice as many each time in a row."""
+        steps = self._config.min_full_steps * self.patience
+        self.patience = min(2 * self.patience, MOST_PATIENCE)
+        return steps
+
+    def horizon(self, flight: Flight) -> int:
+        """Return how many steps to predict: the real ones that the jump replaces, within settings.
+
+        What it is worth is taken from the fall of the loss at its end, and from what jumps have
+        been worth once they had settled.
+        """
+        worth = self._steps_for(flight, flight.log_start - flight.log_target)
+        if math.isfinite(self.worth):
+            worth = max(worth, self.worth)
+        worth = max(worth, self._config.correction_interval)
+        return round(min(worth, self._config.horizon))
+
+    def reward(self, flight: Flight, progress: float, spent: int, probes: int) -> None:
+        """Learn from a jump that has settled.
+
+        Parameters
+        ----------
+        flight : Flight
+            The jump.
+        progress : float
+            Decrease of the log loss since before the jump; 0 if it was given up.
+        spent, probes : int
+            Full steps and probes that it took.
+        """
+        steps = self._steps_for(flight, progress)
+        name = flight.jump.extrapolator
+        self.worth = _blend(self.worth, max(0.0, steps - spent))
+        self.arm_values[name] = _blend(self.arm_values.get(name, math.nan), steps - spent)
+        # Probes count at their nominal cost here: a decision must not depend on the clock.
+        if progress > 0.0 and steps >= spent + NOMINAL_PROBE_COST * probes:
+            self.patience = max(1, self.patience // 2)
+            self.wait = self._config.min_full_steps
+        else:
+            self.wait = self.back_off()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as plain numbers."""
+        names = ("wait", "patience", "worth")
+        return {name: getattr(self, name) for name in names} | {"arms": dict(self.arm_values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.wait, self.patience = int(state["wait"]), int(state["patience"])
+        self.worth, self.arm_values = float(state["worth"]), dict(state["arms"])
+
+    def _steps_for(self, flight: Flight, progress: float) -> float:
+        """Full steps that would have made `progress` at the slope before the jump."""
+        most = float(MOST_REACH * self._config.horizon)
+        if progress <= 0.0:
+            return 0.0
+        return min(progress / -flight.slope, most) if flight.slope < 0.0 else most
+
+
+def _blend(old: float, new: float) -> float:
+    """Mean that forgets half of its past with each new value."""
+    return new if math.isnan(old) else 0.5 * (old + new)
 
 
 def path_confidence(gram: NDArray[np.float64]) -> dict[str, float]:

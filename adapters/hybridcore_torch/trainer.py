@@ -24,10 +24,13 @@ from hybridcore import (
     Phase,
     StepResult,
     TrainingStatistics,
+    engine_state,
+    restore_engine,
 )
 from hybridcore_torch import checkpoints
 from hybridcore_torch.checks import check_arguments
 from hybridcore_torch.closures import Closure, Prober, training_loss
+from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
@@ -252,8 +255,8 @@ class HybridTrainer:
     def _plain_step(self, closure: Closure) -> Observation:
         """Do what the plain loop does, and nothing else."""
         start = perf_counter()
-        loss = training_loss(closure)
         self.optimizer.zero_grad()
+        loss = training_loss(closure)
         norm = NAN
         if self.scaler is None:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -271,10 +274,10 @@ class HybridTrainer:
 
     def _full_step(self, closure: Closure, directive: Directive) -> Observation:
         start = perf_counter()
+        self.optimizer.zero_grad()
         loss = training_loss(closure)
         value = loss.item()
         rate = self._learning_rate()
-        self.optimizer.zero_grad()
         if not math.isfinite(value):
             self._advance_schedule()
             return Observation(value, NAN, rate, perf_counter() - start, applied=False)
@@ -298,10 +301,7 @@ class HybridTrainer:
             self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
             return float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
-            return 0.0
-        return float(nn.utils.get_total_norm(gradients))
+        return gradient_norm(self._parameters)
 
     def _update(self, scale: float) -> None:
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -391,7 +391,7 @@ class HybridTrainer:
         return {
             "hybridcore": checkpoints.VERSION,
             "config": self.config.to_dict(),
-            "engine": checkpoints.to_tensors(self.engine.state_dict()),
+            "engine": checkpoints.to_tensors(engine_state(self.engine)),
             "bank": None if self._bank is None else self._bank.state_dict(),
             "recovery": None if self._recovery is None else self._recovery.state_dict(),
             "steps_since_recovery": self._steps_since_recovery,
@@ -423,7 +423,7 @@ class HybridTrainer:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        self.engine.load_state_dict(state["engine"])
+        restore_engine(self.engine, state["engine"])
         self._bank = None
         if state["bank"] is not None:
             self._snapshots.load_state_dict(state["bank"])
