@@ -1,0 +1,98 @@
+"""What the PyTorch adapter costs a step, as a ratio to the plain loop beside it."""
+
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hybridcore import HybridTrainerConfig
+from hybridcore_torch import HybridTrainer
+from hybridcore_torch.snapshots import SnapshotBank
+
+
+def classifier(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+    return model, torch.optim.AdamW(model.parameters(), 1e-3)
+
+
+class StepOverhead:
+    """Median time of a step over that of the plain loop, interleaved, one thread.
+
+    Noise labels keep the engine from predicting: this is the price of watching.
+    """
+
+    params = ((128, 1024), ("enabled", "disabled"))
+    param_names = ("width", "trainer")
+    timeout = 300
+
+    def setup(self, width, trainer):
+        torch.set_num_threads(1)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(100, 64, 784, generator=generator)
+        self.y = torch.randint(0, 10, (100, 64), generator=generator)
+
+    def track_ratio(self, width, trainer):
+        model, optimizer = classifier(width)
+        plain_model, plain_optimizer = classifier(width)
+        hybrid = HybridTrainer(model, optimizer, HybridTrainerConfig(enabled=trainer == "enabled"))
+        times = np.zeros((2, 300))
+        for step in range(times.shape[1]):
+            x, y = self.x[step % 100], self.y[step % 100]
+            start = perf_counter()
+            plain_optimizer.zero_grad()
+            loss = F.cross_entropy(plain_model(x), y)
+            loss.backward()
+            plain_optimizer.step()
+            loss.item()
+            middle = perf_counter()
+            hybrid.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+            times[:, step] = middle - start, perf_counter() - middle
+        plain, ours = np.median(times[:, 100:], axis=1)
+        return ours / plain
+
+    track_ratio.unit = "hybrid / plain"
+
+
+class Snapshots:
+    """Taking a snapshot, its Gram matrix, and moving, for one million parameters."""
+
+    def setup(self):
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        groups = [[nn.Parameter(torch.randn(125_000))] for _ in range(8)]
+        self.bank = SnapshotBank(groups, 6)
+        for _ in range(6):
+            self.bank.take(fresh=False)
+        self.coefficients = np.tile(np.array([0, 0, 0, 0, -1.0, 2.0]), (8, 1))
+
+    def time_take(self):
+        self.bank.take(fresh=False)
+
+    def time_gram(self):
+        self.bank.gram()
+
+    def time_move(self):
+        self.bank.move(self.coefficients)
+
+
+class BackwardPassesSaved:
+    """Share of the backward passes that a smooth run (digits, full batch) does without."""
+
+    def track_share(self):
+        from sklearn.datasets import load_digits
+
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        digits = load_digits()
+        x = torch.tensor(digits.data / 16, dtype=torch.float32)
+        y = torch.tensor(digits.target)
+        model = nn.Linear(64, 10)
+        trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2))
+        for _ in range(600):
+            trainer.step(lambda: F.cross_entropy(model(x), y))
+        return trainer.statistics().backward_reduction
+
+    track_share.unit = "share"

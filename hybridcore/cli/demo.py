@@ -1,0 +1,204 @@
+"""``hybridcore demo``: real models on real data, with and without hybridcore, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hybridcore.cli.compare import Watch
+    from hybridcore.cli.workloads import Workload
+
+QUICK_SHARE = 0.3
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path(
+        "hybridcore-demo.png"
+    ),
+    only: Annotated[str | None, typer.Option(help="Run this workload alone.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds.")] = 1,
+    quick: Annotated[bool, typer.Option(help="Short runs, to see that all works.")] = False,
+    json_output: Annotated[
+        str | None, typer.Option("--json", help="Write all figures to this file, - for stdout.")
+    ] = None,
+) -> None:
+    """Train real models on real data, plain and with hybridcore, and compare the cost."""
+    try:
+        import torch
+
+        from hybridcore.cli.compare import compare
+        from hybridcore.cli.picture import draw
+        from hybridcore.cli.workloads import WORKLOADS, classifier_at_hand
+    except ImportError as error:
+        print(f'{error.name} is missing; pip install "hybridcore[torch,cli]"', file=sys.stderr)
+        raise typer.Exit(1) from error
+    if only is not None and only not in WORKLOADS:
+        raise typer.BadParameter(
+            f"{only!r} is not one of {', '.join(WORKLOADS)}", param_hint="only"
+        )
+    if not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is no folder", param_hint="output")
+    # Side by side on a busy machine, more threads measure the scheduler.
+    torch.set_num_threads(1)
+    names = ["siren", classifier_at_hand()] if only is None else [only]
+    workloads = [WORKLOADS[name] for name in names]
+    if quick:
+        workloads = [_shortened(workload) for workload in workloads]
+    console = Console(stderr=json_output == "-")
+    if only is None and names[1] == "digits":
+        console.print("Fashion-MNIST (Debian: dataset-fashion-mnist) is not here: using digits.")
+    comparisons = []
+    with _progress(console) as show:
+        for workload in workloads:
+            for seed in range(seeds):
+                with show(workload, seed) as watch:
+                    comparisons.append(compare(workload, seed, watch=watch))
+    summaries = [comparison.summary() for comparison in comparisons]
+    for workload in workloads:
+        _print(console, workload, [s for s in summaries if s["workload"] == workload.name])
+    draw([c for c in comparisons if c.seed == 0], output)
+    console.print(f"Picture: {output}")
+    if json_output is not None:
+        text = json.dumps({**environment(), "comparisons": finite(summaries)}, indent=1)
+        if json_output == "-":
+            print(text)
+        else:
+            Path(json_output).write_text(text + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and threads that a recorded figure depends on."""
+    import numpy as np
+    import torch
+
+    import hybridcore
+
+    return {
+        "hybridcore": hybridcore.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["hybridcore", *sys.argv[1:]]),
+    }
+
+
+def finite(value: Any) -> Any:
+    """Copy of nested containers with NaN and infinities as None, which JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _shortened(workload: Workload) -> Workload:
+    return dataclasses.replace(
+        workload,
+        steps=round(QUICK_SHARE * workload.steps),
+        learning_rates=workload.learning_rates[1:2],
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Any]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+    @contextmanager
+    def show(workload: Workload, seed: int) -> Iterator[Watch]:
+        runs = 2 * len(workload.learning_rates)
+        task = progress.add_task(
+            f"{workload.name} seed {seed}", total=runs * workload.steps, state=""
+        )
+        finished, last = 0, -1
+
+        def watch(method: str, step: int, phase: str, loss: float) -> None:
+            nonlocal finished, last
+            if step < last:
+                finished += 1
+            last = step
+            progress.update(
+                task,
+                completed=finished * workload.steps + min(step, workload.steps),
+                state=f"{method:<10} run {finished + 1}/{runs} {phase:<7} loss {loss:.3g}",
+            )
+
+        yield watch
+        progress.update(task, completed=runs * workload.steps, state="done")
+
+    with progress:
+        yield show
+
+
+def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]) -> None:
+    rates = ", ".join(f"{rate:g}" for rate in workload.learning_rates)
+    table = Table(
+        title=f"{workload.title}: best of learning rates {rates}, {workload.schedule} schedule, "
+        f"{workload.steps} steps" + (f", median of {len(summaries)}" if len(summaries) > 1 else "")
+    )
+    for column in ("", "plain", "hybridcore", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+
+    def row(title: str, plain: str, hybrid: str, form: str) -> None:
+        a = statistics.median(s[plain] for s in summaries)
+        b = statistics.median(s[hybrid] for s in summaries)
+        ratio = statistics.median(s[hybrid] / s[plain] for s in summaries)
+        table.add_row(title, format(a, form), format(b, form), f"{ratio:.2f}")
+
+    if workload.noisy:
+        row("held-out loss at the end", "plain_final", "hybrid_final", ".4f")
+    else:
+        row("cost to plain's final loss", "plain_cost_to_target", "hybrid_cost_to_target", ".0f")
+        row("seconds to it", "plain_seconds_to_target", "hybrid_seconds_to_target", ".1f")
+    row("total cost", "plain_total_cost", "hybrid_total_cost", ".0f")
+    row("total seconds", "plain_total_seconds", "hybrid_total_seconds", ".1f")
+    console.print(table)
+    console.print(_verdict(workload, summaries))
+
+
+def _verdict(workload: Workload, summaries: list[dict[str, Any]]) -> str:
+    def median(name: str) -> float:
+        return float(statistics.median(s[name] for s in summaries))
+
+    share = median("predicted_share")
+    if workload.noisy:
+        cost = statistics.median(s["hybrid_total_cost"] / s["plain_total_cost"] for s in summaries)
+        kept = "stayed out of the way" if share < 0.01 else f"predicted {share:.0%} of the steps"
+        return (
+            f"hybridcore {kept}: loss {median('hybrid_final'):.4f} against "
+            f"{median('plain_final'):.4f}, at {cost:.3f} of the cost.\n"
+        )
+    ratio = median("cost_ratio")
+    less = median("train_less_final")
+    reached = (
+        f"reached plain's final loss at {ratio:.2f} of its cost"
+        if math.isfinite(ratio)
+        else "did not reach plain's final loss"
+    )
+    return (
+        f"hybridcore predicted {share:.0%} of the steps and {reached}; at the same learning rate "
+        f"{median('same_rate_cost_ratio'):.2f}. Plain training cut off at hybridcore's total cost "
+        f"ends at {less:.3g}, hybridcore at {median('hybrid_final'):.3g}.\n"
+    )
