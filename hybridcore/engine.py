@@ -85,6 +85,12 @@ class Engine:
         self._bank = 0
         window = config.snapshot_interval * (config.snapshots - 1)
         self._rates: deque[float] = deque(maxlen=max(2, window))
+        self._turns = {
+            Phase.WARMUP: self._warm_up,
+            Phase.FULL: self._full,
+            Phase.PREDICT: self._predict,
+            Phase.CORRECT: self._correct,
+        }
         self._turn: Turn | None = None
         self._directive: Directive | None = None
 
@@ -92,6 +98,14 @@ class Engine:
     def step_done(self) -> bool:
         """True when the directives of the present step have all been observed."""
         return self._turn is None
+
+    @property
+    def uses_snapshots(self) -> bool:
+        """True if the next step may take, read or write snapshots."""
+        if self.phase is Phase.FULL:
+            span = self.config.snapshot_interval * self.config.snapshots
+            return self.pace.wait - self._taken <= span
+        return self.phase is not Phase.WARMUP
 
     @property
     def needs_batch(self) -> bool:
@@ -105,12 +119,7 @@ class Engine:
         """Return the next directive; one that waits for its observation is returned again."""
         if self._turn is None:
             self.prediction_error = None
-            self._turn = {
-                Phase.WARMUP: self._warm_up,
-                Phase.FULL: self._full,
-                Phase.PREDICT: self._predict,
-                Phase.CORRECT: self._correct,
-            }[self.phase]()
+            self._turn = self._turns[self.phase]()
             self._directive = next(self._turn)
         assert self._directive is not None
         return self._directive

@@ -174,7 +174,8 @@ class HybridTrainer:
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
-            self._check_structure()
+            if engine.uses_snapshots:
+                self._check_structure()
             working = 0.0
             try:
                 while True:
@@ -301,7 +302,8 @@ class HybridTrainer:
             self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
             return float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        return gradient_norm(self._parameters)
+        groups = self.optimizer.param_groups
+        return gradient_norm(p for group in groups for p in group["params"])
 
     def _update(self, scale: float) -> None:
         rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from time import perf_counter, process_time
 from typing import Any
 
@@ -16,7 +16,7 @@ from hybridcore.cli.workloads import Closure, Task, Workload, scheduler
 from hybridcore_torch import HybridTrainer
 
 SMOOTHING = 5
-Watch = Callable[[str, int, str, float], None]
+Watch = Callable[[float, int, "Run"], None]
 
 
 @dataclass(slots=True)
@@ -60,6 +60,10 @@ class Run:
     ----------
     learning_rate : float
         Rate at the start of the schedule.
+    task : Task
+        What is trained.
+    trainer : HybridTrainer or None
+        None in a plain run.
     cost, seconds : list of float
         Work in full steps, and wall-clock seconds, up to the end of each step.
     loss : list of float
@@ -75,6 +79,8 @@ class Run:
     """
 
     learning_rate: float
+    task: Task
+    trainer: HybridTrainer | None
     cost: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -82,6 +88,13 @@ class Run:
     held_out: float = math.nan
     cpu_seconds: float = 0.0
     statistics: dict[str, Any] | None = None
+
+    def finish(self) -> Run:
+        """Take the figures that belong to the end of the run."""
+        self.held_out = self.task.held_out()
+        if self.trainer is not None:
+            self.statistics = self.trainer.statistics().to_dict()
+        return self
 
     def smooth(self) -> list[tuple[int, float]]:
         """Step and median of the last five real losses, from the fifth on."""
@@ -91,9 +104,17 @@ class Run:
             for k in range(SMOOTHING - 1, len(real))
         ]
 
-    def final(self, noisy: bool) -> float:
-        """Figure by which a run is judged: held-out loss, or training loss where all is seen."""
-        return self.held_out if noisy else self.smooth()[-1][1]
+    def score(self, noisy: bool) -> float:
+        """Figure by which a run is judged: held-out loss at the end, or the lowest training loss.
+
+        Where every batch is the whole, the lowest is what the user would keep, and the harder
+        target: a plain run at a high rate may end in a spike.
+        """
+        return self.held_out if noisy else self.lowest()
+
+    def lowest(self) -> float:
+        """Least smoothed training loss."""
+        return min(loss for _, loss in self.smooth())
 
     def first_at(self, target: float) -> int | None:
         """First step at which the smoothed loss is at or below `target`."""
@@ -114,57 +135,55 @@ class Run:
         return self.phase.count(Phase.PREDICT.name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the step-by-step lists."""
-        lists = ("cost", "seconds", "loss", "phase")
-        summary = {k: v for k, v in asdict(self).items() if k not in lists}
-        return summary | {"steps": len(self.loss), "predicted": self.predicted}
+        """Return the figures of the run, without the lists."""
+        return {
+            "learning_rate": self.learning_rate,
+            "steps": len(self.loss),
+            "predicted": self.predicted,
+            "cost": self.cost[-1],
+            "seconds": self.seconds[-1],
+            "cpu_seconds": self.cpu_seconds,
+            "final_training_loss": self.smooth()[-1][1],
+            "lowest_training_loss": self.lowest(),
+            "held_out": self.held_out,
+            "statistics": self.statistics,
+        }
 
 
-def train(
+def training(
     workload: Workload,
     seed: int,
     learning_rate: float,
-    steps: int,
     forward_cost: float,
     *,
     hybrid: bool,
     config: HybridTrainerConfig | None = None,
-    watch: Watch | None = None,
-    target: float | None = None,
-) -> Run:
-    """Train once and record every step.
+) -> Generator[Run, None, None]:
+    """Train step by step, for ever; yields the record after each step.
+
+    Runs with the same seed start from the same weights and see the same batches.
 
     Parameters
     ----------
-    workload, seed, learning_rate, steps
-        What to train; runs with the same seed start from the same weights and see the same batches.
+    workload, seed, learning_rate
+        What to train.
     forward_cost : float
         Cost of a forward pass in full steps, from :func:`forward_cost`.
     hybrid : bool
         By :class:`HybridTrainer`, or by the plain loop.
     config : HybridTrainerConfig, optional
         Settings of the hybrid run.
-    watch : callable, optional
-        Called every few steps with the method, the step, the phase and the loss.
-    target : float, optional
-        For a hybrid run at a constant rate: go on past `steps`, to at most the cost of `steps` full
-        ones, until the smoothed loss is this low.
     """
     task = workload.build(seed)
     optimizer = workload.optimizer(task.model, learning_rate)
-    schedule = scheduler(optimizer, workload.schedule, steps)
+    schedule = scheduler(optimizer, workload.schedule, workload.steps)
     trainer = HybridTrainer(task.model, optimizer, config, scheduler=schedule) if hybrid else None
-    method = "hybridcore" if hybrid else "plain"
-    meter, run, elapsed, cpu = Meter(), Run(learning_rate), 0.0, process_time()
-    recent: list[float] = []
+    meter = Meter()
+    run = Run(learning_rate, task, trainer)
+    elapsed = 0.0
     while True:
-        step = len(run.loss)
-        if step >= steps:
-            reached = target is None or statistics.median(recent[-SMOOTHING:]) <= target
-            if reached or not hybrid or run.cost[-1] >= steps:
-                break
-        closure = meter.watch(task.closure(step))
-        start = perf_counter()
+        closure = meter.watch(task.closure(len(run.loss)))
+        cpu, start = process_time(), perf_counter()
         if trainer is None:
             optimizer.zero_grad()
             loss = closure()
@@ -177,19 +196,12 @@ def train(
             result = trainer.step(closure)
             value, phase = result.loss, result.phase.name
         elapsed += perf_counter() - start
+        run.cpu_seconds += process_time() - cpu
         run.loss.append(value)
         run.phase.append(phase)
         run.cost.append(meter.cost(forward_cost))
         run.seconds.append(elapsed)
-        if phase != Phase.PREDICT.name:
-            recent.append(value)
-        if watch is not None and step % 10 == 0:
-            watch(method, step, phase, value)
-    run.cpu_seconds = process_time() - cpu
-    run.held_out = task.held_out()
-    if trainer is not None:
-        run.statistics = trainer.statistics().to_dict()
-    return run
+        yield run
 
 
 def forward_cost(workload: Workload, repeats: int = 30) -> float:
@@ -241,21 +253,21 @@ class Comparison:
 
     @property
     def best_plain(self) -> Run:
-        """Plain run that ended lowest."""
-        return min(self.plain, key=lambda run: run.final(self.workload.noisy))
+        """Plain run with the best score."""
+        return min(self.plain, key=lambda run: run.score(self.workload.noisy))
 
     @property
     def best_hybrid(self) -> Run:
-        """Hybrid run that got to the target for the least cost, or else that ended lowest."""
+        """Hybrid run that got to the target for the least cost, or else that got lowest."""
         noisy = self.workload.noisy
         if noisy:
-            return min(self.hybrid, key=lambda run: run.final(noisy))
-        return min(self.hybrid, key=lambda run: (self._cost_to_target(run), run.final(noisy)))
+            return min(self.hybrid, key=lambda run: run.score(noisy))
+        return min(self.hybrid, key=lambda run: (self._cost_to_target(run), run.score(noisy)))
 
     @property
     def target(self) -> float:
-        """Final loss of the best plain run."""
-        return self.best_plain.final(self.workload.noisy)
+        """Score of the best plain run."""
+        return self.best_plain.score(self.workload.noisy)
 
     def summary(self) -> dict[str, Any]:
         """Figures of the table, as plain numbers; a target that was missed costs infinity."""
@@ -269,12 +281,14 @@ class Comparison:
             "target": self.target,
             "plain_learning_rate": plain.learning_rate,
             "hybrid_learning_rate": hybrid.learning_rate,
-            "plain_final": plain.final(noisy),
-            "hybrid_final": hybrid.final(noisy),
+            "plain_final": plain.score(noisy),
+            "hybrid_final": hybrid.score(noisy),
             "plain_total_cost": plain.cost[-1],
             "hybrid_total_cost": hybrid.cost[-1],
             "plain_total_seconds": plain.seconds[-1],
             "hybrid_total_seconds": hybrid.seconds[-1],
+            "plain_cpu_seconds": plain.cpu_seconds,
+            "hybrid_cpu_seconds": hybrid.cpu_seconds,
             "predicted_share": hybrid.predicted / len(hybrid.loss),
             "train_less_final": plain.loss_at(hybrid.cost[-1]),
             "runs": [
@@ -314,29 +328,34 @@ class Comparison:
 def compare(
     workload: Workload,
     seed: int,
-    steps: int | None = None,
     config: HybridTrainerConfig | None = None,
     watch: Watch | None = None,
 ) -> Comparison:
-    """Train plain and hybrid over the workload's grid, from the same weights and batches."""
-    steps = workload.steps if steps is None else steps
+    """Train plain and hybrid over the workload's grid, step by step in turn.
+
+    In turn, so that a machine whose speed drifts slows both alike. Then, where the rate is constant
+    and the target not reached, the hybrid runs go on, to at most the cost of the plain ones.
+    """
     price = forward_cost(workload)
-    rates = workload.learning_rates
-    plain = [train(workload, seed, rate, steps, price, hybrid=False, watch=watch) for rate in rates]
-    target = min(run.final(workload.noisy) for run in plain)
-    extend = target if not workload.noisy and workload.schedule == "constant" else None
-    hybrid = [
-        train(
-            workload,
-            seed,
-            rate,
-            steps,
-            price,
-            hybrid=True,
-            config=config,
-            watch=watch,
-            target=extend,
-        )
-        for rate in rates
-    ]
-    return Comparison(workload, seed, price, plain, hybrid)
+    plain, hybrid, going = [], [], []
+    for rate in workload.learning_rates:
+        loops = [
+            training(workload, seed, rate, price, hybrid=is_hybrid, config=config)
+            for is_hybrid in (False, True)
+        ]
+        for step in range(workload.steps):
+            runs = [next(loop) for loop in loops]
+            if watch is not None and step % 10 == 0:
+                watch(rate, step, runs[1])
+        plain.append(runs[0].finish())
+        hybrid.append(runs[1].finish())
+        going.append(loops[1])
+    comparison = Comparison(workload, seed, price, plain, hybrid)
+    if not workload.noisy and workload.schedule == "constant":
+        for run, loop in zip(hybrid, going, strict=True):
+            while run.first_at(comparison.target) is None and run.cost[-1] < workload.steps:
+                next(loop)
+                if watch is not None and len(run.loss) % 10 == 0:
+                    watch(run.learning_rate, workload.steps, run)
+            run.finish()
+    return comparison

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from hybridcore.cli.compare import Watch
+    from hybridcore.cli.compare import Run, Watch
     from hybridcore.cli.workloads import Workload
 
 QUICK_SHARE = 0.3
@@ -128,25 +128,19 @@ def _progress(console: Console) -> Iterator[Any]:
 
     @contextmanager
     def show(workload: Workload, seed: int) -> Iterator[Watch]:
-        runs = 2 * len(workload.learning_rates)
-        task = progress.add_task(
-            f"{workload.name} seed {seed}", total=runs * workload.steps, state=""
-        )
-        finished, last = 0, -1
+        rates = list(workload.learning_rates)
+        total = len(rates) * workload.steps
+        task = progress.add_task(f"{workload.name}, seed {seed}", total=total, state="")
 
-        def watch(method: str, step: int, phase: str, loss: float) -> None:
-            nonlocal finished, last
-            if step < last:
-                finished += 1
-            last = step
-            progress.update(
-                task,
-                completed=finished * workload.steps + min(step, workload.steps),
-                state=f"{method:<10} run {finished + 1}/{runs} {phase:<7} loss {loss:.3g}",
-            )
+        def watch(rate: float, step: int, run: Run) -> None:
+            done = rates.index(rate) * workload.steps + step
+            state = f"rate {rate:g}  {run.phase[-1]:<7} loss {run.loss[-1]:.3g}"
+            if step == workload.steps:
+                done, state = total, f"{state}, on to the target"
+            progress.update(task, completed=done, state=state)
 
         yield watch
-        progress.update(task, completed=runs * workload.steps, state="done")
+        progress.update(task, completed=total, state="done")
 
     with progress:
         yield show
@@ -170,7 +164,7 @@ def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]
     if workload.noisy:
         row("held-out loss at the end", "plain_final", "hybrid_final", ".4f")
     else:
-        row("cost to plain's final loss", "plain_cost_to_target", "hybrid_cost_to_target", ".0f")
+        row("cost to plain's lowest loss", "plain_cost_to_target", "hybrid_cost_to_target", ".0f")
         row("seconds to it", "plain_seconds_to_target", "hybrid_seconds_to_target", ".1f")
     row("total cost", "plain_total_cost", "hybrid_total_cost", ".0f")
     row("total seconds", "plain_total_seconds", "hybrid_total_seconds", ".1f")
@@ -193,9 +187,9 @@ def _verdict(workload: Workload, summaries: list[dict[str, Any]]) -> str:
     ratio = median("cost_ratio")
     less = median("train_less_final")
     reached = (
-        f"reached plain's final loss at {ratio:.2f} of its cost"
+        f"reached plain's lowest loss at {ratio:.2f} of its cost"
         if math.isfinite(ratio)
-        else "did not reach plain's final loss"
+        else "did not reach plain's lowest loss"
     )
     return (
         f"hybridcore predicted {share:.0%} of the steps and {reached}; at the same learning rate "

@@ -41,7 +41,7 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> None:
     ]
     entries += [
         Line2D([], [], color=JUMP, marker="v", linestyle=":", label="jump (predicted steps)"),
-        Line2D([], [], color="black", linestyle="--", label="target: plain's final loss"),
+        Line2D([], [], color="black", linestyle="--", label="target: plain's lowest loss"),
     ]
     figure.legend(handles=entries, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.11, 1, 1))
@@ -58,17 +58,16 @@ def _panel(panel: Axes, comparison: Comparison) -> None:
     _hybrid_curve(panel, hybrid)
     summary = comparison.summary()
     if workload.noisy:
-        verdict = (
-            f"held-out loss {summary['hybrid_final']:.4f} against {summary['plain_final']:.4f} "
-            f"plain,\ncost {summary['hybrid_total_cost'] / summary['plain_total_cost']:.2f}"
-        )
+        cost = summary["hybrid_total_cost"] / summary["plain_total_cost"]
+        losses = f"{summary['hybrid_final']:.4f} against {summary['plain_final']:.4f} plain"
+        verdict = f"held-out loss {losses}, cost {cost:.2f}"
     else:
         panel.axhline(comparison.target, color="black", linestyle="--", linewidth=0.9, zorder=1)
         ratio = summary["cost_ratio"]
         verdict = (
-            f"plain's final loss at {ratio:.2f} of its cost"
+            f"plain's lowest loss at {ratio:.2f} of its cost"
             if math.isfinite(ratio)
-            else "plain's final loss was not reached"
+            else "plain's lowest loss was not reached"
         )
     panel.set_title(f"{workload.title}\n{verdict}", fontsize=11)
     panel.set_xlabel("cost (full steps)")

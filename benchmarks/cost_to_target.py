@@ -1,0 +1,73 @@
+"""Cost to the best plain run's lowest loss, over seeds, recorded as JSON.
+
+    python benchmarks/cost_to_target.py siren --seeds 5
+
+trains the workload plain and with hybridcore over its learning-rate grid, step by step in turn,
+and writes benchmarks/results/cost-to-target-siren.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from hybridcore.cli.compare import compare
+from hybridcore.cli.demo import environment, finite
+from hybridcore.cli.workloads import WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = (
+    "cost_ratio",
+    "same_rate_cost_ratio",
+    "seconds_ratio",
+    "predicted_share",
+    "plain_final",
+    "hybrid_final",
+    "total_cost_ratio",
+    "self_measured_cost_ratio",
+    "cpu_ratio",
+    "measured_speedup",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("workload", choices=sorted(WORKLOADS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = []
+    for seed in range(arguments.seeds):
+        summary = compare(WORKLOADS[arguments.workload], seed).summary()
+        plain = summary["plain_total_cost"]
+        summary["total_cost_ratio"] = summary["hybrid_total_cost"] / plain
+        summary["self_measured_cost_ratio"] = summary["self_measured_cost"] / plain
+        summary["cpu_ratio"] = summary["hybrid_cpu_seconds"] / summary["plain_cpu_seconds"]
+        runs.append(summary)
+        shown = ", ".join(f"{k} {summary[k]:.4g}" for k in FIGURES if k in summary)
+        print(f"seed {seed}: {shown}", flush=True)
+    quartiles = {}
+    for name in FIGURES:
+        values = [run[name] for run in runs if name in run]
+        if len(values) > 1:
+            quartiles[name] = statistics.quantiles(values, n=4, method="inclusive")
+            print(f"{name}: quartiles " + ", ".join(f"{v:.4g}" for v in quartiles[name]))
+    document = environment() | {
+        "command": f"python benchmarks/cost_to_target.py {' '.join(sys.argv[1:])}",
+        "quartiles": quartiles,
+        "comparisons": runs,
+    }
+    path = arguments.output or RESULTS / f"cost-to-target-{arguments.workload}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
