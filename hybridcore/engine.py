@@ -192,7 +192,12 @@ class Engine:
             self._gram = None
         lead = self.pace.wait - self._taken - 1
         interval, snapshots = self.config.snapshot_interval, self.config.snapshots
-        if lead % interval != 0 or lead >= interval * snapshots:
+        due = lead % interval == 0 and lead < interval * snapshots
+        if due and self._bank == 0 and self._loss_confidence < self.config.confidence_threshold:
+            # The loss says for nothing that this is no time to jump: no snapshots, ask again soon.
+            self.pace.wait += interval
+            due = False
+        if not due:
             self._absorb((yield _FULL))
             return
         observation = yield Directive(
@@ -263,15 +268,16 @@ class Engine:
         """Jump to take from here, None for "do not predict"."""
         config = self.config
         path = path_confidence(gram.sum(axis=0))
-        in_loss = self.dynamics.forecast(config.correction_interval).confidence(TOLERANCE)
-        self.confidence = min(max(path.values()), in_loss)
+        in_path, in_loss = max(path.values()), self._loss_confidence
+        self.confidence = min(in_path, in_loss)
         retry = config.snapshot_interval
         if self.confidence < config.confidence_threshold:
-            # Far from regular, looking again soon would cost more than it could find.
-            if self.confidence < config.confidence_threshold / 2:
-                retry = self.pace.back_off()
+            if in_loss < config.confidence_threshold:
+                retry, self._bank = retry * config.snapshots, 0
+            elif in_path < config.confidence_threshold / 2:
+                # Far from regular, looking again soon would cost more than it could find.
+                retry, self._bank = self.pace.back_off(), 0
             self.pace.wait = self._taken + retry
-            self._bank = 0 if retry >= config.min_full_steps else self._bank
             return None
         here = (yield _PROBE).loss
         averaged = (yield self._probe_average()).loss
@@ -336,6 +342,11 @@ class Engine:
     def _margin(self) -> float:
         """Rise of the log loss that the loss's own noise explains."""
         return self.config.divergence_sigma * self.dynamics.noise
+
+    @property
+    def _loss_confidence(self) -> float:
+        """Confidence in the trend of the loss, up to where a micro-correction would check it."""
+        return self.dynamics.forecast(self.config.correction_interval).confidence(TOLERANCE)
 
     def _enter(self, event: Event) -> None:
         self.phase = transition(self.phase, event)
