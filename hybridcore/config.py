@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ class HybridTrainerConfig:
         try:
             with Path(path).open("rb") as file:
                 document = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        return cls.from_dict(document.get("hybridcore", document))
+        settings = document.get("hybridcore", document)
+        if not isinstance(settings, Mapping):
+            raise _error("hybridcore", settings, "a table of settings")
+        return cls.from_dict(settings)
 
 
 def _error(name: str, value: object, expected: str) -> ConfigError:
@@ -121,5 +125,5 @@ def _check_real(name: str, value: object, least: float, most: float) -> None:
     expected = f"a number from {least:g} to {most:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _error(name, value, expected)
-    if not least <= value <= most or value == float("inf"):
+    if not least <= value <= min(most, sys.float_info.max):
         raise _error(name, value, expected)

@@ -147,9 +147,11 @@ class Meter:
             )
             for _ in range(_RESAMPLES)
         ]
-        tail = (1.0 - LEVEL) / 2.0
-        low, high = np.quantile(ratios, [tail, 1.0 - tail]) * burden
-        return estimate, Interval(float(min(low, estimate)), float(max(high, estimate)))
+        # Order statistics: ratios may be infinite, and between those nothing can be interpolated.
+        ratios.sort()
+        tail = round(_RESAMPLES * (1.0 - LEVEL) / 2.0)
+        low, high = ratios[tail] * burden, ratios[-1 - tail] * burden
+        return estimate, Interval(min(low, estimate), max(high, estimate))
 
     def _table(self, stretches: list[tuple[float, int, int]]) -> NDArray[np.float64]:
         """Progress, full steps and cost of each stretch, shape (n, 3)."""

@@ -67,3 +67,48 @@ def dmd(snapshots, horizon, tolerance):
         velocity = operator @ velocity
         point = point + left @ velocity
     return point
+
+
+def discounted_line(values, discount):
+    """Level at the newest value, slope and residual deviation of a discounted least-squares line.
+
+    The fit is by an explicit weighted design matrix, newest value at time 0.
+    """
+    y = np.asarray(values, dtype=float)
+    n = len(y)
+    t = np.arange(-n + 1.0, 1.0)
+    root = np.sqrt(discount ** (-t))
+    design = np.stack([np.ones(n), t], axis=1) * root[:, None]
+    level, slope = np.linalg.lstsq(design, y * root, rcond=None)[0]
+    residual = np.sum((root * (y - level - slope * t)) ** 2)
+    effective = np.sum(root**2) * (1 - 2 / n)
+    return level, slope, np.sqrt(residual / effective)
+
+
+# -- models of the loss ---------------------------------------------------------------------------
+
+
+def discounted_line(losses, discount):
+    """Line through the log losses by weighted least squares over the whole series.
+
+    The loss that is k steps old has the weight ``discount ** k``. Returns the level at the newest
+    loss, the slope per step, the standard deviation of a loss about the line, and a function of the
+    horizon that gives the standard deviation of a forecast of a new loss.
+    """
+    y = np.log(losses)
+    age = np.arange(len(y))[::-1]
+    weights = discount**age
+    design = np.column_stack([np.ones(len(y)), -1.0 * age])
+    root = np.sqrt(weights)
+    line = np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]
+    # Of n losses two are spent on the line; of the effective number, the same share.
+    n = len(y)
+    freedom = weights.sum() * (n - 2) / n
+    noise = np.sqrt(np.sum(weights * (y - design @ line) ** 2) / freedom)
+    information = design.T @ (weights[:, None] * design)
+
+    def spread(horizon):
+        ahead = np.array([1.0, horizon])
+        return noise * np.sqrt(1.0 + ahead @ np.linalg.solve(information, ahead))
+
+    return line[0], line[1], noise, spread

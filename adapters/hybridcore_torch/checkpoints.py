@@ -71,3 +71,12 @@ def to_tensors(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_tensors(item) for item in value]
     return value
+
+
+def from_tensors(value: Any) -> Any:
+    """Undo :func:`to_tensors`."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: from_tensors(item) for key, item in value.items()}
+    return value

@@ -425,7 +425,7 @@ class HybridTrainer:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        restore_engine(self.engine, state["engine"])
+        restore_engine(self.engine, checkpoints.from_tensors(state["engine"]))
         self._bank = None
         if state["bank"] is not None:
             self._snapshots.load_state_dict(state["bank"])

@@ -1,0 +1,282 @@
+"""The promises of the first issue, on real problems."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BRISK, digits, regression, weights
+from torch import nn
+
+from hybridcore import (
+    ClosureError,
+    DivergenceError,
+    HybridTrainerConfig,
+    ModelError,
+    Phase,
+)
+from hybridcore_torch import HybridTrainer
+
+
+def train(trainer, closure, steps):
+    return [trainer.step(closure) for _ in range(steps)]
+
+
+def make_optimizer(kind, model):
+    if kind == "adam":
+        return torch.optim.Adam(model.parameters(), 1e-2)
+    if kind == "sgd":
+        return torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd", "adamw"])
+def test_disabled_is_the_plain_loop_bit_for_bit(kind):
+    x, y = digits()
+
+    def build():
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Dropout(0.1), nn.Linear(32, 10))
+        optimizer = make_optimizer(kind, model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + 0.01 * t))
+        return model, optimizer, scheduler
+
+    def batch(step):
+        chosen = torch.arange(32) + 7 * step
+        return x[chosen % len(x)], y[chosen % len(y)]
+
+    plain, optimizer, scheduler = build()
+    plain_losses = []
+    for step in range(600):
+        inputs, labels = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(plain(inputs), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        plain_losses.append(loss.item())
+    model, optimizer, scheduler = build()
+    off = HybridTrainerConfig(enabled=False)
+    trainer = HybridTrainer(model, optimizer, off, scheduler=scheduler, max_grad_norm=1.0)
+    losses = []
+    for step in range(600):
+        inputs, labels = batch(step)
+        losses.append(trainer.step(lambda i=inputs, t=labels: F.cross_entropy(model(i), t)).loss)
+    assert losses == plain_losses
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(model), strict=True))
+    assert trainer.statistics().backward_passes == 600
+
+
+def test_two_enabled_runs_are_the_same_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        model, optimizer, closure = regression()
+        trainer = HybridTrainer(model, optimizer, BRISK)
+        results = train(trainer, closure, 400)
+        runs.append(([r.loss for r in results], [r.phase for r in results], weights(model)))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
+    assert runs[0][1].count(Phase.PREDICT) > 100
+
+
+def test_a_jump_moves_every_tensor_by_a_delta_that_is_not_constant():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    jumps = 0
+    before = weights(model)
+    for _ in range(400):
+        result = trainer.step(lambda: F.cross_entropy(model(x), y))
+        after = weights(model)
+        deltas = [b - a for a, b in zip(before, after, strict=True)]
+        if result.was_predicted and any(d.abs().max() > 0 for d in deltas):
+            jumps += 1
+            assert all(d.std() > 0 for d in deltas)
+        before = after
+    assert jumps > 3
+
+
+def test_predicted_steps_run_no_backward_pass_and_advance_the_schedule():
+    model, optimizer, closure = regression()
+    backwards = []
+
+    def counted():
+        loss = closure()
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: backwards.append(1))
+        return loss
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 1000)
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=scheduler)
+    results = train(trainer, counted, 400)
+    statistics = trainer.statistics()
+    predicted = sum(r.was_predicted for r in results)
+    assert predicted >= 100
+    assert len(backwards) == 400 - predicted == statistics.backward_passes
+    assert statistics.predicted_steps == predicted
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * (1 - 400 / 1000))
+
+
+def test_full_batch_regression_is_reached_for_less():
+    model, optimizer, closure = regression()
+    for _ in range(800):
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        optimizer.step()
+    target = loss.item()
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer)
+    for _ in range(1600):
+        result = trainer.step(closure)
+        if not result.was_predicted and result.loss <= target:
+            break
+    statistics = trainer.statistics()
+    assert result.loss <= target
+    assert statistics.backward_passes + statistics.probes / 3 < 0.75 * 800
+    assert statistics.predicted_steps > 0.25 * statistics.steps
+
+
+def test_noisy_training_is_left_alone():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    trainer = HybridTrainer(model, torch.optim.AdamW(model.parameters(), 2e-3))
+    for _ in range(800):
+        chosen = torch.randint(len(x), (32,))
+        trainer.step(lambda c=chosen: F.cross_entropy(model(x[c]), y[c]))
+    statistics = trainer.statistics()
+    assert statistics.predicted_steps <= 0.05 * 800
+    assert statistics.probes <= 0.02 * 800
+
+
+BAD_CLOSURES = {
+    "None": lambda loss: None,
+    "vector": lambda loss: loss.expand(3),
+    "detached": lambda loss: loss.detach(),
+    "float": lambda loss: loss.item(),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CLOSURES)
+def test_a_bad_closure_is_an_error_that_changes_nothing(kind):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer)
+    before = weights(model)
+    with pytest.raises(ClosureError, match="closure returned"):
+        trainer.step(lambda: BAD_CLOSURES[kind](closure()))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert not optimizer.state
+    assert trainer.statistics().steps == 0
+    assert trainer.step(closure).phase is Phase.WARMUP
+
+
+def test_a_closure_that_raises_at_any_call_changes_nothing():
+    for fatal in range(20, 130, 4):
+        model, optimizer, closure = regression()
+        calls = 0
+
+        def sometimes(fatal=fatal, closure=closure):
+            nonlocal calls
+            calls += 1
+            if calls == fatal:
+                raise KeyError("no such batch")
+            return closure()
+
+        trainer = HybridTrainer(model, optimizer, BRISK)
+        raised = 0
+        for _ in range(160):
+            before, steps = weights(model), trainer.statistics().steps
+            try:
+                trainer.step(sometimes)
+            except KeyError:
+                raised += 1
+                assert trainer.statistics().steps == steps
+                if trainer.engine.phase is not Phase.PREDICT:
+                    after = weights(model)
+                    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        # Predicted steps call nothing, so the latest calls may never come.
+        assert raised == (calls >= fatal)
+        assert trainer.statistics().steps == 160 - raised
+
+
+def test_arguments_that_do_not_fit_are_named():
+    model, optimizer, _ = regression()
+    other = nn.Linear(3, 2)
+    with pytest.raises(ModelError, match="optimizer holds none"):
+        HybridTrainer(other, optimizer)
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        HybridTrainer(frozen, optimizer)
+    with pytest.raises(ModelError, match="no trainable parameter"):
+        HybridTrainer(nn.ReLU(), optimizer)
+    with pytest.raises(ModelError, match="LBFGS"):
+        HybridTrainer(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        HybridTrainer(model, optimizer, max_grad_norm=-1.0)
+    with pytest.raises(ClosureError, match="callable"):
+        HybridTrainer(model, optimizer).step(torch.zeros(1))
+    with pytest.raises(ModelError, match="layer_groups"):
+        HybridTrainer(model, optimizer, layer_groups=[[model.weight]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_batch_costs_itself_and_nothing_else(bad):
+    for victim in range(5, 160, 7):
+        model, optimizer, closure = regression()
+        trainer = HybridTrainer(model, optimizer, BRISK)
+        for step in range(160):
+            factor = bad if step == victim else 1.0
+            trainer.step(lambda f=factor, c=closure: c() * f)
+            assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert closure().item() < 0.5
+        assert trainer.statistics().steps == 160
+
+
+class BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+def test_a_finite_loss_with_a_bad_gradient_leaves_the_batch_out():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    train(trainer, closure, 30)
+    before = weights(model)
+    result = trainer.step(lambda: BadGradient.apply(closure()))
+    assert math.isfinite(result.loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert trainer.statistics().divergences == 1
+    strict = HybridTrainer(model, optimizer, HybridTrainerConfig(on_divergence="raise"))
+    with pytest.raises(DivergenceError, match="left out"):
+        strict.step(lambda: BadGradient.apply(closure()))
+
+
+def test_resumes_bit_for_bit_in_every_phase(tmp_path):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    seen = set()
+    results, saved = [], {}
+    for step in range(300):
+        phase = trainer.engine.phase
+        if phase not in seen or step % 97 == 0:
+            seen.add(phase)
+            saved[step] = tmp_path / f"{step}.pt"
+            trainer.save(saved[step])
+        results.append(trainer.step(closure))
+    assert seen == set(Phase)
+    for step, path in saved.items():
+        again, optimizer, closure = regression(seed=9)
+        resumed = HybridTrainer.load(path, again, optimizer)
+        rest = train(resumed, closure, 300 - step)
+        assert [r.loss for r in rest] == [r.loss for r in results[step:]]
+        assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(again), strict=True))
