@@ -36,6 +36,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         "gram": None if gram is None else gram.copy(),
         "rates": list(engine._rates),
         "taken": engine._taken,
+        "regular": engine._regular,
         "bank": engine._bank,
     }
 
@@ -57,3 +58,4 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     engine._rates = deque(state["rates"], maxlen=engine._rates.maxlen)
     engine._taken = int(state["taken"])
     engine._bank = int(state["bank"])
+    engine._regular = int(state["regular"])

@@ -52,6 +52,7 @@ SETTLE_RATE = 0.5
 ABORT_RISE = math.log(1.3)
 TOLERANCE = math.log(1.2)
 PATIENT_STEPS = 3
+REGULAR_SNAPSHOTS = 3
 
 _FULL = Directive(Action.FULL)
 _SKIP = Directive(Action.SKIP)
@@ -83,6 +84,7 @@ class Engine:
         self._taken = 0
         self._gram: NDArray[np.float64] | None = None
         self._bank = 0
+        self._regular = 0
         window = config.snapshot_interval * (config.snapshots - 1)
         self._rates: deque[float] = deque(maxlen=max(2, window))
         self._turns = {
@@ -192,16 +194,17 @@ class Engine:
             self._gram = None
         lead = self.pace.wait - self._taken - 1
         interval, snapshots = self.config.snapshot_interval, self.config.snapshots
-        due = lead % interval == 0 and lead < interval * snapshots
-        if due and self._bank == 0 and self._loss_confidence < self.config.confidence_threshold:
-            # The loss says for nothing that this is no time to jump: no snapshots, ask again soon.
-            self.pace.wait += interval
-            due = False
-        if not due:
+        if lead % interval != 0 or lead >= interval * snapshots:
             self._absorb((yield _FULL))
             return
+        # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
+        regular = self._loss_confidence >= self.config.confidence_threshold
+        self._regular = self._regular + 1 if regular else 0
+        wanted = lead <= 0 and self._regular >= REGULAR_SNAPSHOTS
+        if lead <= 0 and not wanted:
+            self.pace.wait += interval
         observation = yield Directive(
-            Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=lead <= 0
+            Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted
         )
         self._absorb(observation)
         if observation.applied:
@@ -272,10 +275,8 @@ class Engine:
         self.confidence = min(in_path, in_loss)
         retry = config.snapshot_interval
         if self.confidence < config.confidence_threshold:
-            if in_loss < config.confidence_threshold:
-                retry, self._bank = retry * config.snapshots, 0
-            elif in_path < config.confidence_threshold / 2:
-                # Far from regular, looking again soon would cost more than it could find.
+            if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
+                # Irregular though no spike explains it: looking again soon would be in vain.
                 retry, self._bank = self.pace.back_off(), 0
             self.pace.wait = self._taken + retry
             return None

@@ -85,30 +85,16 @@ def discounted_line(values, discount):
     return level, slope, np.sqrt(residual / effective)
 
 
-# -- models of the loss ---------------------------------------------------------------------------
+def discounted_forecast_std(values, discount, horizon):
+    """Standard deviation of a new value `horizon` steps ahead about :func:`discounted_line`.
 
-
-def discounted_line(losses, discount):
-    """Line through the log losses by weighted least squares over the whole series.
-
-    The loss that is k steps old has the weight ``discount ** k``. Returns the level at the newest
-    loss, the slope per step, the standard deviation of a loss about the line, and a function of the
-    horizon that gives the standard deviation of a forecast of a new loss.
+    The textbook prediction interval of weighted least squares: the noise of the new value, and the
+    uncertainty of the line there from the explicit normal matrix.
     """
-    y = np.log(losses)
-    age = np.arange(len(y))[::-1]
-    weights = discount**age
-    design = np.column_stack([np.ones(len(y)), -1.0 * age])
-    root = np.sqrt(weights)
-    line = np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]
-    # Of n losses two are spent on the line; of the effective number, the same share.
-    n = len(y)
-    freedom = weights.sum() * (n - 2) / n
-    noise = np.sqrt(np.sum(weights * (y - design @ line) ** 2) / freedom)
-    information = design.T @ (weights[:, None] * design)
-
-    def spread(horizon):
-        ahead = np.array([1.0, horizon])
-        return noise * np.sqrt(1.0 + ahead @ np.linalg.solve(information, ahead))
-
-    return line[0], line[1], noise, spread
+    n = len(values)
+    t = np.arange(-n + 1.0, 1.0)
+    design = np.stack([np.ones(n), t], axis=1)
+    information = design.T @ np.diag(discount ** (-t)) @ design
+    ahead = np.array([1.0, horizon])
+    noise = discounted_line(values, discount)[2]
+    return noise * np.sqrt(1.0 + ahead @ np.linalg.inv(information) @ ahead)

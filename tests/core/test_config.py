@@ -4,6 +4,8 @@ import dataclasses
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridcore import ConfigError, HybridTrainerConfig
 
@@ -73,3 +75,158 @@ def test_a_bank_fits_between_two_jumps_where_it_can(snapshots, full):
     assert config.snapshot_interval >= 1
     if full >= snapshots:
         assert config.snapshot_interval * (snapshots - 1) < full
+
+
+NAMES = [field.name for field in dataclasses.fields(HybridTrainerConfig)]
+INTEGERS = {
+    "warmup_steps": (1, None),
+    "min_full_steps": (4, None),
+    "horizon": (1, None),
+    "correction_interval": (1, None),
+    "snapshots": (4, 10),
+}
+REALS = {
+    "confidence_threshold": "a number from 0 to 1",
+    "divergence_sigma": "a number from 0 to inf",
+}
+NO_NUMBERS = [None, "50", "", b"5", [5], (5,), {}, 5j, True, False, math.nan, math.inf, -math.inf]
+
+
+def refused(name, value):
+    """Message with which `value` is refused, from the constructor and from a mapping alike."""
+    with pytest.raises(ConfigError) as caught:
+        HybridTrainerConfig(**{name: value})
+    with pytest.raises(ConfigError) as again:
+        HybridTrainerConfig.from_dict({name: value})
+    assert str(again.value) == str(caught.value)
+    assert str(caught.value).startswith(f"{name} must be ")
+    assert str(caught.value).endswith(f"got {value!r}")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_up_to_the_ends_of_their_range(name):
+    least, most = INTEGERS[name]
+    expected = f"an integer of at least {least}"
+    if most is not None:
+        expected += f" and at most {most}"
+    for value in (least, 10**9 if most is None else most):
+        assert getattr(HybridTrainerConfig(**{name: value}), name) == value
+    outside = [least - 1, 0, -(10**9)] + ([] if most is None else [most + 1, 10**9])
+    for value in [*outside, *NO_NUMBERS, least + 0.5, float(least)]:
+        assert expected in refused(name, value)
+
+
+@pytest.mark.parametrize("name", REALS)
+def test_reals_are_finite_numbers_from_zero(name):
+    # An integer too large for a float is as good as infinite.
+    for value in [*NO_NUMBERS, -1e-9, -1, 10**400]:
+        assert REALS[name] in refused(name, value)
+    for value in (1e-300, 0.5, 1):
+        assert getattr(HybridTrainerConfig(**{name: value}), name) == value
+
+
+def test_the_ends_of_the_reals():
+    for value in (0, 0.0, 1, 1.0):
+        assert HybridTrainerConfig(confidence_threshold=value).confidence_threshold == value
+    for value in (1.0000001, 60):
+        assert "from 0 to 1" in refused("confidence_threshold", value)
+    for value in (0, 0.0, -0.0):
+        assert "a positive number" in refused("divergence_sigma", value)
+    assert HybridTrainerConfig(divergence_sigma=1e300).divergence_sigma == 1e300
+
+
+def test_words_are_listed():
+    for value in (0, 1, None, "yes", math.nan, []):
+        assert "True or False" in refused("enabled", value)
+    for value in (None, "", "Raise", True, ["raise"], math.nan):
+        assert "'recover' or 'raise'" in refused("on_divergence", value)
+
+
+@pytest.mark.parametrize("name", ["horizn", "Horizon", "", "hybridcore", 3, None], ids=repr)
+def test_an_unknown_name_is_named_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match=r"^unknown setting ") as caught:
+        HybridTrainerConfig.from_dict({"horizon": 10, name: 5})
+    assert repr(name) in str(caught.value)
+    for known in NAMES:
+        assert known in str(caught.value)
+
+
+def test_every_setting_is_frozen():
+    config = HybridTrainerConfig()
+    for name in NAMES:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, name, getattr(config, name))
+    # Slots and a frozen class together refuse a new name by one of two errors.
+    with pytest.raises((AttributeError, TypeError)):
+        config.brand_new = 1
+    assert hash(config) == hash(HybridTrainerConfig())
+
+
+VALID = st.fixed_dictionaries(
+    {},
+    optional={
+        "enabled": st.booleans(),
+        "warmup_steps": st.integers(1, 10**6),
+        "min_full_steps": st.integers(4, 10**6),
+        "horizon": st.integers(1, 10**6),
+        "correction_interval": st.integers(1, 10**6),
+        "confidence_threshold": st.floats(0.0, 1.0),
+        "divergence_sigma": st.floats(1e-6, 1e6),
+        "snapshots": st.integers(4, 10),
+        "on_divergence": st.sampled_from(["recover", "raise"]),
+    },
+)
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(VALID)
+def test_a_dictionary_round_trip_keeps_everything(chosen):
+    before = dict(chosen)
+    config = HybridTrainerConfig.from_dict(chosen)
+    assert chosen == before
+    as_dict = config.to_dict()
+    assert list(as_dict) == NAMES
+    assert {name: as_dict[name] for name in chosen} == chosen
+    assert HybridTrainerConfig.from_dict(as_dict) == config
+    as_dict["horizon"] = None
+    assert config.horizon is not None
+
+
+def test_memory_saver_differs_in_two_settings():
+    assert HybridTrainerConfig.memory_saver() == HybridTrainerConfig(horizon=15, snapshots=4)
+
+
+def test_toml_without_settings_or_beside_others(tmp_path):
+    path = tmp_path / "settings.toml"
+    for text in ("", "[hybridcore]\n", "title = 'other'\n[tool]\nhorizon = 0\n[hybridcore]\n"):
+        path.write_text(text)
+        assert HybridTrainerConfig.from_toml(str(path)) == HybridTrainerConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"horizon = ", r"settings\.toml is not valid TOML: "),
+        (b"horizon = 1\nhorizon = 2", r"settings\.toml is not valid TOML: "),
+        (b"\xff\xfe\x00h", r"settings\.toml is not valid TOML: "),
+        (b"horizon = 0", r"^horizon must be an integer of at least 1, got 0$"),
+        (b"horizon = 7.0", r"^horizon must be an integer of at least 1, got 7\.0$"),
+        (b"horizon = true", r"^horizon must be an integer of at least 1, got True$"),
+        (b"divergence_sigma = nan", r"^divergence_sigma must be a number .*, got nan$"),
+        (b"divergence_sigma = inf", r"^divergence_sigma must be a number .*, got inf$"),
+        (b"[hybridcore]\nhorizn = 3", r"^unknown setting 'horizn'; known settings: .*horizon"),
+        (b"[other]\nhorizon = 3", r"^unknown setting 'other'; known settings: .*horizon"),
+        (b"hybridcore = 3", r"^hybridcore must be a table of settings, got 3$"),
+    ],
+)
+def test_a_bad_file_is_refused_clearly(tmp_path, text, message):
+    path = tmp_path / "settings.toml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=message):
+        HybridTrainerConfig.from_toml(path)
+
+
+def test_a_missing_file_is_the_usual_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        HybridTrainerConfig.from_toml(tmp_path / "none.toml")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
