@@ -1,4 +1,4 @@
-"""Writing and reading the trainer's state."""
+"""The trainer's state: collected, checked, restored, written and read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,83 @@ import os
 import pickle
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from hybridcore import CheckpointError
+from hybridcore import CheckpointError, engine_state, restore_engine
+from hybridcore_torch.recovery import RecoveryPoint
+
+if TYPE_CHECKING:
+    from hybridcore_torch.trainer import HybridTrainer
 
 VERSION = 1
+
+
+def collect(trainer: HybridTrainer) -> dict[str, Any]:
+    """Return all that `trainer` needs to go on as if it had not been interrupted."""
+    bank, recovery = trainer._bank, trainer._recovery
+    scheduler, scaler = trainer.scheduler, trainer.scaler
+    return {
+        "hybridcore": VERSION,
+        "config": trainer.config.to_dict(),
+        "engine": to_tensors(engine_state(trainer.engine)),
+        "bank": None if bank is None else bank.state_dict(),
+        "recovery": None if recovery is None else recovery.state_dict(),
+        "steps_since_recovery": trainer._steps_since_recovery,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+
+
+def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
+    """Put `state` into `trainer`, after checking that it fits.
+
+    Raises
+    ------
+    CheckpointError
+        If it does not; nothing has been changed then.
+    """
+    check(state)
+    _check_fits(trainer, state)
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.scheduler is not None:
+        trainer.scheduler.load_state_dict(state["scheduler"])
+    if trainer.scaler is not None:
+        trainer.scaler.load_state_dict(state["scaler"])
+    restore_engine(trainer.engine, from_tensors(state["engine"]))
+    trainer._bank = None
+    if state["bank"] is not None:
+        trainer._snapshots.load_state_dict(state["bank"])
+    recovery = state["recovery"]
+    trainer._recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
+    trainer._steps_since_recovery = state["steps_since_recovery"]
+
+
+def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
+    if state["config"] != trainer.config.to_dict():
+        raise CheckpointError(
+            f"state was saved with settings {state['config']}, this trainer has "
+            f"{trainer.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
+        )
+    for name in ("scheduler", "scaler"):
+        if (getattr(trainer, name) is None) != (state[name] is None):
+            has = "without" if state[name] is None else "with"
+            raise CheckpointError(f"state was saved {has} a {name}: build the trainer likewise")
+    shapes = {name: tuple(value.shape) for name, value in trainer.model.state_dict().items()}
+    saved = {name: tuple(value.shape) for name, value in state["model"].items()}
+    if shapes != saved:
+        differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
+        raise CheckpointError(
+            f"state is of another model: {', '.join(differ[:5])} differ in name or shape"
+        )
+    counts = [len(group["params"]) for group in trainer.optimizer.param_groups]
+    if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
+        raise CheckpointError("state is of another optimizer: its parameter groups differ")
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:

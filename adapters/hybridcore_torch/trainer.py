@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -14,7 +15,6 @@ from torch import nn
 
 from hybridcore import (
     Action,
-    CheckpointError,
     ClosureError,
     Directive,
     DivergenceError,
@@ -24,8 +24,6 @@ from hybridcore import (
     Phase,
     StepResult,
     TrainingStatistics,
-    engine_state,
-    restore_engine,
 )
 from hybridcore_torch import checkpoints
 from hybridcore_torch.checks import check_arguments
@@ -147,7 +145,7 @@ class HybridTrainer:
         length still makes for as many steps as it has batches, so that schedules by the epoch stay
         true: the batches at its end are left out, which a shuffled loader spreads evenly.
         """
-        most = len(loader) if isinstance(loader, Sized) else math.inf
+        most = _length(loader)
         iterator = iter(loader)
         taken = 0
         while taken < most:
@@ -390,18 +388,7 @@ class HybridTrainer:
         Model, optimizer, scheduler and scaler are included. Everything is a tensor, a number, a
         string or a container of those, so ``torch.load(..., weights_only=True)`` reads it back.
         """
-        return {
-            "hybridcore": checkpoints.VERSION,
-            "config": self.config.to_dict(),
-            "engine": checkpoints.to_tensors(engine_state(self.engine)),
-            "bank": None if self._bank is None else self._bank.state_dict(),
-            "recovery": None if self._recovery is None else self._recovery.state_dict(),
-            "steps_since_recovery": self._steps_since_recovery,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-        }
+        return checkpoints.collect(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned.
@@ -412,26 +399,7 @@ class HybridTrainer:
             If the state is of another version, model or optimizer, or was saved with or without a
             scheduler or scaler where this trainer differs.
         """
-        checkpoints.check(state)
-        self._check_state_fits(state)
-        if state["config"] != self.config.to_dict():
-            raise CheckpointError(
-                f"state was saved with settings {state['config']}, this trainer has "
-                f"{self.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        restore_engine(self.engine, checkpoints.from_tensors(state["engine"]))
-        self._bank = None
-        if state["bank"] is not None:
-            self._snapshots.load_state_dict(state["bank"])
-        recovery = state["recovery"]
-        self._recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
-        self._steps_since_recovery = state["steps_since_recovery"]
+        checkpoints.restore(self, state)
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched."""
@@ -458,18 +426,11 @@ class HybridTrainer:
         trainer.load_state_dict(state)
         return trainer
 
-    def _check_state_fits(self, state: dict[str, Any]) -> None:
-        for name in ("scheduler", "scaler"):
-            if (getattr(self, name) is None) != (state[name] is None):
-                has = "without" if state[name] is None else "with"
-                raise CheckpointError(f"state was saved {has} a {name}: build the trainer likewise")
-        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        saved = {name: tuple(value.shape) for name, value in state["model"].items()}
-        if shapes != saved:
-            differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
-            raise CheckpointError(
-                f"state is of another model: {', '.join(differ[:5])} differ in name or shape"
-            )
-        counts = [len(group["params"]) for group in self.optimizer.param_groups]
-        if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
-            raise CheckpointError("state is of another optimizer: its parameter groups differ")
+
+def _length(loader: Iterable[object]) -> float:
+    """Return the number of batches, infinite where the loader does not know it."""
+    if isinstance(loader, Sized):
+        # A DataLoader over a dataset without a length has the method, and raises.
+        with contextlib.suppress(TypeError):
+            return len(loader)
+    return math.inf

@@ -3,10 +3,11 @@
 import itertools
 import json
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridcore import (
     Action,
@@ -223,3 +224,476 @@ def test_regroup_starts_over_in_any_phase(at):
     phases = descent.run(300)
     assert Phase.PREDICT not in phases[: BRISK.min_full_steps]
     assert Phase.PREDICT in phases
+
+
+# -- what every adapter may rely on ---------------------------------------------------------------
+
+
+class Watched(Descent):
+    """Checks every directive against what the protocol promises."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.directives = []
+        self.held = 0
+
+    def carry_out(self, directive, bad=False):
+        self.directives.append(directive)
+        capacity, action = self.engine.config.snapshots, directive.action
+        if directive.coefficients is not None:
+            assert action in (Action.PROBE, Action.MOVE)
+            assert directive.coefficients.ndim == 2
+            assert 1 <= directive.coefficients.shape[1] <= self.held
+            size = max(1.0, np.abs(directive.coefficients).max())
+            assert directive.coefficients.sum(axis=1) == pytest.approx(1.0, abs=1e-13 * size)
+        if action is Action.MOVE:
+            assert directive.coefficients is not None
+            assert self.engine.phase is Phase.PREDICT
+        if action is Action.SAVE:
+            # The newest snapshot holds the weights, so that standing still is exact.
+            assert np.array_equal(self.bank[-1], self.x)
+        if directive.learning_rate_scale != 1.0:
+            assert action is Action.FULL
+            assert self.engine.phase is Phase.CORRECT
+        assert not directive.gram or directive.snapshot
+        assert not directive.fresh_bank or directive.snapshot
+        observation = super().carry_out(directive, bad)
+        if directive.snapshot and observation.applied:
+            self.held = min(capacity, 1 if directive.fresh_bank else self.held + 1)
+        return observation
+
+    def step(self, bad=False):
+        engine, first = self.engine, len(self.directives)
+        needs_batch, uses_snapshots = engine.needs_batch, engine.uses_snapshots
+        before = engine.counters.steps
+        counted = super().step(bad)
+        done = self.directives[first:]
+        actions = [directive.action for directive in done]
+        assert actions.count(Action.FULL) + actions.count(Action.SKIP) == 1
+        assert engine.counters.steps == before + 1
+        if not needs_batch:
+            assert set(actions) <= {Action.MOVE, Action.SKIP}
+        if not uses_snapshots:
+            assert actions == [Action.FULL]
+            assert not done[0].snapshot
+        return counted
+
+
+SETTINGS = {
+    "brisk": BRISK,
+    "default": HybridTrainerConfig(),
+    "saver": HybridTrainerConfig.memory_saver(),
+    "tight": HybridTrainerConfig(
+        warmup_steps=1, min_full_steps=4, horizon=1, correction_interval=1, snapshots=10
+    ),
+    "odd": HybridTrainerConfig(
+        warmup_steps=11, min_full_steps=31, horizon=23, correction_interval=7, snapshots=5
+    ),
+    "reckless": HybridTrainerConfig(
+        warmup_steps=1, min_full_steps=8, confidence_threshold=0.0, horizon=20
+    ),
+    "timid": HybridTrainerConfig(warmup_steps=5, min_full_steps=12, confidence_threshold=1.0),
+}
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_directives_keep_to_the_protocol_and_to_the_settings(name, noise):
+    config = SETTINGS[name]
+    descent = Watched(config, noise=noise)
+    phases = descent.run(700)
+    counters = descent.engine.counters
+    assert counters.steps == counters.full_steps + counters.predicted_steps == 700
+    assert counters.predicted_steps == phases.count(Phase.PREDICT)
+    assert counters.backward_passes == counters.full_steps
+    assert phases[: config.warmup_steps] == [Phase.WARMUP] * config.warmup_steps
+    spans = [(phase, len(list(steps))) for phase, steps in itertools.groupby(phases)]
+    for (phase, count), (after, _) in itertools.pairwise(spans):
+        allowed = {
+            Phase.WARMUP: [Phase.FULL],
+            Phase.FULL: [Phase.PREDICT],
+            Phase.PREDICT: [Phase.CORRECT],
+            Phase.CORRECT: [Phase.FULL],
+        }
+        assert after in allowed[phase]
+        if phase is Phase.FULL:
+            assert count >= config.min_full_steps
+        elif phase is Phase.PREDICT:
+            assert count <= config.horizon
+        elif phase is Phase.CORRECT:
+            assert count <= 2 * config.snapshot_interval
+    if noise == 0.0 and name not in ("timid", "tight"):
+        assert counters.predicted_steps > 0
+
+
+def test_a_quarter_of_a_smooth_descent_is_predicted():
+    descent = Watched()
+    descent.run(800)
+    assert descent.engine.counters.predicted_steps >= 200
+    assert descent.engine.counters.rollbacks == 0
+
+
+def test_a_micro_correction_at_the_end_of_every_segment():
+    descent = Watched()
+    steps, first = [], 0
+    for _ in range(300):
+        phase = descent.step()
+        if phase is Phase.PREDICT:
+            steps.append([d.action for d in descent.directives[first:]])
+        else:
+            steps.append(None)
+        first = len(descent.directives)
+    flights = [list(g) for none, g in itertools.groupby(steps, lambda s: s is None) if not none]
+    assert len(flights) >= 2
+    for flight in flights:
+        for number, actions in enumerate(flight, start=1):
+            last = number == len(flight)
+            assert (Action.MOVE in actions) == (number % BRISK.correction_interval == 1)
+            probed = actions[-2:] == [Action.PROBE, Action.SKIP]
+            assert probed == (last or number % BRISK.correction_interval == 0)
+
+
+# Losses that no real run should have, among some that it does.
+ODD = [math.nan, math.inf, -math.inf, 0.0, -1.0, 5e-324, 1e-300, 1e300, 1.7e308, 0.5, 0.5, 0.5]
+
+
+class Hostile(Watched):
+    """A descent whose reports go wrong at random; the engine must carry on regardless."""
+
+    def __init__(self, config, seed, share):
+        super().__init__(config)
+        self.dice, self.share = np.random.default_rng(seed), share
+
+    def carry_out(self, directive, bad=False):
+        seen = super().carry_out(directive, bad)
+        if directive.action not in (Action.FULL, Action.PROBE) or self.dice.random() > self.share:
+            return seen
+        loss = ODD[self.dice.integers(len(ODD))]
+        rate = [0.5, 0.0, math.nan, -1.0][self.dice.integers(4)]
+        return Observation(loss, math.nan, rate, 0.0, seen.gram, seen.applied)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    share=st.sampled_from([0.01, 0.05, 0.3, 1.0]),
+    name=st.sampled_from(sorted(SETTINGS)),
+)
+def test_no_report_whatever_raises_into_the_loop(seed, share, name):
+    descent = Hostile(SETTINGS[name], seed, share)
+    descent.run(250)
+    counters = descent.engine.counters
+    assert counters.steps == counters.full_steps + counters.predicted_steps == 250
+    assert 0.0 <= descent.engine.confidence <= 1.0
+    json.dumps(descent.engine.statistics().to_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gram_matrix_that_is_not_finite_costs_a_jump_not_the_run(value):
+    class Overflowing(Descent):
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            if seen.gram is not None and len(self.log) < 120:
+                seen.gram[0, 0, 0] = value
+            return seen
+
+    descent = Overflowing()
+    phases = descent.run(300)
+    assert Phase.PREDICT not in phases[:100]
+    assert Phase.PREDICT in phases
+
+
+# -- bad batches ----------------------------------------------------------------------------------
+
+
+def lone_full_steps(count):
+    """Steps of a clean run that are one full step and nothing else, with the phase of each."""
+    descent, steps = Descent(), []
+    for number in range(count):
+        first = len(descent.log)
+        phase = descent.step()
+        if [action for _, action in descent.log[first:]] == [Action.FULL]:
+            steps.append((number, phase))
+    return steps
+
+
+def test_a_bad_batch_leaves_no_trace():
+    clean = Descent()
+    clean.run(160)
+    lone = lone_full_steps(160)
+    assert {phase for _, phase in lone} == {Phase.WARMUP, Phase.FULL, Phase.CORRECT}
+    for number, phase in lone:
+        hurt = Descent()
+        hurt.run(number)
+        at = len(hurt.log)
+        assert hurt.step(bad=True) is phase
+        hurt.run(160 - number)
+        # One entry more in the log, and otherwise the same run to the last bit.
+        assert hurt.log[:at] + hurt.log[at + 1 :] == clean.log, (number, phase)
+        assert np.array_equal(hurt.x, clean.x)
+        assert hurt.engine.counters.divergences == 1
+        assert hurt.engine.counters.backward_passes == clean.engine.counters.backward_passes
+
+
+class Deaf(Watched):
+    """A descent whose probes fail in one phase, and only the first `failures` steps with any."""
+
+    def __init__(self, phase, failures):
+        super().__init__()
+        self.deaf_in, self.failures = phase, failures
+
+    def step(self, bad=False):
+        first = len(self.log)
+        counted = super().step(bad)
+        here = [(phase, action) for phase, action in self.log[first:]]
+        self.failures -= (self.deaf_in, Action.PROBE) in here
+        return counted
+
+    def carry_out(self, directive, bad=False):
+        seen = super().carry_out(directive, bad)
+        deaf = self.failures > 0 and self.engine.phase is self.deaf_in
+        if directive.action is Action.PROBE and deaf:
+            return Observation(math.nan)
+        return seen
+
+
+def test_failed_probes_while_choosing_put_the_jump_off_by_one_snapshot():
+    clean, deaf = Watched(), Deaf(Phase.FULL, 1)
+    on_time, late = (each.run(120).index(Phase.PREDICT) for each in (clean, deaf))
+    assert late == on_time + BRISK.snapshot_interval
+
+
+def test_failed_probes_while_predicting_do_not_end_the_flight():
+    clean, deaf = Watched(), Deaf(Phase.PREDICT, 3)
+    ways = clean.run(100), deaf.run(100)
+    assert ways[0] == ways[1]
+    assert deaf.engine.counters.rollbacks == 0
+
+
+def test_failed_probes_while_validating_keep_the_jump_and_claim_nothing():
+    deaf = Deaf(Phase.CORRECT, 1)
+    phases = deaf.run(100)
+    assert phases.count(Phase.CORRECT) >= 2 * BRISK.snapshot_interval
+    assert deaf.engine.counters.rollbacks == 0
+    # What the jump gained is known to nobody: it must not count as the work of full steps either.
+    first_jump = phases.index(Phase.PREDICT)
+    assert deaf.engine.meter.predicting == []
+    progress = [stretch[0] for stretch in deaf.engine.meter.full]
+    clean = Watched()
+    clean.run(first_jump)
+    assert len(progress) == len(clean.engine.meter.full)
+    landed = phases.index(Phase.FULL, first_jump)
+    again = deaf.run(200).index(Phase.PREDICT) + 100
+    assert again - landed >= BRISK.min_full_steps
+    assert again - landed <= 2 * BRISK.min_full_steps
+    assert all(stretch[1] <= 3 * BRISK.min_full_steps for stretch in deaf.engine.meter.full)
+
+
+# -- jumps that go wrong --------------------------------------------------------------------------
+
+
+def test_a_rollback_puts_the_weights_back_and_doubles_the_wait():
+    descent = Watched()
+    descent.penalty = 10.0
+    waits = []
+    while len(waits) < 5:
+        rollbacks = descent.engine.counters.rollbacks
+        descent.step()
+        if descent.engine.counters.rollbacks > rollbacks:
+            assert np.array_equal(descent.x, descent.saved)
+            assert descent.engine.phase is Phase.FULL
+            waits.append(descent.engine.pace.wait)
+    least = BRISK.min_full_steps
+    assert waits == [least, 2 * least, 4 * least, 8 * least, 16 * least]
+    assert sum(descent.engine.statistics().arm_values.values()) < 0.0
+    assert descent.engine.statistics().measured_speedup < 1.0
+
+
+def test_a_jump_is_given_up_after_a_few_settling_steps():
+    descent = Descent()
+    descent.penalty = 10.0
+    phases = descent.run(60)
+    assert phases.count(Phase.CORRECT) == 3
+
+
+def test_validation_that_fails_rolls_back():
+    class Treacherous(Watched):
+        """Reports lower losses everywhere but where the weights have settled."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            settled = self.engine.phase is Phase.CORRECT and directive.coefficients is not None
+            return Observation(1e3) if settled else seen
+
+    descent = Treacherous()
+    descent.run(100)
+    assert descent.engine.counters.rollbacks >= 1
+    assert descent.engine.pace.patience > 1
+    assert (Phase.CORRECT, Action.ROLLBACK) in descent.log
+
+
+def test_a_loss_that_rises_on_the_way_sends_the_weights_back_to_the_best_point():
+    class Cliff(Watched):
+        """The probes on the way see a loss that is far too high."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            flying = self.engine.phase is Phase.PREDICT and directive.action is Action.PROBE
+            return Observation(1e3) if flying else seen
+
+    descent = Cliff()
+    phases = descent.run(BRISK.warmup_steps + BRISK.min_full_steps + BRISK.correction_interval + 10)
+    assert phases.count(Phase.PREDICT) == BRISK.correction_interval
+    moves = [d for d in descent.directives if d.action is Action.MOVE]
+    assert len(moves) == 2
+    # No probe has been better than the start: back to the newest snapshot, exactly.
+    stay = np.zeros(BRISK.snapshots)
+    stay[-1] = 1.0
+    assert moves[1].coefficients.tolist() == [stay.tolist()]
+
+
+# -- interruptions --------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_abandoned_at_any_directive_can_be_taken_again():
+    clean = Watched()
+    clean.run(130)
+    for at in range(0, len(clean.directives), 3):
+        descent = Descent()
+        seen = 0
+        while descent.engine.counters.steps < 130:
+            if seen <= at < seen + 40 and descent.engine.step_done:
+                # Carry out the next directives one by one, to stop at the one that is wanted.
+                while seen < at:
+                    directive = descent.engine.next()
+                    descent.engine.observe(descent.carry_out(directive))
+                    seen += 1
+                descent.engine.next()
+                descent.engine.abandon()
+                assert descent.engine.step_done
+                seen = at + 1
+            before = len(descent.log)
+            descent.step()
+            seen += len(descent.log) - before
+        counters = descent.engine.counters
+        assert counters.steps == counters.full_steps + counters.predicted_steps
+        assert counters.predicted_steps >= clean.engine.counters.predicted_steps // 2, at
+        assert counters.rollbacks == 0
+        assert descent.loss(descent.x) < 1.5 * clean.loss(clean.x)
+
+
+def test_a_directive_waits_until_it_is_observed():
+    engine = Engine(BRISK)
+    assert engine.step_done
+    assert engine.next() is engine.next()
+    assert not engine.step_done
+    engine.observe(Observation(loss=1.0, learning_rate=0.1))
+    assert engine.step_done
+    with pytest.raises(ProtocolError, match="next"):
+        engine.observe(Observation(loss=1.0))
+    engine.next()
+    engine.abandon()
+    with pytest.raises(ProtocolError, match="next"):
+        engine.observe(Observation(loss=1.0))
+    assert engine.counters.steps == 1
+
+
+def test_every_phase_is_resumed_at_every_step_boundary():
+    whole = Descent()
+    whole.run(150)
+    walker, phases = Descent(), set()
+    for cut in range(150):
+        phases.add(walker.engine.phase)
+        if cut % 3 == 0:
+            state = engine_state(walker.engine)
+            gram = state.pop("gram")
+            text = json.dumps(state)
+            other = Descent()
+            restore_engine(other.engine, json.loads(text) | {"gram": gram})
+            again = engine_state(other.engine)
+            again.pop("gram")
+            assert json.dumps(again) == text
+            other.x, other.bank, other.saved = walker.x, list(walker.bank), walker.saved
+            at = len(walker.log)
+            other.run(150 - cut)
+            assert other.log == whole.log[at:], cut
+            assert np.array_equal(other.x, whole.x)
+            assert other.engine.statistics() == whole.engine.statistics()
+        walker.step()
+    assert phases == set(Phase)
+
+
+def test_a_state_does_not_move_with_the_engine():
+    descent = Descent()
+    descent.run(60)
+    state = engine_state(descent.engine)
+    gram = None if state["gram"] is None else state["gram"].copy()
+    before = json.dumps({key: value for key, value in state.items() if key != "gram"})
+    descent.run(60)
+    assert json.dumps({key: value for key, value in state.items() if key != "gram"}) == before
+    assert np.array_equal(state["gram"], gram)
+
+
+def test_no_second_of_any_clock_enters_a_decision():
+    steady, erratic = Watched(), Watched()
+    clock = np.random.default_rng(5)
+    for _ in range(300):
+        steady.step()
+        erratic.seconds = float(clock.exponential())
+        erratic.step()
+        erratic.engine.count_time(Phase.FULL, erratic.seconds, 100.0 * erratic.seconds)
+    assert steady.log == erratic.log
+    for one, other in zip(steady.directives, erratic.directives, strict=True):
+        assert one.action is other.action
+        assert np.array_equal(one.coefficients, other.coefficients)
+
+
+# -- other losses, other parameters ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor", [-1e6, -5.0, -1.0, -0.01])
+@pytest.mark.parametrize("warm", [1, 20])
+def test_a_loss_that_is_or_becomes_negative_is_not_predicted_there(floor, warm):
+    descent = Watched(HybridTrainerConfig(warmup_steps=warm, min_full_steps=12), floor=floor)
+    positive = [True]
+    for _ in range(400):
+        phase = descent.step()
+        if phase is Phase.PREDICT and descent.engine.phase is Phase.PREDICT:
+            assert positive[-1]
+        elif phase is not Phase.PREDICT:
+            positive.append(descent.loss(descent.x) > 0.0)
+    assert descent.loss(descent.x) < 0.0
+
+
+def test_a_loss_of_zero_is_left_alone():
+    class Solved(Watched):
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            return Observation(0.0, 0.0, 0.5, 0.0, seen.gram)
+
+    descent = Solved()
+    assert set(descent.run(300)) == {Phase.WARMUP}
+    assert descent.engine.counters.probes == 0
+
+
+@pytest.mark.parametrize("at", range(2, 130, 4))
+def test_regroup_needs_a_full_bank_again_and_no_longer(at):
+    descent = Watched()
+    descent.run(at)
+    warming = max(0, BRISK.warmup_steps - at)
+    descent.engine.regroup()
+    descent.bank, descent.saved, descent.held = [], None, 0
+    wait = descent.run(200).index(Phase.PREDICT) - warming
+    # The trend starts over as well, and a stretch of snapshots must find it regular first.
+    assert BRISK.min_full_steps <= wait <= 2 * BRISK.min_full_steps
+    assert all(stretch[1] <= 250 for stretch in descent.engine.meter.full)
+
+
+def test_a_plain_run_is_counted_and_nothing_else():
+    engine = Engine(HybridTrainerConfig(enabled=False))
+    for loss in (1.0, math.nan, 0.5):
+        engine.count_plain(Observation(loss, 1.0, 0.1, 0.01))
+    statistics = engine.statistics()
+    assert (statistics.steps, statistics.full_steps, statistics.predicted_steps) == (3, 3, 0)
+    assert statistics.measured_speedup == 1.0
+    assert statistics.probes == 0

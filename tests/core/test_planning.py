@@ -1,11 +1,15 @@
 """The decision rule's parts: confidence in a path, the rate ahead, the pace."""
 
+import json
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridcore import HybridTrainerConfig
+from hybridcore.extrapolation import EXTRAPOLATORS
 from hybridcore.planning import (
     ARMS,
     MOST_PATIENCE,
@@ -89,3 +93,184 @@ def test_pace():
     other.load_state_dict(pace.state_dict())
     assert vars(other) == vars(pace)
     assert math.isnan(Pace(HybridTrainerConfig()).worth)
+
+
+# -- confidence -----------------------------------------------------------------------------------
+
+
+def orbit(rates, m, spacing, seed):
+    """Snapshots of ``theta' = A theta`` in the basis where A is diagonal."""
+    start = np.random.default_rng(seed).normal(size=len(rates))
+    return np.array([rates ** (spacing * k) * start for k in range(m)])
+
+
+@pytest.mark.parametrize("m", [4, 6, 10])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slow_smooth_path_is_trusted_by_every_forecaster(m, seed):
+    slow = path_confidence(gram(orbit(np.linspace(0.999, 0.9995, 30), m, 8, seed)))
+    assert set(slow) == set(ARMS)
+    assert min(slow.values()) > 0.95
+
+
+@pytest.mark.parametrize("m", [4, 6, 10])
+def test_a_random_walk_is_trusted_by_none(m):
+    for seed in range(10):
+        walk = np.random.default_rng([m, seed]).normal(size=(m, 3000)).cumsum(axis=0)
+        confidence = path_confidence(gram(walk))
+        assert max(confidence.values()) < 0.1, seed
+
+
+def test_a_path_that_turns_back_is_not_trusted():
+    there_and_back = np.array([[0.0], [1.0], [2.0], [3.0], [2.0], [1.0]])
+    assert path_confidence(gram(there_and_back))["linear"] == 0.0
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.integers(4, 10), st.integers(-60, 60), st.booleans())
+def test_confidence_is_a_probability_at_any_scale(seed, m, power, walk):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(m, 20))
+    matrix = gram(points.cumsum(axis=0) if walk else points)
+    confidence = path_confidence(matrix)
+    assert all(0.0 <= value <= 1.0 for value in confidence.values())
+    # A power of two scales without rounding.
+    assert path_confidence(matrix * 4.0**power) == confidence
+    assert confidence["anderson"] == max(v for k, v in confidence.items() if k != "anderson")
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e3, 1e12])
+def test_the_unit_of_the_parameters_does_not_matter(scale):
+    expected = path_confidence(gram(smooth()))
+    assert path_confidence(gram(scale * smooth())) == pytest.approx(expected, abs=1e-6)
+    assert min(expected.values()) < max(expected.values())
+
+
+# -- jumps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("reach", [0.0, 3.0, 70.0])
+def test_a_jump_ends_where_its_extrapolator_points(name, reach):
+    matrix = gram(smooth())
+    jump = Jump(name, reach)
+    newest = np.zeros(6)
+    newest[-1] = 1.0
+    assert jump.coefficients(matrix, 0.0).tolist() == newest.tolist()
+    expected = EXTRAPOLATORS[name](matrix, reach)
+    np.testing.assert_allclose(jump.coefficients(matrix), expected, rtol=1e-12, atol=1e-12)
+    for share in np.linspace(0.0, 1.0, 7):
+        size = np.abs(expected).max()
+        total = jump.coefficients(matrix, share).sum()
+        assert total == pytest.approx(1.0, abs=1e-14 * 6 * max(1.0, size))
+
+
+def test_a_forecast_bends_and_a_target_is_approached_straight():
+    points = orbit(np.array([0.5, 0.9]), 6, 1, 0)
+    matrix = gram(points)
+    half = Jump("dmd", 4.0).coefficients(matrix, 0.5) @ points
+    # Half of the way in time is where the path is by then.
+    np.testing.assert_allclose(half, orbit(np.array([0.5, 0.9]), 8, 1, 0)[-1], atol=1e-6)
+    target = Jump("anderson", 4.0).coefficients(matrix, 1.0) @ points
+    middle = Jump("anderson", 4.0).coefficients(matrix, 0.5) @ points
+    np.testing.assert_allclose(middle, (points[-1] + target) / 2.0, atol=1e-12)
+
+
+def test_a_flight_expects_the_way_between_start_and_target():
+    way = flight(fall=0.4)
+    assert [way.expected(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.0, -0.2, -0.4])
+
+
+# -- learning rate --------------------------------------------------------------------------------
+
+
+def cosine(total):
+    return 0.5 * (1.0 + np.cos(np.pi * np.arange(total + 1) / total))
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.1, 0.3, 0.5, 0.7, 0.85])
+def test_a_cosine_schedule_is_met_to_a_few_percent(progress):
+    rates = cosine(3000)
+    now = 40 + int(progress * 2900)
+    truth = rates[now : now + 75].mean() / rates[now - 40 : now].mean()
+    assert learning_rate_ahead(rates[now - 40 : now], 75) == pytest.approx(truth, rel=0.03)
+
+
+def test_a_schedule_that_ends_inside_the_horizon_is_not_continued_below_zero():
+    rates = np.maximum(0.0, 1.0 - np.arange(200) / 100.0)
+    truth = rates[80:155].mean() / rates[40:80].mean()
+    assert learning_rate_ahead(rates[40:80], 75) == pytest.approx(truth, rel=0.01)
+
+
+@pytest.mark.parametrize("rates", [[], [1e-3], [0.0] * 40, [math.nan] * 40, [1e-3, math.nan]])
+def test_without_a_rate_nothing_is_scaled(rates):
+    assert learning_rate_ahead(rates, 75) == 1.0
+
+
+def test_a_warm_up_of_the_rate_is_continued_and_its_unit_does_not_matter():
+    rising = np.arange(1.0, 41.0)
+    truth = np.arange(41.0, 51.0).mean() / rising.mean()
+    for unit in (1e-12, 1.0, 1e12):
+        assert learning_rate_ahead(unit * rising, 10) == pytest.approx(truth)
+
+
+# -- pace -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [HybridTrainerConfig(), HybridTrainerConfig.memory_saver()])
+def test_a_horizon_stays_within_the_settings(config):
+    for fall in (0.0, 1e-9, 0.05, 0.3, 5.0, 1e6):
+        for slope in (-10.0, -0.01, -1e-12, 0.0, 0.3):
+            for worth in (math.nan, 0.0, 33.3, 1e9):
+                pace = Pace(config)
+                pace.worth = worth
+                horizon = pace.horizon(flight(slope, fall))
+                assert isinstance(horizon, int)
+                assert min(config.correction_interval, config.horizon) <= horizon
+                assert horizon <= config.horizon
+
+
+def test_a_horizon_shorter_than_the_interval_wins():
+    config = HybridTrainerConfig(horizon=5, correction_interval=15)
+    assert Pace(config).horizon(flight()) == 5
+
+
+def test_success_halves_the_patience_and_failure_doubles_it():
+    pace = Pace(HybridTrainerConfig())
+    seen = []
+    for progress in [0.0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0, 0.0]:
+        pace.reward(flight(), progress, 16, 9)
+        seen.append((pace.patience, pace.wait))
+    assert seen == [(2, 50), (4, 100), (8, 200), (4, 50), (2, 50), (1, 50), (1, 50), (2, 50)]
+
+
+def test_progress_that_full_steps_would_have_made_as_well_is_no_success():
+    # 16 full steps and 9 probes at a third are worth 19 full steps, a fall of 0.19.
+    for progress, patience in ((0.191, 1), (0.189, 2)):
+        pace = Pace(HybridTrainerConfig())
+        pace.reward(flight(slope=-0.01), progress, 16, 9)
+        assert pace.patience == patience
+
+
+def test_an_arm_is_worth_the_full_steps_that_it_saved():
+    pace = Pace(HybridTrainerConfig())
+    pace.reward(flight(slope=-0.01), 0.5, 16, 9)
+    assert pace.arm_values == {"linear": pytest.approx(34.0)}
+    assert pace.worth == pytest.approx(34.0)
+    pace.reward(flight(slope=-0.01), 0.0, 3, 6)
+    # A failure costs the arm what was spent; a horizon is never negative.
+    assert pace.arm_values == {"linear": pytest.approx((34.0 - 3.0) / 2.0)}
+    assert pace.worth == pytest.approx(17.0)
+
+
+def test_a_fresh_pace_survives_a_checkpoint():
+    pace = Pace(HybridTrainerConfig())
+    state = json.loads(json.dumps(pace.state_dict()))
+    other = Pace(HybridTrainerConfig())
+    other.back_off()
+    other.reward(flight(), 1.0, 16, 9)
+    other.load_state_dict(state)
+    assert json.dumps(other.state_dict()) == json.dumps(pace.state_dict())
+    # The arms that were handed out are a copy.
+    handed_out = other.state_dict()
+    other.reward(flight(), 1.0, 16, 9)
+    assert handed_out["arms"] == {}

@@ -1,0 +1,269 @@
+"""Around the step: loaders, rollbacks, structure, snapshots, scalers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import BRISK, digits, regression, weights
+from torch import nn
+
+from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Phase
+from hybridcore_torch import HybridTrainer
+from hybridcore_torch.gradients import gradient_norm
+from hybridcore_torch.groups import MOST_GROUPS, by_depth
+from hybridcore_torch.snapshots import SnapshotBank
+
+
+class Counting(torch.utils.data.Dataset):
+    def __init__(self, length):
+        self.x, self.y = digits()
+        self.length, self.loaded = length, 0
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        return self.x, self.y
+
+
+def test_predicted_steps_load_no_data_and_passes_keep_their_length():
+    model, optimizer, _ = regression()
+    data = Counting(120)
+    loader = torch.utils.data.DataLoader(data, batch_size=1)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for epoch in range(3):
+        for x, y in trainer.batches(loader):
+            trainer.step(lambda x=x, y=y: F.cross_entropy(model(x[0]), y[0]))
+        assert trainer.statistics().steps == 120 * (epoch + 1)
+    statistics = trainer.statistics()
+    assert statistics.predicted_steps > 60
+    needing = statistics.full_steps + statistics.predicted_steps // BRISK.correction_interval
+    assert data.loaded <= needing + 12
+    assert data.loaded < 300
+
+
+def test_a_loader_without_a_length_works():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    used = len([trainer.step(closure) for _ in trainer.batches(iter(range(90)))])
+    assert used == 90
+    assert trainer.statistics().steps > 90
+
+
+def test_rollback_restores_all_and_keeps_the_schedule_in_step():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=scheduler)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    for _ in range(15):
+        trainer.step(closure)
+    trainer._carry_out(Directive(Action.FULL, snapshot=True, fresh_bank=True), closure)
+    trainer._carry_out(Directive(Action.SAVE), closure)
+    before = copy.deepcopy(model.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    for _ in range(7):
+        trainer._carry_out(Directive(Action.FULL), closure)
+    assert not torch.equal(before["0.weight"], model[0].weight)
+    trainer._carry_out(Directive(Action.ROLLBACK), closure)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    after = optimizer.state_dict()["state"]
+    for key, state in moments.items():
+        for name, value in state.items():
+            assert torch.equal(after[key][name], value)
+    plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 500)
+    for _ in range(23):
+        plain.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(plain.param_groups[0]["lr"], rel=1e-12)
+
+
+def test_probes_leave_no_trace():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    for _ in range(2):
+        trainer._carry_out(Directive(Action.FULL, snapshot=True), closure)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    far = np.array([[-3.0, 4.0]] * len(trainer._snapshots._buckets))
+    losses = [
+        trainer._carry_out(Directive(Action.PROBE, coefficients), closure).loss
+        for coefficients in (None, far, None)
+    ]
+    assert losses[0] == losses[2] != losses[1]
+    assert torch.equal(random, torch.get_rng_state())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_loss_that_differentiates_inside_can_be_probed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    points = torch.linspace(-1, 1, 64).unsqueeze(1).requires_grad_(True)
+
+    def closure():
+        u = model(points)
+        (slope,) = torch.autograd.grad(u.sum(), points, create_graph=True)
+        return (slope - torch.cos(3 * points)).square().mean()
+
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 3e-3), BRISK)
+    for _ in range(300):
+        trainer.step(closure)
+    assert trainer.statistics().predicted_steps > 30
+
+
+@pytest.mark.parametrize("at", [10, 30, 46, 60, 75, 90, 105])
+def test_structure_may_change_at_any_time(at):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    for _ in range(at):
+        trainer.step(closure)
+    model[0].weight.requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    for _ in range(60):
+        trainer.step(closure)
+        assert torch.equal(frozen, model[0].weight)
+    model[2] = nn.Linear(16, 10)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    for _ in range(120):
+        trainer.step(closure)
+    assert trainer.statistics().steps == at + 180
+    assert closure().item() < 2.0
+
+
+def test_tied_and_unused_parameters():
+    x, y = digits()
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.second.weight = self.first.weight
+            self.unused, self.head = nn.Linear(5, 5), nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+    model = Tied()
+    unused = model.unused.weight.detach().clone()
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-3), BRISK)
+    for _ in range(300):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    assert trainer.statistics().predicted_steps > 30
+    assert model.second.weight is model.first.weight
+    assert torch.equal(unused, model.unused.weight)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40))
+def test_groups_are_contiguous_and_hold_each_parameter_once(sizes):
+    parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
+    groups = by_depth(parameters)
+    assert 1 <= len(groups) <= MOST_GROUPS
+    assert all(groups)
+    assert [id(p) for group in groups for p in group] == [id(p) for p in parameters]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-5)]
+)
+@pytest.mark.parametrize("size", [3, 4096, 10_001])
+def test_gram_and_move_equal_numpy(dtype, tolerance, size):
+    torch.manual_seed(0)
+    group = [nn.Parameter(torch.randn(size).to(dtype)), nn.Parameter(torch.randn(2, 3).to(dtype))]
+    other = [nn.Parameter(torch.randn(7))]
+    bank = SnapshotBank([group, other], 4)
+    taken = []
+    for step in range(6):
+        with torch.no_grad():
+            for p in (*group, *other):
+                p.add_(torch.randn_like(p))
+        bank.take(fresh=step == 0)
+        taken.append(torch.cat([p.detach().double().reshape(-1) for p in group]).numpy())
+    kept = np.array(taken[-4:])
+    moved = kept - kept[-1]
+    gram = bank.gram()
+    assert gram.shape == (2, 4, 4)
+    np.testing.assert_allclose(gram[0], moved @ moved.T, rtol=tolerance, atol=tolerance * size)
+    coefficients = np.array([[0.5, -1.0, 0.25, 1.25]] * 2)
+    bank.move(coefficients)
+    got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()
+    rounding = 2e-2 if dtype is torch.bfloat16 else tolerance
+    np.testing.assert_allclose(got, coefficients[0] @ kept, rtol=rounding, atol=rounding)
+    bank.move(np.array([[0.0, 0.0, 0.0, 1.0]] * 2))
+    got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()
+    assert np.array_equal(got, kept[-1])
+
+
+def test_gradient_norm():
+    assert gradient_norm([nn.Parameter(torch.ones(3))]) == 0.0
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.empty(40, 30)), nn.Parameter(torch.empty(7))]
+    for scale in (1.0, 1e-12, 1e25):
+        for p in parameters:
+            p.grad = scale * torch.randn_like(p)
+        expected = torch.cat([p.grad.double().reshape(-1) for p in parameters]).norm().item()
+        assert gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
+    parameters[0].grad = torch.randn(30, 40).T
+    expected = torch.cat([p.grad.double().reshape(-1) for p in parameters]).norm().item()
+    assert gradient_norm(parameters) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_scaler_takes_part():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    trainer = HybridTrainer(model, optimizer, BRISK, scaler=scaler)
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x).float(), y)
+
+    for _ in range(120):
+        trainer.step(closure)
+    assert closure().item() < 1.0
+
+
+def test_the_memory_saver_trains_too():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.memory_saver())
+    phases = {trainer.step(closure).phase for _ in range(500)}
+    assert phases == set(Phase)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    trainer.step(closure)
+    path = tmp_path / "run.pt"
+    trainer.save(path)
+    other = nn.Linear(3, 2)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match="another model"):
+        HybridTrainer.load(path, other, torch.optim.Adam(other.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(other), strict=True))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="damaged"):
+        HybridTrainer.load(path, *regression()[:2])
+    with pytest.raises(CheckpointError, match="not one of a HybridTrainer"):
+        trainer.load_state_dict({})
+    state = trainer.state_dict() | {"hybridcore": 99}
+    with pytest.raises(CheckpointError, match="version 99"):
+        trainer.load_state_dict(state)
