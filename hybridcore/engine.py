@@ -149,9 +149,10 @@ class Engine:
     def regroup(self) -> None:
         """Start over with an empty bank: the parameters are others than they were."""
         self._gram, self._flight, self._bank = None, None, 0
+        self.pace.wait = self.config.min_full_steps
         if self.phase is not Phase.WARMUP:
             self.phase = Phase.FULL
-        self.pace.wait = self._taken + self.config.min_full_steps
+            self.pace.wait += self._taken
         self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
         self.dynamics.restart()
         logger.info("parameters changed: snapshots and trend start over")
@@ -198,18 +199,21 @@ class Engine:
             self._absorb((yield _FULL))
             return
         # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
-        regular = self._loss_confidence >= self.config.confidence_threshold
-        self._regular = self._regular + 1 if regular else 0
-        wanted = lead <= 0 and self._regular >= REGULAR_SNAPSHOTS
-        if lead <= 0 and not wanted:
-            self.pace.wait += interval
+        calm = self._loss_confidence >= self.config.confidence_threshold
+        regular = self._regular + 1 if calm else 0
+        wanted = lead <= 0 and regular >= REGULAR_SNAPSHOTS
         observation = yield Directive(
             Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted
         )
         self._absorb(observation)
         if observation.applied:
+            self._regular = regular
+            if lead <= 0 and not wanted:
+                self.pace.wait += interval
             self._bank = min(self._bank + 1, snapshots)
-            self._gram = observation.gram
+            gram = observation.gram
+            # Weights that are not finite can hide from the loss, but not from the bank.
+            self._gram = gram if gram is not None and np.isfinite(gram).all() else None
 
     def _predict(self) -> Turn:
         flight, interval = self._in_flight, self.config.correction_interval
@@ -224,7 +228,7 @@ class Engine:
             # A probe that is not finite is a bad batch, or settling and validation will tell.
             if _usable(probe.loss):
                 loss = math.log(probe.loss)
-                self.prediction_error = abs(math.expm1(expected - loss))
+                self.prediction_error = abs(self.forecast_loss - probe.loss) / probe.loss
                 self.forecast_loss = probe.loss
                 if loss > flight.log_best + self._margin:
                     yield self._move(flight.best_share)
@@ -314,11 +318,15 @@ class Engine:
         """Compare the settled weights with the recovery point; True if the jump is kept."""
         before = (yield Directive(Action.PROBE, at_recovery_point=True)).loss
         after = (yield self._probe_average()).loss
-        if not (_usable(before) and _usable(after)):
-            # A bad batch proves nothing, and the settling steps had no reason to abort.
-            if _usable(before):
-                self._reward(0.0)
-            return not _usable(before)
+        if not _usable(before):
+            # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
+            # stays, and what it gained is known to nobody.
+            self.pace.wait = self.config.min_full_steps
+            self._close_stretch(NAN, predicting=True)
+            return True
+        if not _usable(after):
+            self._reward(0.0)
+            return False
         progress = math.log(before) - math.log(after)
         self._reward(progress)
         if progress > 0.0:

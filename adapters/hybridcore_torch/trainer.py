@@ -27,14 +27,13 @@ from hybridcore import (
 )
 from hybridcore_torch import checkpoints
 from hybridcore_torch.checks import check_arguments
-from hybridcore_torch.closures import Closure, Prober, training_loss
-from hybridcore_torch.gradients import gradient_norm
+from hybridcore_torch.closures import Closure, Prober
 from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
+from hybridcore_torch.steps import Stepper
 
 Batch = TypeVar("Batch")
-NAN = float("nan")
 
 
 class HybridTrainer:
@@ -108,6 +107,7 @@ class HybridTrainer:
         self._structure = self._present_structure()
         self._bank: SnapshotBank | None = None
         self._prober = Prober(model)
+        self._stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm)
         self._recovery: RecoveryPoint | None = None
         self._steps_since_recovery = 0
 
@@ -168,7 +168,7 @@ class HybridTrainer:
         engine = self.engine
         if not self.config.enabled:
             assert closure is not None
-            observation = self._plain_step(closure)
+            observation = self._stepper.plain(closure)
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
@@ -202,7 +202,7 @@ class HybridTrainer:
             engine.confidence,
             None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
             1e3 * seconds,
-            {"learning_rate": self._learning_rate()},
+            {"learning_rate": self._stepper.learning_rate},
         )
         for callback in self.callbacks:
             callback(result)
@@ -220,14 +220,16 @@ class HybridTrainer:
         action = directive.action
         if action is Action.FULL:
             assert closure is not None
-            observation = self._full_step(closure, directive)
+            observation = self._stepper.full(closure, directive.learning_rate_scale)
+            self._steps_since_recovery += 1
             if directive.snapshot and observation.applied:
                 self._snapshots.take(fresh=directive.fresh_bank)
                 if directive.gram:
                     return dataclasses.replace(observation, gram=self._snapshots.gram())
             return observation
         if action is Action.SKIP:
-            self._advance_schedule()
+            self._stepper.advance_schedule()
+            self._steps_since_recovery += 1
         elif action is Action.PROBE:
             assert closure is not None
             return self._probe(directive, closure)
@@ -251,73 +253,6 @@ class HybridTrainer:
             self._recovery = None
         return Observation()
 
-    def _plain_step(self, closure: Closure) -> Observation:
-        """Do what the plain loop does, and nothing else."""
-        start = perf_counter()
-        self.optimizer.zero_grad()
-        loss = training_loss(closure)
-        norm = NAN
-        if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self.max_grad_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        self._update(1.0)
-        if self.scaler is not None:
-            self.scaler.update()
-        self._advance_schedule()
-        return Observation(loss.item(), norm, self._learning_rate(), perf_counter() - start)
-
-    def _full_step(self, closure: Closure, directive: Directive) -> Observation:
-        start = perf_counter()
-        self.optimizer.zero_grad()
-        loss = training_loss(closure)
-        value = loss.item()
-        rate = self._learning_rate()
-        if not math.isfinite(value):
-            self._advance_schedule()
-            return Observation(value, NAN, rate, perf_counter() - start, applied=False)
-        norm = self._backward(loss)
-        applied = math.isfinite(norm)
-        if applied:
-            self._update(directive.learning_rate_scale)
-        else:
-            self.optimizer.zero_grad()
-        if self.scaler is not None:
-            self.scaler.update()
-        self._advance_schedule()
-        return Observation(value, norm, rate, perf_counter() - start, applied=applied)
-
-    def _backward(self, loss: torch.Tensor) -> float:
-        """Compute gradients, clip them, and return their norm before clipping."""
-        if self.scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm is not None:
-            return float(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        groups = self.optimizer.param_groups
-        return gradient_norm(p for group in groups for p in group["params"])
-
-    def _update(self, scale: float) -> None:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if scale != 1.0:
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["lr"] * scale
-        try:
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
-        finally:
-            if scale != 1.0:
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
-
     def _probe(self, directive: Directive, closure: Closure) -> Observation:
         away = directive.at_recovery_point or directive.coefficients is not None
         if away:
@@ -336,14 +271,6 @@ class HybridTrainer:
         finally:
             if away:
                 self._snapshots.put_back()
-
-    def _advance_schedule(self) -> None:
-        self._steps_since_recovery += 1
-        if self.scheduler is not None:
-            self.scheduler.step()
-
-    def _learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
     # -- structure --------------------------------------------------------------------------
 

@@ -1,0 +1,130 @@
+"""One real step: what the plain loop does, and the same while being watched."""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridcore import Observation
+from hybridcore_torch.closures import Closure, training_loss
+from hybridcore_torch.gradients import gradient_norm
+
+NAN = float("nan")
+
+
+class Stepper:
+    """Takes real steps with the user's optimizer, scheduler and scaler.
+
+    Parameters
+    ----------
+    model, optimizer, scheduler, scaler, max_grad_norm
+        As for :class:`~hybridcore_torch.HybridTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any | None,
+        scaler: torch.amp.GradScaler | None,
+        max_grad_norm: float | None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._scaler = scaler
+        self._max_grad_norm = max_grad_norm
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def advance_schedule(self) -> None:
+        """Let the scheduler, if there is one, take a step."""
+        if self._scheduler is not None:
+            self._scheduler.step()
+
+    def plain(self, closure: Closure) -> Observation:
+        """Do what the plain loop does, and nothing else."""
+        start = perf_counter()
+        self._optimizer.zero_grad()
+        loss = training_loss(closure)
+        self._backward(loss)
+        norm = NAN
+        if self._max_grad_norm is not None:
+            if self._scaler is not None:
+                self._scaler.unscale_(self._optimizer)
+            norm = self._clip(self._max_grad_norm)
+        self._update()
+        if self._scaler is not None:
+            self._scaler.update()
+        self.advance_schedule()
+        return Observation(loss.item(), norm, self.learning_rate, perf_counter() - start)
+
+    def full(self, closure: Closure, scale: float) -> Observation:
+        """Take the step unless loss or gradients are not finite; the schedule advances anyway.
+
+        Parameters
+        ----------
+        closure : callable
+            Computes the loss.
+        scale : float
+            Factor on every learning rate, for this step only.
+        """
+        start = perf_counter()
+        self._optimizer.zero_grad()
+        loss = training_loss(closure)
+        value, rate, norm = loss.item(), self.learning_rate, NAN
+        if math.isfinite(value):
+            norm = self._watched_backward(loss)
+            if math.isfinite(norm):
+                self._update_scaled(scale)
+            else:
+                self._optimizer.zero_grad()
+            if self._scaler is not None:
+                self._scaler.update()
+        self.advance_schedule()
+        applied = math.isfinite(norm)
+        return Observation(value, norm, rate, perf_counter() - start, applied=applied)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        scaled = loss if self._scaler is None else self._scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
+
+    def _clip(self, most: float) -> float:
+        return float(nn.utils.clip_grad_norm_(self._model.parameters(), most))
+
+    def _watched_backward(self, loss: torch.Tensor) -> float:
+        """Compute gradients, clip them, and return their norm before clipping."""
+        self._backward(loss)
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        if self._max_grad_norm is not None:
+            return self._clip(self._max_grad_norm)
+        groups = self._optimizer.param_groups
+        return gradient_norm(p for group in groups for p in group["params"])
+
+    def _update(self) -> None:
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+
+    def _update_scaled(self, scale: float) -> None:
+        if scale == 1.0:
+            self._update()
+            return
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        try:
+            for group in groups:
+                group["lr"] = group["lr"] * scale
+            self._update()
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate

@@ -1,0 +1,85 @@
+"""The README's figures, from the recorded results.
+
+python benchmarks/table.py          # print them
+python benchmarks/table.py --write  # and put them into README.md, between the markers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+SMOOTH = {"siren": "SIREN fits china.jpg", "burgers": "PINN, viscous Burgers equation"}
+NOISY = {"fashion": "MLP, Fashion-MNIST, batches of 64"}
+
+
+def recorded(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def spread(result: dict[str, Any], figure: str, form: str = ".2f") -> str:
+    low, middle, high = result["quartiles"][figure]
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def gains() -> str:
+    lines = [
+        "| real task | cost to plain's lowest loss | wall-clock to it | steps predicted |",
+        "|---|---|---|---|",
+    ]
+    for name, title in SMOOTH.items():
+        result = recorded(f"cost-to-target-{name}")
+        lines.append(
+            f"| {title} | {spread(result, 'cost_ratio')} | {spread(result, 'seconds_ratio')} "
+            f"| {spread(result, 'predicted_share')} |"
+        )
+    lines += ["", "| noisy task | held-out loss, plain | hybridcore | cost | processor time |"]
+    lines.append("|---|---|---|---|---|")
+    for name, title in NOISY.items():
+        result = recorded(f"cost-to-target-{name}")
+        lines.append(
+            f"| {title} | {spread(result, 'plain_final', '.4f')} "
+            f"| {spread(result, 'hybrid_final', '.4f')} | {spread(result, 'total_cost_ratio')} "
+            f"| {spread(result, 'cpu_ratio')} |"
+        )
+    commands = [recorded(f"cost-to-target-{name}")["command"] for name in (*SMOOTH, *NOISY)]
+    lines += ["", "Recorded by " + ", ".join(f"`{command}`" for command in commands) + "."]
+    return "\n".join(lines)
+
+
+def moments() -> str:
+    result = recorded("moments")
+    lines = ["| Adam's moments after a jump | keep | decay by half | reset |", "|---|---|---|---|"]
+    for name, title in SMOOTH.items():
+        middles = [
+            math.exp(statistics.median(map(math.log, result["final_loss"][f"{name}, {choice}"])))
+            for choice in ("keep", "decay", "reset")
+        ]
+        lines.append(f"| {title}, final loss | " + " | ".join(f"{m:.2g}" for m in middles) + " |")
+    lines += ["", f"Medians, recorded by `{result['command']}`."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="update README.md")
+    write = parser.parse_args().write
+    text = README.read_text(encoding="utf-8")
+    for name, content in (("gains", gains()), ("moments", moments())):
+        print(content + "\n")
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        text = block.sub(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", text)
+    if write:
+        README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
