@@ -47,7 +47,7 @@ logger = logging.getLogger("hybridcore")
 
 Turn: TypeAlias = Generator[Directive, Observation, None]
 
-SETTLE_INTERVALS = 2
+AVERAGED_SNAPSHOTS = 2
 SETTLE_RATE = 0.5
 ABORT_RISE = math.log(1.3)
 TOLERANCE = math.log(1.2)
@@ -243,15 +243,15 @@ class Engine:
             self._enter(event)
 
     def _correct(self) -> Turn:
-        interval = self.config.snapshot_interval
-        if self._taken == SETTLE_INTERVALS * interval:
+        settling = max(AVERAGED_SNAPSHOTS, self.config.snapshot_interval)
+        if self._taken == settling:
             if (yield from self._validate()):
                 self._enter(Event.VALIDATED)
             else:
                 yield from self._roll_back()
             yield from self._full()
             return
-        due = (self._taken + 1) % interval == 0
+        due = self._taken + 1 in (settling // 2, settling)
         observation = yield Directive(
             Action.FULL,
             snapshot=due,
@@ -400,7 +400,7 @@ class Engine:
     def _probe_average(self) -> Directive:
         """Probe at the mean of the newest snapshots, where the step-to-step noise is less."""
         assert self._gram is not None
-        mean = average(np.zeros((SETTLE_INTERVALS, SETTLE_INTERVALS)))
+        mean = average(np.zeros((AVERAGED_SNAPSHOTS, AVERAGED_SNAPSHOTS)))
         return Directive(Action.PROBE, np.tile(mean, (len(self._gram), 1)))
 
     def _close_stretch(

@@ -19,6 +19,8 @@ from hybridcore import (
     engine_state,
     restore_engine,
 )
+from hybridcore.engine import SETTLE_RATE
+from hybridcore.planning import Jump
 
 BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
 
@@ -114,7 +116,7 @@ def test_smooth_descent_is_predicted_and_gains():
         if phase is Phase.PREDICT:
             assert count <= BRISK.horizon
         if phase is Phase.CORRECT:
-            assert count <= 2 * BRISK.snapshot_interval
+            assert count <= BRISK.snapshot_interval
     statistics = hybrid.engine.statistics()
     assert statistics.measured_speedup > 1.0
     assert sum(statistics.arm_values.values()) > 0.0
@@ -236,6 +238,7 @@ class Watched(Descent):
         super().__init__(*args, **kwargs)
         self.directives = []
         self.held = 0
+        self.last_phase, self.begun = None, False
 
     def carry_out(self, directive, bad=False):
         self.directives.append(directive)
@@ -252,13 +255,18 @@ class Watched(Descent):
         if action is Action.SAVE:
             # The newest snapshot holds the weights, so that standing still is exact.
             assert np.array_equal(self.bank[-1], self.x)
-        if directive.learning_rate_scale != 1.0:
-            assert action is Action.FULL
-            assert self.engine.phase is Phase.CORRECT
+        settling = action is Action.FULL and self.engine.phase is Phase.CORRECT
+        assert directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
+        if self.engine.phase is not self.last_phase:
+            self.last_phase, self.begun = self.engine.phase, False
+        if directive.snapshot:
+            # Weights on both sides of a jump are no trajectory: each phase has a bank of its own.
+            assert directive.fresh_bank or self.begun
         assert not directive.gram or directive.snapshot
         assert not directive.fresh_bank or directive.snapshot
         observation = super().carry_out(directive, bad)
         if directive.snapshot and observation.applied:
+            self.begun = True
             self.held = min(capacity, 1 if directive.fresh_bank else self.held + 1)
         return observation
 
@@ -557,6 +565,91 @@ def test_a_loss_that_rises_on_the_way_sends_the_weights_back_to_the_best_point()
     assert moves[1].coefficients.tolist() == [stay.tolist()]
 
 
+def test_a_forecast_that_is_missed_ends_the_flight_where_it_is():
+    class Disappointing(Watched):
+        """The loss promised while choosing is not there on the way, but nothing is lost either."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            trial = directive.coefficients is not None and directive.coefficients.shape[1] > 2
+            if directive.action is not Action.PROBE:
+                return seen
+            if self.engine.phase is Phase.FULL and trial:
+                return Observation(0.01 * seen.loss)
+            return Observation(self.loss(self.saved)) if self.saved is not None else seen
+
+    descent = Disappointing()
+    phases = []
+    while phases[-1:] != [Phase.CORRECT]:
+        phases.append(descent.step())
+    assert phases.count(Phase.PREDICT) == BRISK.correction_interval < BRISK.horizon
+    assert [d.action for d in descent.directives].count(Action.MOVE) == 1
+
+
+# -- choosing and following a jump ----------------------------------------------------------------
+
+
+def test_the_best_of_the_jumps_tried_is_taken_and_followed_in_even_segments():
+    descent, tried, jumps = Watched(), {}, 0
+    for _ in range(400):
+        first = len(descent.directives)
+        newest = descent.bank
+        counted = descent.step()
+        done = descent.directives[first:]
+        state = engine_state(descent.engine)
+        if any(directive.action is Action.SAVE for directive in done):
+            trials = [d.coefficients for d in done if d.coefficients is not None]
+            points = [c[0] @ np.array(newest) for c in trials if c.shape[1] > 2]
+            tried = [descent.loss(point) for point in points[:-1]]  # the last is the move
+            flight = state["flight"]
+            # The first two probes: where the weights are, and their average.
+            assert min(tried) == pytest.approx(math.exp(flight["log_target"]), rel=1e-9)
+            assert min(tried) < math.exp(flight["log_start"])
+            taken, jumps = 0, jumps + 1
+        if counted is not Phase.PREDICT:
+            continue
+        flight, gram = state["flight"], state["gram"].sum(axis=0)
+        for directive in done:
+            if directive.action is Action.MOVE:
+                end = min(taken + BRISK.correction_interval, flight["horizon"])
+                way = Jump(**flight["jump"]).coefficients(gram, end / flight["horizon"])
+                np.testing.assert_allclose(directive.coefficients, [way], rtol=1e-9, atol=1e-9)
+        taken += 1
+    assert jumps >= 3
+
+
+def test_a_jump_is_doubled_for_as_long_as_that_pays():
+    class Valley(Watched):
+        """The farther a trial lands, the lower its loss, up to a point and no farther."""
+
+        trials = ()
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            if directive.action is Action.SAVE or directive.coefficients is None:
+                return seen
+            if directive.action is Action.PROBE and directive.coefficients.shape[1] > 2:
+                distance = np.linalg.norm(self.point(directive.coefficients) - self.x)
+                nearest = self.trials[0][0] if self.trials else distance
+                loss = 0.5 + 0.1 * abs(math.log(distance / nearest) - math.log(3.0))
+                self.trials = (*self.trials, (distance, loss * self.loss(self.x)))
+                return Observation(self.trials[-1][1])
+            return seen
+
+    descent = Valley()
+    # Slow directions alone: the path is as good as straight, and the arms differ little.
+    descent.curvature = np.geomspace(1e-5, 1e-4, 60)
+    while descent.saved is None:
+        descent.step()
+    flight = engine_state(descent.engine)["flight"]
+    unit = BRISK.horizon / BRISK.snapshot_interval
+    losses = [loss for _, loss in descent.trials]
+    assert flight["jump"]["reach"] in (2.0 * unit, 4.0 * unit)
+    assert math.exp(flight["log_target"]) == pytest.approx(min(losses))
+    # The last doubling was one too many.
+    assert losses[-1] > min(losses)
+
+
 # -- interruptions --------------------------------------------------------------------------------
 
 
@@ -685,14 +778,20 @@ def test_a_loss_of_zero_is_left_alone():
 def test_regroup_needs_a_full_bank_again_and_no_longer(at):
     descent = Watched()
     descent.run(at)
+    warming = descent.engine.phase is Phase.WARMUP
     descent.engine.regroup()
-    descent.bank, descent.saved, descent.held = [], None, 0
-    phases = descent.run(200)
+    assert not warming or descent.engine.pace.wait == BRISK.min_full_steps
+    descent.bank, descent.saved, descent.held, descent.begun = [], None, 0, False
+    stretches = list(descent.engine.meter.full)
+    phases = []
+    while Phase.PREDICT not in phases:
+        phases.append(descent.step())
+    # A stretch across the change would compare the losses of two different models.
+    assert descent.engine.meter.full == stretches
     # Taken in the warm-up, what is left of that comes first.
     wait = phases.index(Phase.PREDICT) - phases.index(Phase.FULL)
     # The trend starts over as well, and a stretch of snapshots must find it regular first.
     assert BRISK.min_full_steps <= wait <= 2 * BRISK.min_full_steps
-    assert all(stretch[1] <= 250 for stretch in descent.engine.meter.full)
 
 
 def test_a_plain_run_is_counted_and_nothing_else():

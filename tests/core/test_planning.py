@@ -125,6 +125,12 @@ def test_a_path_that_turns_back_is_not_trusted():
     assert path_confidence(gram(there_and_back))["linear"] == 0.0
 
 
+def test_the_worst_of_the_two_forecasts_counts():
+    # One interval ahead the line meets the last point exactly, two ahead it misses it by far.
+    stumbled = np.array([[0.0], [1.0], [2.0], [3.0], [2.0], [2.5]])
+    assert path_confidence(gram(stumbled))["linear"] == 0.0
+
+
 @settings(deadline=None, derandomize=True, database=None, max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(4, 10), st.integers(-60, 60), st.booleans())
 def test_confidence_is_a_probability_at_any_scale(seed, m, power, walk):
