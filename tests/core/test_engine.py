@@ -352,6 +352,9 @@ def test_a_micro_correction_at_the_end_of_every_segment():
             steps.append(None)
         first = len(descent.directives)
     flights = [list(g) for none, g in itertools.groupby(steps, lambda s: s is None) if not none]
+    if steps[-1] is not None:
+        # Cut off by the end of the run.
+        flights.pop()
     assert len(flights) >= 2
     for flight in flights:
         for number, actions in enumerate(flight, start=1):
@@ -489,9 +492,7 @@ def test_failed_probes_while_validating_keep_the_jump_and_claim_nothing(late):
     stretches = len(deaf.engine.meter.full)
     phases = deaf.run(100)
     assert deaf.engine.counters.rollbacks == 0
-    assert phases[: 2 * BRISK.snapshot_interval - 1].count(Phase.CORRECT) == len(
-        phases[: 2 * BRISK.snapshot_interval - 1]
-    )
+    assert set(phases[: BRISK.snapshot_interval - 1]) == {Phase.CORRECT}
     landed = phases.index(Phase.FULL)
     wait = phases.index(Phase.PREDICT) - landed
     assert BRISK.min_full_steps <= wait <= 2 * BRISK.min_full_steps
