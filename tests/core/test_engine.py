@@ -329,7 +329,7 @@ def test_directives_keep_to_the_protocol_and_to_the_settings(name, noise):
         elif phase is Phase.PREDICT:
             assert count <= config.horizon
         elif phase is Phase.CORRECT:
-            assert count <= 2 * config.snapshot_interval
+            assert count <= max(2, config.snapshot_interval)
     if noise == 0.0 and name not in ("timid", "tight"):
         assert counters.predicted_steps > 0
 
@@ -603,7 +603,7 @@ def test_the_best_of_the_jumps_tried_is_taken_and_followed_in_even_segments():
             points = [c[0] @ np.array(newest) for c in trials if c.shape[1] > 2]
             tried = [descent.loss(point) for point in points[:-1]]  # the last is the move
             flight = state["flight"]
-            # The first two probes: where the weights are, and their average.
+            # The target is the least of the trials, and below the loss here.
             assert min(tried) == pytest.approx(math.exp(flight["log_target"]), rel=1e-9)
             assert min(tried) < math.exp(flight["log_start"])
             taken, jumps = 0, jumps + 1
