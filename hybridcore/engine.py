@@ -28,26 +28,23 @@ from numpy.typing import NDArray
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.dynamics import DynamicsModel, LinearDynamics
 from hybridcore.errors import ProtocolError
-from hybridcore.extrapolation import average
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import (
     ARMS,
-    MOST_REACH,
     Flight,
-    Jump,
     Pace,
     learning_rate_ahead,
     path_confidence,
 )
+from hybridcore.search import AVERAGED_SNAPSHOTS, everywhere, probe_average, search, usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
 logger = logging.getLogger("hybridcore")
 
 Turn: TypeAlias = Generator[Directive, Observation, None]
 
-AVERAGED_SNAPSHOTS = 2
 SETTLE_RATE = 0.5
 ABORT_RISE = math.log(1.3)
 TOLERANCE = math.log(1.2)
@@ -226,7 +223,7 @@ class Engine:
         if self.needs_batch:
             probe = yield _PROBE
             # A probe that is not finite is a bad batch, or settling and validation will tell.
-            if _usable(probe.loss):
+            if usable(probe.loss):
                 loss = math.log(probe.loss)
                 self.prediction_error = abs(self.forecast_loss - probe.loss) / probe.loss
                 self.forecast_loss = probe.loss
@@ -261,7 +258,7 @@ class Engine:
         self._absorb(observation)
         self._bank += due and observation.applied
         # The fast directions that a jump excites fall back within a few steps, or never.
-        if self._taken >= PATIENT_STEPS and _usable(observation.loss):
+        if self._taken >= PATIENT_STEPS and usable(observation.loss):
             rise = math.log(observation.loss) - self._in_flight.log_start
             if rise > ABORT_RISE + self._margin:
                 self._reward(0.0)
@@ -285,26 +282,15 @@ class Engine:
             self.pace.wait = self._taken + retry
             return None
         here = (yield _PROBE).loss
-        averaged = (yield self._probe_average()).loss
+        averaged = (yield probe_average(len(self._known_gram))).loss
         self.pace.wait = self._taken + retry
-        if not (_usable(here) and _usable(averaged)):
+        if not (usable(here) and usable(averaged)):
             return None
         self._close_stretch(math.log(averaged), predicting=False)
         ahead = learning_rate_ahead(self._rates, config.horizon)
         unit = config.horizon / config.snapshot_interval * ahead
-        best, least = None, here
-        for name in ARMS:
-            if path[name] >= config.confidence_threshold:
-                jump = Jump(name, unit)
-                loss = yield from self._try(jump)
-                if loss < least:
-                    best, least = jump, loss
-        while best is not None and best.reach < MOST_REACH * unit:
-            further = Jump(best.extrapolator, 2.0 * best.reach)
-            loss = yield from self._try(further)
-            if not loss < least:
-                break
-            best, least = further, loss
+        candidates = [name for name in ARMS if path[name] >= config.confidence_threshold]
+        best, least = yield from search(gram, candidates, unit, here)
         if best is None:
             self.pace.wait = self._taken + 2 * retry
             return None
@@ -317,14 +303,14 @@ class Engine:
     def _validate(self) -> Generator[Directive, Observation, bool]:
         """Compare the settled weights with the recovery point; True if the jump is kept."""
         before = (yield Directive(Action.PROBE, at_recovery_point=True)).loss
-        after = (yield self._probe_average()).loss
-        if not _usable(before):
+        after = (yield probe_average(len(self._known_gram))).loss
+        if not usable(before):
             # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
             # stays, and what it gained is known to nobody.
             self.pace.wait = self.config.min_full_steps
             self._close_stretch(NAN, predicting=True)
             return True
-        if not _usable(after):
+        if not usable(after):
             self._reward(0.0)
             return False
         progress = math.log(before) - math.log(after)
@@ -380,28 +366,17 @@ class Engine:
             self._rates.append(observation.learning_rate)
 
     @property
+    def _known_gram(self) -> NDArray[np.float64]:
+        assert self._gram is not None
+        return self._gram
+
+    @property
     def _in_flight(self) -> Flight:
         assert self._flight is not None
         return self._flight
 
     def _move(self, share: float) -> Directive:
-        return Directive(Action.MOVE, self._everywhere(self._in_flight.jump, share))
-
-    def _try(self, jump: Jump) -> Generator[Directive, Observation, float]:
-        loss = (yield Directive(Action.PROBE, self._everywhere(jump, 1.0))).loss
-        return loss if _usable(loss) else math.inf
-
-    def _everywhere(self, jump: Jump, share: float) -> NDArray[np.float64]:
-        """Coefficients of the joint trajectory for every layer group, shape (groups, m)."""
-        assert self._gram is not None
-        shared = jump.coefficients(self._gram.sum(axis=0), share)
-        return np.tile(shared, (len(self._gram), 1))
-
-    def _probe_average(self) -> Directive:
-        """Probe at the mean of the newest snapshots, where the step-to-step noise is less."""
-        assert self._gram is not None
-        mean = average(np.zeros((AVERAGED_SNAPSHOTS, AVERAGED_SNAPSHOTS)))
-        return Directive(Action.PROBE, np.tile(mean, (len(self._gram), 1)))
+        return Directive(Action.MOVE, everywhere(self._in_flight.jump, self._known_gram, share))
 
     def _close_stretch(
         self, log_loss: float, predicting: bool, progress: float | None = None
@@ -423,7 +398,3 @@ class Engine:
         elif directive.action is Action.PROBE:
             counters.probes += 1
             meter.probe_seconds.append(observation.seconds)
-
-
-def _usable(loss: float) -> bool:
-    return 0.0 < loss < math.inf
