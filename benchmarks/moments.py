@@ -2,8 +2,8 @@
 
     python benchmarks/moments.py
 
-trains the SIREN and the PINN with each choice, from the same seeds, and records the loss at the
-end of the same number of steps in benchmarks/results/moments.json. The trainer itself keeps them.
+trains the SIREN and the PINN with each choice, from the same seeds, and records the lowest loss
+within the same number of steps in benchmarks/results/moments.json. The trainer itself keeps them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from hybridcore.cli.workloads import WORKLOADS
 from hybridcore_torch import HybridTrainer
 
 RESULTS = Path(__file__).parent / "results" / "moments.json"
-RATES = {"siren": 1e-3, "burgers": 3e-3}
+# The best rates of plain training, so that a larger effective rate is no gain by itself.
+RATES = {"siren": 2e-3, "burgers": 1e-2}
 
 
-def final_log_loss(name: str, seed: int, choice: str, steps: int) -> float:
-    """Log of the median of the last losses, with `choice` made after every jump."""
+def lowest_log_loss(name: str, seed: int, choice: str, steps: int) -> float:
+    """Log of the lowest loss reached, with `choice` made after every jump."""
     workload = WORKLOADS[name]
     task = workload.build(seed)
     optimizer = workload.optimizer(task.model, RATES[name])
@@ -44,20 +45,21 @@ def final_log_loss(name: str, seed: int, choice: str, steps: int) -> float:
     trainer = HybridTrainer(task.model, optimizer, callbacks=[after_jump])
     losses = [trainer.step(task.closure(step)) for step in range(steps)]
     real = [result.loss for result in losses if not result.was_predicted]
-    return math.log(statistics.median(real[-9:]))
+    # The lowest of running medians: a run at these rates may end in a spike.
+    return math.log(min(statistics.median(real[k - 5 : k]) for k in range(5, len(real) + 1)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = {}
     for name in RATES:
         for choice in ("keep", "decay", "reset"):
             values = [
-                final_log_loss(name, seed, choice, arguments.steps)
+                lowest_log_loss(name, seed, choice, arguments.steps)
                 for seed in range(arguments.seeds)
             ]
             table[f"{name}, {choice}"] = [math.exp(value) for value in values]
@@ -65,7 +67,7 @@ def main() -> None:
     document = environment() | {
         "command": f"python benchmarks/moments.py --seeds {arguments.seeds} "
         f"--steps {arguments.steps}",
-        "final_loss": table,
+        "lowest_loss": table,
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -59,10 +59,10 @@ def moments() -> str:
     lines = ["| Adam's moments after a jump | keep | decay by half | reset |", "|---|---|---|---|"]
     for name, title in SMOOTH.items():
         middles = [
-            math.exp(statistics.median(map(math.log, result["final_loss"][f"{name}, {choice}"])))
+            math.exp(statistics.median(map(math.log, result["lowest_loss"][f"{name}, {choice}"])))
             for choice in ("keep", "decay", "reset")
         ]
-        lines.append(f"| {title}, final loss | " + " | ".join(f"{m:.2g}" for m in middles) + " |")
+        lines.append(f"| {title}, lowest loss | " + " | ".join(f"{m:.2g}" for m in middles) + " |")
     lines += ["", f"Medians, recorded by `{result['command']}`."]
     return "\n".join(lines)
 

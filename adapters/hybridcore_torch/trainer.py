@@ -52,8 +52,8 @@ class HybridTrainer:
         Model to train.
     optimizer : torch.optim.Optimizer
         Optimizer of the model's parameters. Its moments are kept across a jump: resetting them
-        loses what the jump gained, decaying them part of it
-        (``python benchmarks/moments.py``).
+        was worst on both tasks where it was measured, and decaying them better on one and worse
+        on the other (``python benchmarks/moments.py``).
     config : HybridTrainerConfig, optional
         Settings.
     scheduler : optional

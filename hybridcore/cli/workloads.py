@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 from collections.abc import Callable
@@ -174,6 +175,7 @@ def _fashion(seed: int) -> Task:
     return _classifier(seed, _fashion_split("train"), _fashion_split("t10k"), batch=64)
 
 
+@functools.cache
 def _fashion_split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     with gzip.open(FASHION / f"{name}-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
