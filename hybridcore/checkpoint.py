@@ -37,6 +37,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         "rates": list(engine._rates),
         "taken": engine._taken,
         "regular": engine._regular,
+        "lost": engine._lost,
         "bank": engine._bank,
     }
 
@@ -59,3 +60,4 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     engine._taken = int(state["taken"])
     engine._bank = int(state["bank"])
     engine._regular = int(state["regular"])
+    engine._lost = int(state["lost"])

@@ -82,6 +82,7 @@ class Engine:
         self._gram: NDArray[np.float64] | None = None
         self._bank = 0
         self._regular = 0
+        self._lost = 0
         window = config.snapshot_interval * (config.snapshots - 1)
         self._rates: deque[float] = deque(maxlen=max(2, window))
         self._turns = {
@@ -257,12 +258,16 @@ class Engine:
         )
         self._absorb(observation)
         self._bank += due and observation.applied
+        self._lost = 0 if observation.applied else self._lost + 1
+        if self._lost == PATIENT_STEPS:
+            # One bad batch is the data's fault, several in a row are the jump's.
+            yield from self._give_up()
+            return
         # The fast directions that a jump excites fall back within a few steps, or never.
         if self._taken >= PATIENT_STEPS and usable(observation.loss):
             rise = math.log(observation.loss) - self._in_flight.log_start
             if rise > ABORT_RISE + self._margin:
-                self._reward(0.0)
-                yield from self._roll_back()
+                yield from self._give_up()
 
     # -- decisions --------------------------------------------------------------------------
 
@@ -318,6 +323,11 @@ class Engine:
         if progress > 0.0:
             self._close_stretch(math.log(after), predicting=True, progress=progress)
         return progress > 0.0
+
+    def _give_up(self) -> Turn:
+        self._lost = 0
+        self._reward(0.0)
+        yield from self._roll_back()
 
     def _roll_back(self) -> Turn:
         yield Directive(Action.ROLLBACK)

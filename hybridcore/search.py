@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridcore.extrapolation import average
+from hybridcore.extrapolation import FORECASTERS, average
 from hybridcore.planning import MOST_REACH, Jump
 from hybridcore.types import Action, Directive, Observation
 
@@ -42,7 +42,10 @@ def search(
         loss = yield from _try(jump, gram)
         if loss < least:
             best, least = jump, loss
-    while best is not None and best.reach < MOST_REACH * reach:
+    # Only a forecast has a further: the others name one point at any reach.
+    while best is not None and best.extrapolator in FORECASTERS:
+        if best.reach >= MOST_REACH * reach:
+            break
         further = Jump(best.extrapolator, 2.0 * best.reach)
         loss = yield from _try(further, gram)
         if not loss < least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def check_arguments(
         raise ConfigError(
             f"probe must be a callable that returns a loss, got {type(probe).__name__}"
         )
-    if not isinstance(callbacks, Iterable) or not all(callable(c) for c in callbacks):
+    if not isinstance(callbacks, Sequence) or not all(callable(c) for c in callbacks):
         raise ConfigError(
             f"callbacks must be a sequence of callables that take a StepResult, got {callbacks!r}"
         )

@@ -49,7 +49,11 @@ class RecoveryPoint:
         """
         for buffer, saved in zip(model.buffers(), self._buffers, strict=True):
             buffer.copy_(saved)
-        optimizer.load_state_dict(copy.deepcopy(self._optimizer))
+        state = copy.deepcopy(self._optimizer)
+        if scheduler is None:
+            # Rates then belong to the user alone, who may have changed them since.
+            state["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state)
         if scaler is not None and self._scaler is not None:
             scaler.load_state_dict(self._scaler)
         if scheduler is not None and self._scheduler is not None:

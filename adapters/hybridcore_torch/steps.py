@@ -77,6 +77,8 @@ class Stepper:
             Factor on every learning rate, for this step only.
         """
         start = perf_counter()
+        buffers = list(self._model.buffers())
+        before = [buffer.detach().clone() for buffer in buffers]
         self._optimizer.zero_grad()
         loss = training_loss(closure)
         value, rate, norm = loss.item(), self.learning_rate, NAN
@@ -90,6 +92,11 @@ class Stepper:
                 self._scaler.update()
         self.advance_schedule()
         applied = math.isfinite(norm)
+        if not applied:
+            # A bad batch has been through the running statistics of normalisation layers.
+            with torch.no_grad():
+                for buffer, saved in zip(buffers, before, strict=True):
+                    buffer.copy_(saved)
         return Observation(value, norm, rate, perf_counter() - start, applied=applied)
 
     def _backward(self, loss: torch.Tensor) -> None:

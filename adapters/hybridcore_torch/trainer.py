@@ -149,6 +149,8 @@ class HybridTrainer:
         iterator = iter(loader)
         taken = 0
         while taken < most:
+            if self.config.enabled and self.engine.uses_snapshots:
+                self._check_structure()
             if self.config.enabled and not self.engine.needs_batch:
                 self._step(None)
             else:
@@ -312,8 +314,9 @@ class HybridTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Return all that training needs to go on as if it had not been interrupted.
 
-        Model, optimizer, scheduler and scaler are included. Everything is a tensor, a number, a
-        string or a container of those, so ``torch.load(..., weights_only=True)`` reads it back.
+        Model, optimizer, scheduler and scaler are included, random states are not. Everything is a
+        tensor, a number, a string or a container of those, so
+        ``torch.load(..., weights_only=True)`` reads it back.
         """
         return checkpoints.collect(self)
 

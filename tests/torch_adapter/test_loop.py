@@ -267,3 +267,49 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     state = trainer.state_dict() | {"hybridcore": 99}
     with pytest.raises(CheckpointError, match="version 99"):
         trainer.load_state_dict(state)
+
+
+def test_a_bad_batch_leaves_running_statistics_alone():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+    trainer.step(lambda: F.cross_entropy(model(x), y))
+    before = model[1].running_mean.clone()
+    trainer.step(lambda: F.cross_entropy(model(x * float("nan")), y))
+    assert torch.equal(before, model[1].running_mean)
+
+
+def test_bad_batches_in_a_row_while_settling_end_in_a_rollback():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.engine.phase is not Phase.CORRECT:
+        trainer.step(closure)
+    for _ in range(3):
+        trainer.step(lambda: closure() * float("nan"))
+    assert trainer.engine.phase is Phase.FULL
+    assert trainer.statistics().rollbacks == 1
+
+
+def test_a_rollback_keeps_a_rate_that_the_user_set():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.engine.phase is not Phase.CORRECT:
+        trainer.step(closure)
+    optimizer.param_groups[0]["lr"] = 1e-4
+    for _ in range(3):
+        trainer.step(lambda: closure() * float("nan"))
+    assert trainer.statistics().rollbacks == 1
+    assert optimizer.param_groups[0]["lr"] == 1e-4
+
+
+def test_freezing_within_a_jump_under_batches():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 3e-3), BRISK)
+    for _ in trainer.batches(range(400)):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+        if trainer.engine.phase is Phase.PREDICT:
+            model[0].weight.requires_grad_(False)
+    assert trainer.statistics().steps == 400
