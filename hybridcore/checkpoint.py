@@ -24,6 +24,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     """
     if not engine.step_done:
         raise ProtocolError("engine_state() in the middle of a step: finish the step first")
+    engine._read()
     flight, gram = engine._flight, engine._gram
     return {
         "phase": engine.phase.name,
@@ -45,6 +46,8 @@ def engine_state(engine: Engine) -> dict[str, Any]:
 def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     """Put `state` into an engine with the same settings."""
     engine.abandon()
+    engine._unread.clear()
+    engine._times.clear()
     engine.phase = Phase[state["phase"]]
     engine.confidence = float(state["confidence"])
     engine.dynamics.load_state_dict(state["dynamics"])
@@ -61,3 +64,4 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     engine._bank = int(state["bank"])
     engine._regular = int(state["regular"])
     engine._lost = int(state["lost"])
+    engine._quiet = engine._quiet_ahead()

@@ -70,8 +70,8 @@ class Engine:
     def __init__(self, config: HybridTrainerConfig, dynamics: DynamicsModel | None = None) -> None:
         self.config = config
         self.dynamics = LinearDynamics() if dynamics is None else dynamics
-        self.meter = Meter()
-        self.counters = Counters()
+        self._meter = Meter()
+        self._counters = Counters()
         self.phase = Phase.WARMUP
         self.confidence = 0.0
         self.forecast_loss = NAN
@@ -93,19 +93,31 @@ class Engine:
         }
         self._turn: Turn | None = None
         self._directive: Directive | None = None
+        self._quiet = self._quiet_ahead()
+        self._unread: list[Observation] = []
+        self._times: list[tuple[Phase, float, float]] = []
+
+    @property
+    def counters(self) -> Counters:
+        """Totals of the run."""
+        self._read()
+        return self._counters
+
+    @property
+    def meter(self) -> Meter:
+        """What predicting gained, and what steps and probes cost."""
+        self._read()
+        return self._meter
 
     @property
     def step_done(self) -> bool:
         """True when the directives of the present step have all been observed."""
-        return self._turn is None
+        return self._directive is None
 
     @property
     def uses_snapshots(self) -> bool:
         """True if the next step may take, read or write snapshots."""
-        if self.phase is Phase.FULL:
-            span = self.config.snapshot_interval * self.config.snapshots
-            return self.pace.wait - self._taken <= span
-        return self.phase is not Phase.WARMUP
+        return not self._quiet and self.phase is not Phase.WARMUP
 
     @property
     def needs_batch(self) -> bool:
@@ -117,11 +129,14 @@ class Engine:
 
     def next(self) -> Directive:
         """Return the next directive; one that waits for its observation is returned again."""
-        if self._turn is None:
-            self.prediction_error = None
-            self._turn = self._turns[self.phase]()
-            self._directive = next(self._turn)
-        assert self._directive is not None
+        if self._directive is None:
+            if self._quiet:
+                self._directive = _FULL
+            else:
+                self._read()
+                self.prediction_error = None
+                self._turn = self._turns[self.phase]()
+                self._directive = next(self._turn)
         return self._directive
 
     def observe(self, observation: Observation) -> None:
@@ -132,13 +147,21 @@ class Engine:
         ProtocolError
             If no directive waits for an observation.
         """
-        if self._turn is None or self._directive is None:
+        if self._directive is None:
             raise ProtocolError("observe() without a directive: call next() and carry it out first")
+        if self._turn is None:
+            self._directive = None
+            self._unread.append(observation)
+            self._quiet -= 1
+            if not self._quiet or not observation.applied:
+                self._read()
+            return
         self._account(self._directive, observation)
         try:
             self._directive = self._turn.send(observation)
         except StopIteration:
             self._turn = self._directive = None
+            self._quiet = self._quiet_ahead()
 
     def abandon(self) -> None:
         """Drop the present step, because the user's code raised in it."""
@@ -146,13 +169,15 @@ class Engine:
 
     def regroup(self) -> None:
         """Start over with an empty bank: the parameters are others than they were."""
+        self._read()
         self._gram, self._flight, self._bank = None, None, 0
         self.pace.wait = self.config.min_full_steps
         if self.phase is not Phase.WARMUP:
             self.phase = Phase.FULL
             self.pace.wait += self._taken
-        self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
+        self._meter.mark = (NAN, self._counters.full_steps, self._counters.probes)
         self.dynamics.restart()
+        self._quiet = self._quiet_ahead()
         logger.info("parameters changed: snapshots and trend start over")
 
     def count_plain(self, observation: Observation) -> None:
@@ -165,15 +190,40 @@ class Engine:
 
         Times are reported; no decision depends on them.
         """
-        self.counters.phase_steps[phase.name] += 1
-        self.counters.phase_seconds[phase.name] += seconds
-        self.meter.overhead_seconds += overhead
+        self._times.append((phase, seconds, overhead))
 
     def statistics(self) -> TrainingStatistics:
         """Summary of the run so far."""
         return TrainingStatistics.of(
             self.counters, self.meter, self.pace.arm_values, self.confidence
         )
+
+    # -- quiet steps ------------------------------------------------------------------------
+
+    def _quiet_ahead(self) -> int:
+        """Coming steps that are full steps and nothing else, whatever is seen in them."""
+        config = self.config
+        if self.phase is Phase.WARMUP:
+            return max(0, config.warmup_steps - self._taken - 1)
+        if self.phase is not Phase.FULL or self._gram is not None:
+            return 0
+        lead = self.pace.wait - self._taken - 1
+        first = config.snapshot_interval * (config.snapshots - 1)
+        return lead - first if lead > first else lead % config.snapshot_interval
+
+    def _read(self) -> None:
+        """Take in what was put off, because on a short step each line of Python counts."""
+        unread, self._unread = self._unread, []
+        for observation in unread:
+            self._account(_FULL, observation)
+            self._absorb(observation)
+        if unread:
+            self._quiet = self._quiet_ahead()
+        for phase, seconds, overhead in self._times:
+            self._counters.phase_steps[phase.name] += 1
+            self._counters.phase_seconds[phase.name] += seconds
+            self._meter.overhead_seconds += overhead
+        self._times.clear()
 
     # -- the phases -------------------------------------------------------------------------
 
@@ -251,13 +301,9 @@ class Engine:
             return
         due = self._taken + 1 in (settling // 2, settling)
         observation = yield Directive(
-            Action.FULL,
-            snapshot=due,
-            fresh_bank=due and self._bank == 0,
-            learning_rate_scale=SETTLE_RATE,
+            Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE
         )
         self._absorb(observation)
-        self._bank += due and observation.applied
         self._lost = 0 if observation.applied else self._lost + 1
         if self._lost == PATIENT_STEPS:
             # One bad batch is the data's fault, several in a row are the jump's.
@@ -283,7 +329,7 @@ class Engine:
         if self.confidence < config.confidence_threshold:
             if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
-                retry, self._bank = self.pace.back_off(), 0
+                retry, self._bank = self.pace.back_off(config.min_full_steps), 0
             self.pace.wait = self._taken + retry
             return None
         here = (yield _PROBE).loss
@@ -296,19 +342,25 @@ class Engine:
         unit = config.horizon / config.snapshot_interval * ahead
         candidates = [name for name in ARMS if path[name] >= config.confidence_threshold]
         best, least = yield from search(gram, candidates, unit, here)
-        if best is None:
-            self.pace.wait = self._taken + 2 * retry
-            return None
-        flight = Flight(
-            best, 0, math.log(here), math.log(least), self.dynamics.slope, log_best=math.log(here)
-        )
-        flight.horizon = self.pace.horizon(flight)
-        return flight
+        if best is not None:
+            start = math.log(here)
+            slope = self.dynamics.slope
+            flight = Flight(best, 0, start, math.log(least), slope, log_best=start)
+            flight.horizon = self.pace.horizon(flight)
+            if flight.horizon > 0:
+                return flight
+        # Probing costs a step or two: where it finds nothing, not again soon.
+        self.pace.wait = self._taken + self.pace.back_off(2 * retry)
+        return None
 
     def _validate(self) -> Generator[Directive, Observation, bool]:
-        """Compare the settled weights with the recovery point; True if the jump is kept."""
-        before = (yield Directive(Action.PROBE, at_recovery_point=True)).loss
-        after = (yield probe_average(len(self._known_gram))).loss
+        """Compare the settled weights with those before the jump; True if the jump is kept.
+
+        Both are means of as many snapshots: the bank holds those of either side.
+        """
+        groups = len(self._known_gram)
+        before = (yield probe_average(groups, behind=AVERAGED_SNAPSHOTS)).loss
+        after = (yield probe_average(groups)).loss
         if not usable(before):
             # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
             # stays, and what it gained is known to nobody.
@@ -331,14 +383,14 @@ class Engine:
 
     def _roll_back(self) -> Turn:
         yield Directive(Action.ROLLBACK)
-        self.counters.rollbacks += 1
+        self._counters.rollbacks += 1
         logger.info("jump by %s rolled back", self._in_flight.jump.extrapolator)
-        self._close_stretch(self.meter.mark[0], predicting=True, progress=0.0)
+        self._close_stretch(self._meter.mark[0], predicting=True, progress=0.0)
         self._enter(Event.ROLLED_BACK)
 
     def _reward(self, progress: float) -> None:
         """Learn what the jump was worth, and how soon another one is worth trying."""
-        spent = self.meter.spent(self.counters.full_steps, self.counters.probes)
+        spent = self._meter.spent(self._counters.full_steps, self._counters.probes)
         self.pace.reward(self._in_flight, progress, *spent)
 
     # -- small change -----------------------------------------------------------------------
@@ -358,8 +410,6 @@ class Engine:
         self._taken = 0
         if event in (Event.VALIDATED, Event.ROLLED_BACK):
             self._gram, self._bank = None, 0
-        elif self.phase is Phase.CORRECT:
-            self._bank = 0
         if event is Event.VALIDATED:
             # After a rollback the trend from before the jump holds again, so only here.
             self.dynamics.restart()
@@ -391,11 +441,11 @@ class Engine:
     def _close_stretch(
         self, log_loss: float, predicting: bool, progress: float | None = None
     ) -> None:
-        full, probes = self.counters.full_steps, self.counters.probes
-        self.meter.close_stretch(log_loss, full, probes, predicting=predicting, progress=progress)
+        full, probes = self._counters.full_steps, self._counters.probes
+        self._meter.close_stretch(log_loss, full, probes, predicting=predicting, progress=progress)
 
     def _account(self, directive: Directive, observation: Observation) -> None:
-        counters, meter = self.counters, self.meter
+        counters, meter = self._counters, self._meter
         if directive.action is Action.FULL:
             counters.steps += 1
             counters.full_steps += 1

@@ -111,9 +111,9 @@ class Pace:
         self.worth = math.nan
         self.arm_values: dict[str, float] = {}
 
-    def back_off(self) -> int:
-        """Full steps to wait before the next attempt, twice as many each time in a row."""
-        steps = self._config.min_full_steps * self.patience
+    def back_off(self, least: int) -> int:
+        """Full steps to wait before the next attempt: `least`, and twice as many each time."""
+        steps = least * self.patience
         self.patience = min(2 * self.patience, MOST_PATIENCE)
         return steps
 
@@ -121,13 +121,14 @@ class Pace:
         """Return how many steps to predict: the real ones that the jump replaces, within settings.
 
         What it is worth is taken from the fall of the loss at its end, and from what jumps have
-        been worth once they had settled.
+        been worth once they had settled. A jump worth less than its settling steps stands for none.
         """
         worth = self._steps_for(flight, flight.log_start - flight.log_target)
         if math.isfinite(self.worth):
             worth = max(worth, self.worth)
-        worth = max(worth, self._config.correction_interval)
-        return round(min(worth, self._config.horizon))
+        if worth < self._config.snapshot_interval:
+            return 0
+        return max(1, round(min(worth, self._config.horizon)))
 
     def reward(self, flight: Flight, progress: float, spent: int, probes: int) -> None:
         """Learn from a jump that has settled.
@@ -150,7 +151,7 @@ class Pace:
             self.patience = max(1, self.patience // 2)
             self.wait = self._config.min_full_steps
         else:
-            self.wait = self.back_off()
+            self.wait = self.back_off(self._config.min_full_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
@@ -164,10 +165,12 @@ class Pace:
 
     def _steps_for(self, flight: Flight, progress: float) -> float:
         """Full steps that would have made `progress` at the slope before the jump."""
-        most = float(MOST_REACH * self._config.horizon)
         if progress <= 0.0:
             return 0.0
-        return min(progress / -flight.slope, most) if flight.slope < 0.0 else most
+        if flight.slope >= 0.0:
+            # Full steps would have made none, but no jump is worth more for being the only way.
+            return float(self._config.horizon)
+        return min(progress / -flight.slope, float(MOST_REACH * self._config.horizon))
 
 
 def _blend(old: float, new: float) -> float:

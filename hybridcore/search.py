@@ -59,10 +59,14 @@ def everywhere(jump: Jump, gram: NDArray[np.float64], share: float) -> NDArray[n
     return np.tile(jump.coefficients(gram.sum(axis=0), share), (len(gram), 1))
 
 
-def probe_average(groups: int) -> Directive:
-    """Return a probe at the mean of the newest snapshots, where the noise of steps is less."""
+def probe_average(groups: int, behind: int = 0) -> Directive:
+    """Return a probe at the mean of snapshots, where the noise of steps is less.
+
+    The mean is of the newest ``AVERAGED_SNAPSHOTS`` but for the last `behind`.
+    """
     mean = average(np.zeros((AVERAGED_SNAPSHOTS, AVERAGED_SNAPSHOTS)))
-    return Directive(Action.PROBE, np.tile(mean, (groups, 1)))
+    row = np.concatenate((mean, np.zeros(behind)))
+    return Directive(Action.PROBE, np.tile(row, (groups, 1)))
 
 
 def usable(loss: float) -> bool:

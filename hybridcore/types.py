@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,6 @@ class Directive:
         - ``ROLLBACK``: restore what ``SAVE`` kept.
     coefficients : (groups, m) ndarray of float64 or None
         Affine coefficients over the bank's snapshots, oldest first; rows sum to 1.
-    at_recovery_point : bool
-        For ``PROBE``: at the weights that ``SAVE`` kept.
     snapshot : bool
         For ``FULL``: add the weights after the step to the bank.
     fresh_bank : bool
@@ -55,15 +54,13 @@ class Directive:
 
     action: Action
     coefficients: NDArray[np.float64] | None = None
-    at_recovery_point: bool = False
     snapshot: bool = False
     fresh_bank: bool = False
     gram: bool = False
     learning_rate_scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(NamedTuple):
     """What an adapter saw while it carried out a :class:`Directive`.
 
     Attributes
@@ -91,8 +88,7 @@ class Observation:
     applied: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one call of ``step`` did.
 
     Attributes
@@ -123,4 +119,4 @@ class StepResult:
     confidence: float
     gradient_norm: float | None
     step_time_ms: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float]

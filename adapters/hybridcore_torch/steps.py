@@ -34,6 +34,7 @@ class Stepper:
         max_grad_norm: float | None,
     ) -> None:
         self._model = model
+        self._modules = list(model.modules())
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._scaler = scaler
@@ -77,7 +78,7 @@ class Stepper:
             Factor on every learning rate, for this step only.
         """
         start = perf_counter()
-        buffers = list(self._model.buffers())
+        buffers = [b for module in self._modules for b in module._buffers.values() if b is not None]
         before = [buffer.detach().clone() for buffer in buffers]
         self._optimizer.zero_grad()
         loss = training_loss(closure)
@@ -113,8 +114,7 @@ class Stepper:
             self._scaler.unscale_(self._optimizer)
         if self._max_grad_norm is not None:
             return self._clip(self._max_grad_norm)
-        groups = self._optimizer.param_groups
-        return gradient_norm(p for group in groups for p in group["params"])
+        return gradient_norm(self._optimizer)
 
     def _update(self) -> None:
         if self._scaler is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
@@ -227,7 +226,7 @@ class HybridTrainer:
             if directive.snapshot and observation.applied:
                 self._snapshots.take(fresh=directive.fresh_bank)
                 if directive.gram:
-                    return dataclasses.replace(observation, gram=self._snapshots.gram())
+                    return observation._replace(gram=self._snapshots.gram())
             return observation
         if action is Action.SKIP:
             self._stepper.advance_schedule()
@@ -256,14 +255,12 @@ class HybridTrainer:
         return Observation()
 
     def _probe(self, directive: Directive, closure: Closure) -> Observation:
-        away = directive.at_recovery_point or directive.coefficients is not None
-        if away:
+        coefficients = directive.coefficients
+        if coefficients is not None:
             self._snapshots.set_aside()
         try:
-            if directive.at_recovery_point:
-                self._snapshots.restore()
-            elif directive.coefficients is not None:
-                self._snapshots.move(directive.coefficients)
+            if coefficients is not None:
+                self._snapshots.move(coefficients)
             start = perf_counter()
             if self.probe is None:
                 loss = self._prober.loss(closure, "closure")
@@ -271,7 +268,7 @@ class HybridTrainer:
                 loss = self._prober.loss(self.probe, "probe")
             return Observation(loss=loss, seconds=perf_counter() - start)
         finally:
-            if away:
+            if coefficients is not None:
                 self._snapshots.put_back()
 
     # -- structure --------------------------------------------------------------------------

@@ -64,9 +64,7 @@ class Descent:
             return Observation(loss, norm, 0.5, self.seconds, gram)
         if action is Action.PROBE:
             x = self.x
-            if directive.at_recovery_point:
-                x = self.saved
-            elif directive.coefficients is not None:
+            if directive.coefficients is not None:
                 x = self.point(directive.coefficients)
             return Observation(math.nan if bad else self.loss(x), seconds=self.seconds / 3)
         if action is Action.MOVE:
@@ -260,8 +258,10 @@ class Watched(Descent):
         if self.engine.phase is not self.last_phase:
             self.last_phase, self.begun = self.engine.phase, False
         if directive.snapshot:
-            # Weights on both sides of a jump are no trajectory: each phase has a bank of its own.
-            assert directive.fresh_bank or self.begun
+            # Weights on both sides of a jump are no trajectory: each stretch of full steps has a
+            # bank of its own, and what settling adds to it is for validation only.
+            assert directive.fresh_bank or self.begun or settling
+            assert not (directive.gram and settling)
         assert not directive.gram or directive.snapshot
         assert not directive.fresh_bank or directive.snapshot
         observation = super().carry_out(directive, bad)

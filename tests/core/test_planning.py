@@ -77,10 +77,10 @@ def flight(slope=-0.01, fall=0.3):
 def test_pace():
     pace = Pace(HybridTrainerConfig())
     assert pace.horizon(flight(fall=0.3)) == 30
-    assert pace.horizon(flight(fall=0.01)) == 15
+    assert pace.horizon(flight(fall=0.01)) == 0
     assert pace.horizon(flight(fall=9.0)) == 75
     assert pace.horizon(flight(slope=0.1)) == 75
-    assert [pace.back_off() for _ in range(6)] == [50, 100, 200, 400, 800, 800]
+    assert [pace.back_off(50) for _ in range(6)] == [50, 100, 200, 400, 800, 800]
     assert pace.patience == MOST_PATIENCE
     pace.reward(flight(), progress=1.0, spent=16, probes=9)
     assert pace.patience == MOST_PATIENCE // 2
@@ -231,8 +231,26 @@ def test_a_horizon_stays_within_the_settings(config):
                 pace.worth = worth
                 horizon = pace.horizon(flight(slope, fall))
                 assert isinstance(horizon, int)
-                assert min(config.correction_interval, config.horizon) <= horizon
-                assert horizon <= config.horizon
+                assert 0 <= horizon <= config.horizon
+
+
+def test_a_jump_stands_for_what_it_is_worth_and_not_at_all_below_its_settling_steps():
+    config = HybridTrainerConfig(min_full_steps=60)
+    pace = Pace(config)
+    assert config.snapshot_interval == 10
+    worths = {0.05: 0, 0.099: 0, 0.101: 10, 0.2: 20, 0.744: 74, 3.0: 75}
+    assert {fall: pace.horizon(flight(-0.01, fall)) for fall in worths} == worths
+    # Where full steps make no progress, a jump that does is worth a whole horizon.
+    assert pace.horizon(flight(0.0, 0.05)) == config.horizon
+    # What jumps turned out to be worth counts as much as what this one promises.
+    pace.worth = 33.0
+    assert pace.horizon(flight(-0.01, 0.05)) == 33
+
+
+def test_each_attempt_in_vain_doubles_the_wait_up_to_a_limit():
+    pace = Pace(HybridTrainerConfig())
+    assert [pace.back_off(16) for _ in range(7)] == [16, 32, 64, 128, 256, 256, 256]
+    assert pace.back_off(50) == 800
 
 
 def test_a_horizon_shorter_than_the_interval_wins():
@@ -272,7 +290,7 @@ def test_a_fresh_pace_survives_a_checkpoint():
     pace = Pace(HybridTrainerConfig())
     state = json.loads(json.dumps(pace.state_dict()))
     other = Pace(HybridTrainerConfig())
-    other.back_off()
+    other.back_off(50)
     other.reward(flight(), 1.0, 16, 9)
     other.load_state_dict(state)
     assert json.dumps(other.state_dict()) == json.dumps(pace.state_dict())
