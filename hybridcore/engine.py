@@ -300,9 +300,7 @@ class Engine:
             yield from self._full()
             return
         due = self._taken + 1 in (settling // 2, settling)
-        observation = yield Directive(
-            Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE
-        )
+        observation = yield Directive(Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE)
         self._absorb(observation)
         self._lost = 0 if observation.applied else self._lost + 1
         if self._lost == PATIENT_STEPS:

@@ -12,12 +12,26 @@ import numpy as np
 import torch
 
 from hybridcore import CheckpointError, engine_state, restore_engine
+from hybridcore_torch.groups import outside
 from hybridcore_torch.recovery import RecoveryPoint
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
 
 VERSION = 1
+KEYS = {
+    "config",
+    "engine",
+    "bank",
+    "recovery",
+    "steps_since_recovery",
+    "model",
+    "outside",
+    "optimizer_class",
+    "optimizer",
+    "scheduler",
+    "scaler",
+}
 
 
 def collect(trainer: HybridTrainer) -> dict[str, Any]:
@@ -29,11 +43,13 @@ def collect(trainer: HybridTrainer) -> dict[str, Any]:
         "config": trainer.config.to_dict(),
         "engine": to_tensors(engine_state(trainer.engine)),
         "bank": None if bank is None else bank.state_dict(),
-        "recovery": None if recovery is None else recovery.state_dict(),
+        "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
         "steps_since_recovery": trainer._steps_since_recovery,
         "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
+        "optimizer_class": type(trainer.optimizer).__name__,
+        "optimizer": to_tensors(trainer.optimizer.state_dict()),
+        "scheduler": None if scheduler is None else to_tensors(scheduler.state_dict()),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
 
@@ -49,6 +65,11 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     check(state)
     _check_fits(trainer, state)
     trainer.model.load_state_dict(state["model"])
+    with torch.no_grad():
+        for p, saved in zip(
+            outside(trainer.model, trainer.optimizer), state["outside"], strict=True
+        ):
+            p.copy_(saved)
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
@@ -73,16 +94,34 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         if (getattr(trainer, name) is None) != (state[name] is None):
             has = "without" if state[name] is None else "with"
             raise CheckpointError(f"state was saved {has} a {name}: build the trainer likewise")
-    shapes = {name: tuple(value.shape) for name, value in trainer.model.state_dict().items()}
-    saved = {name: tuple(value.shape) for name, value in state["model"].items()}
+    shapes, saved = _shapes(trainer.model.state_dict()), _shapes(state["model"])
     if shapes != saved:
         differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
         raise CheckpointError(
             f"state is of another model: {', '.join(differ[:5])} differ in name or shape"
         )
+    optimizer = type(trainer.optimizer).__name__
+    if optimizer != state["optimizer_class"]:
+        raise CheckpointError(
+            f"state was saved with optimizer {state['optimizer_class']}, this trainer has "
+            f"{optimizer}: build the same one"
+        )
     counts = [len(group["params"]) for group in trainer.optimizer.param_groups]
     if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
         raise CheckpointError("state is of another optimizer: its parameter groups differ")
+    others = outside(trainer.model, trainer.optimizer)
+    if [p.shape for p in others] != [p.shape for p in state["outside"]]:
+        raise CheckpointError(
+            "state is of another optimizer: its parameters outside the model differ"
+        )
+    if state["bank"] is not None and not trainer._snapshots.takes(state["bank"]):
+        raise CheckpointError(
+            "state was saved with other layer groups: pass the same layer_groups to the trainer"
+        )
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:
@@ -127,6 +166,9 @@ def check(state: object) -> None:
             f"state has version {state['hybridcore']!r}, this hybridcore reads {VERSION}: load it "
             "with the version that wrote it"
         )
+    missing = sorted(KEYS - state.keys())
+    if missing:
+        raise CheckpointError(f"state lacks {', '.join(missing)}: pass all that state_dict() gave")
 
 
 def to_tensors(value: Any) -> Any:
@@ -138,7 +180,8 @@ def to_tensors(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_tensors(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_tensors(item) for item in value]
+        items = [to_tensors(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hybridcore import ClosureError
+from hybridcore_torch import buffers
 
 Closure = Callable[[], torch.Tensor]
 
@@ -66,16 +67,13 @@ class Prober:
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
-        buffers = list(self._model.buffers())
-        saved = [b.detach().clone() for b in buffers]
+        kept = buffers.keep(self._model.modules())
         devices = {p.device.index for p in self._model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             try:
                 yield
             finally:
-                with torch.no_grad():
-                    for buffer, before in zip(buffers, saved, strict=True):
-                        buffer.copy_(before)
+                buffers.put_back(kept)
 
 
 def _check_scalar(loss: object, name: str) -> None:

@@ -29,8 +29,7 @@ def trainable_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             "model has no trainable parameter (all have requires_grad=False or there are none): "
             "unfreeze at least one before building the trainer"
         )
-    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    known = {id(p) for p in of_model}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     shared = [p for p in of_model if id(p) in held]
     if not shared:
         raise ModelError(
@@ -38,7 +37,13 @@ def trainable_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             "model.parameters() of the model given here, after moving the model to its device"
         )
     # Parameters outside the model, of a learned loss for instance, move with the rest.
-    others = [p for key, p in held.items() if key not in known and p.requires_grad]
+    others = [p for p in outside(model, optimizer) if p.requires_grad]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ModelError(
+                f"{type(module).__name__}(sparse=True) makes sparse gradients, which cannot be "
+                "watched: build it with sparse=False and use a dense optimizer"
+            )
     for parameter in shared + others:
         if not parameter.is_floating_point() or parameter.layout is not torch.strided:
             raise ModelError(
@@ -46,6 +51,13 @@ def trainable_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
                 f"{parameter.layout}: freeze that one, or train it by another optimizer"
             )
     return shared + others
+
+
+def outside(model: nn.Module, optimizer: torch.optim.Optimizer) -> Group:
+    """Parameters of `optimizer` that are none of `model`."""
+    known = {id(p) for p in model.parameters()}
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    return [p for key, p in held.items() if key not in known]
 
 
 def by_depth(parameters: Sequence[torch.nn.Parameter], most: int = MOST_GROUPS) -> list[Group]:

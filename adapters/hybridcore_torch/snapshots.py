@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,16 +161,18 @@ class SnapshotBank:
         for bucket in self._all:
             bucket.load(self._waiting)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the snapshots and the recovery point, cloned."""
         rows = [bucket.rows[: self._recovery + 1].clone() for bucket in self._all]
         return {"order": list(self._order), "rows": rows}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def takes(self, state: dict[str, Any]) -> bool:
+        """Whether `state` is of the same groups and capacity."""
+        shapes = [bucket.rows[: self._recovery + 1].shape for bucket in self._all]
+        return [rows.shape for rows in state["rows"]] == shapes
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned for the same groups."""
-        rows, order = state["rows"], state["order"]
-        assert isinstance(rows, list)
-        assert isinstance(order, list)
-        for bucket, saved in zip(self._all, rows, strict=True):
+        for bucket, saved in zip(self._all, state["rows"], strict=True):
             bucket.rows[: self._recovery + 1].copy_(saved)
-        self._order = list(order)
+        self._order = list(state["order"])

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from hybridcore import Observation
+from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closure, training_loss
 from hybridcore_torch.gradients import gradient_norm
+from hybridcore_torch.groups import outside
 
 NAN = float("nan")
 
@@ -34,11 +36,19 @@ class Stepper:
         max_grad_norm: float | None,
     ) -> None:
         self._model = model
-        self._modules = list(model.modules())
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._scaler = scaler
         self._max_grad_norm = max_grad_norm
+        # What of a step the plain loop would not have done.
+        self._watching = 0.0
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model and the optimizer again, after parameters were added or removed."""
+        self._modules = list(self._model.modules())
+        # Parameters outside the model, of a learned loss for instance, are clipped with the rest.
+        self._clipped = list(self._model.parameters()) + outside(self._model, self._optimizer)
 
     @property
     def learning_rate(self) -> float:
@@ -77,12 +87,12 @@ class Stepper:
         scale : float
             Factor on every learning rate, for this step only.
         """
+        kept = buffers.keep(self._modules)
         start = perf_counter()
-        buffers = [b for module in self._modules for b in module._buffers.values() if b is not None]
-        before = [buffer.detach().clone() for buffer in buffers]
         self._optimizer.zero_grad()
         loss = training_loss(closure)
         value, rate, norm = loss.item(), self.learning_rate, NAN
+        self._watching = 0.0
         if math.isfinite(value):
             norm = self._watched_backward(loss)
             if math.isfinite(norm):
@@ -95,17 +105,16 @@ class Stepper:
         applied = math.isfinite(norm)
         if not applied:
             # A bad batch has been through the running statistics of normalisation layers.
-            with torch.no_grad():
-                for buffer, saved in zip(buffers, before, strict=True):
-                    buffer.copy_(saved)
-        return Observation(value, norm, rate, perf_counter() - start, applied=applied)
+            buffers.put_back(kept)
+        seconds = perf_counter() - start - self._watching
+        return Observation(value, norm, rate, seconds, applied=applied)
 
     def _backward(self, loss: torch.Tensor) -> None:
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self, most: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self._model.parameters(), most))
+        return float(nn.utils.clip_grad_norm_(self._clipped, most))
 
     def _watched_backward(self, loss: torch.Tensor) -> float:
         """Compute gradients, clip them, and return their norm before clipping."""
@@ -114,7 +123,10 @@ class Stepper:
             self._scaler.unscale_(self._optimizer)
         if self._max_grad_norm is not None:
             return self._clip(self._max_grad_norm)
-        return gradient_norm(self._optimizer)
+        start = perf_counter()
+        norm = gradient_norm(self._optimizer)
+        self._watching = perf_counter() - start
+        return norm
 
     def _update(self) -> None:
         if self._scaler is None:

@@ -291,7 +291,11 @@ class HybridTrainer:
         )
 
     def _check_structure(self) -> None:
-        """Start over with snapshots if parameters were added, frozen or resized."""
+        """Start over with snapshots if parameters were added, frozen or resized.
+
+        Weights stay as they are, a jump under way included: what the user froze or replaced must
+        not move any more.
+        """
         if self._present_structure() == self._structure:
             return
         parameters = trainable_parameters(self.model, self.optimizer)
@@ -304,6 +308,7 @@ class HybridTrainer:
         self._parameters = parameters
         self._structure = self._present_structure()
         self._bank = self._recovery = None
+        self._stepper.refresh()
         self.engine.regroup()
 
     # -- state ------------------------------------------------------------------------------
