@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 from hybridcore.cli.compare import compare
-from hybridcore.cli.demo import environment, finite
+from hybridcore.cli.demo import environment
 from hybridcore.cli.workloads import WORKLOADS
+from hybridcore.metrics import finite
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = (

@@ -1,6 +1,5 @@
 """Train by real steps and predicted ones, and measure whether predicting pays."""
 
-from hybridcore.checkpoint import engine_state, restore_engine
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.engine import Engine
 from hybridcore.errors import (
@@ -38,6 +37,4 @@ __all__ = [
     "TrainingStatistics",
     "TransitionError",
     "__version__",
-    "engine_state",
-    "restore_engine",
 ]

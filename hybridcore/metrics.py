@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,15 +123,29 @@ class TrainingStatistics:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as a plain dictionary, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Return the summary as a plain dictionary, ready for JSON: what is not finite is None."""
+        return finite(dataclasses.asdict(self))  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         low, high = self.measured_speedup_interval
+        speedup = f"{self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
+        if not math.isfinite(high):
+            speedup = "not known yet"
         return (
             f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
             f"({self.backward_reduction:.0%} fewer backward passes), {self.probes} probes, "
             f"{self.rollbacks} rollbacks, {self.divergences} bad batches; "
             f"cost {self.cost:.0f} full steps; "
-            f"measured speed-up {self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
+            f"measured speed-up {speedup}"
         )
+
+
+def finite(value: Any) -> Any:
+    """Copy of nested containers with NaN and infinities as None, which JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

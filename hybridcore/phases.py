@@ -1,10 +1,17 @@
-"""The four phases, the events between them, and the one table that joins them."""
+"""The four phases, the events between them, the one table that joins them, and who runs them."""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from hybridcore.errors import TransitionError
+
+if TYPE_CHECKING:
+    from hybridcore.types import Directive, Observation
+
+Turn: TypeAlias = "Generator[Directive, Observation, None]"
 
 
 class Phase(enum.Enum):
@@ -71,3 +78,58 @@ def transition(phase: Phase, event: Event) -> Phase:
         raise TransitionError(
             f"event {event.name} is not allowed in phase {phase.name}; allowed there: {allowed}"
         ) from None
+
+
+class PhaseController(Protocol):
+    """What the engine asks of whoever runs the phases.
+
+    Attributes
+    ----------
+    phase : Phase
+        Present phase; only :func:`transition` changes it.
+    confidence : float
+        Confidence in [0, 1] at the last decision.
+    forecast_loss : float
+        Loss forecast for the present predicted step, NaN elsewhere.
+    prediction_error : float or None
+        ``|forecast - loss| / loss`` of the newest step, None where it could not compare them.
+    """
+
+    phase: Phase
+    confidence: float
+    forecast_loss: float
+    prediction_error: float | None
+
+    @property
+    def arm_values(self) -> dict[str, float]:
+        """What each way to predict has been worth, in full steps."""
+        ...
+
+    def turn(self) -> Turn:
+        """Directives of the next step, in the present phase."""
+        ...
+
+    def quiet_steps(self) -> int:
+        """Coming steps that are one full step and nothing else, whatever is seen in them."""
+        ...
+
+    def absorb(self, observation: Observation) -> None:
+        """Take in what was seen in such a step."""
+        ...
+
+    @property
+    def needs_batch(self) -> bool:
+        """False if the next step will neither train nor probe."""
+        ...
+
+    def restart(self) -> None:
+        """Forget the trajectory: the parameters are others than they were."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides what comes next, as numbers, lists and arrays."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        ...

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hybridcore import CheckpointError, engine_state, restore_engine
+from hybridcore import CheckpointError
 from hybridcore_torch.groups import outside
 from hybridcore_torch.recovery import RecoveryPoint
 
@@ -41,7 +41,7 @@ def collect(trainer: HybridTrainer) -> dict[str, Any]:
     return {
         "hybridcore": VERSION,
         "config": trainer.config.to_dict(),
-        "engine": to_tensors(engine_state(trainer.engine)),
+        "engine": to_tensors(trainer.engine.state_dict()),
         "bank": None if bank is None else bank.state_dict(),
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
         "steps_since_recovery": trainer._steps_since_recovery,
@@ -75,7 +75,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(state["scaler"])
-    restore_engine(trainer.engine, from_tensors(state["engine"]))
+    trainer.engine.load_state_dict(from_tensors(state["engine"]))
     trainer._bank = None
     if state["bank"] is not None:
         trainer._snapshots.load_state_dict(state["bank"])

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hybridcore.metrics import finite
+
 if TYPE_CHECKING:
     from hybridcore.cli.compare import Run, Watch
     from hybridcore.cli.workloads import Workload
@@ -95,17 +97,6 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": " ".join(["hybridcore", *sys.argv[1:]]),
     }
-
-
-def finite(value: Any) -> Any:
-    """Copy of nested containers with NaN and infinities as None, which JSON can hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
 
 
 def _shortened(workload: Workload) -> Workload:

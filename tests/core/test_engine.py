@@ -1,4 +1,4 @@
-"""The engine against a real descent in NumPy: an adapter of forty lines, and no framework."""
+"""The engine against a real descent in NumPy."""
 
 import itertools
 import json
@@ -6,89 +6,20 @@ import math
 
 import numpy as np
 import pytest
+from descent import BRISK, Descent, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import (
     Action,
+    Directive,
     Engine,
     HybridTrainerConfig,
     Observation,
     Phase,
     ProtocolError,
-    engine_state,
-    restore_engine,
 )
-from hybridcore.engine import SETTLE_RATE
 from hybridcore.planning import Jump
-
-BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
-
-
-class Descent:
-    """Gradient descent on ``x A x / 2 + floor``, driven by an engine."""
-
-    def __init__(self, config=BRISK, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
-        self.random = np.random.default_rng(seed)
-        self.curvature = np.geomspace(1e-3, 1.0, 60)
-        self.x = np.random.default_rng(1).normal(size=60)
-        self.noise, self.floor, self.seconds = noise, floor, seconds
-        self.engine = Engine(config)
-        self.bank, self.saved, self.log = [], None, []
-        self.penalty = 0.0
-
-    def loss(self, x):
-        return 0.5 * float(x @ (self.curvature * x)) + self.floor
-
-    def point(self, coefficients):
-        newest = np.array(self.bank[-coefficients.shape[1] :])
-        assert np.allclose(coefficients.sum(axis=1), 1.0, atol=1e-6)
-        return coefficients[0] @ newest
-
-    def carry_out(self, directive, bad=False):
-        action, gram = directive.action, None
-        if action is Action.FULL:
-            if bad:
-                return Observation(loss=math.nan, learning_rate=0.5, applied=False)
-            loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
-            gradient = self.curvature * self.x + self.noise * self.random.normal(size=60)
-            self.x = self.x - 0.5 * directive.learning_rate_scale * gradient
-            if directive.snapshot:
-                older = [] if directive.fresh_bank else self.bank
-                self.bank = [*older[1 - self.engine.config.snapshots :], self.x]
-            if directive.gram:
-                moved = np.array(self.bank) - self.bank[-1]
-                gram = (moved @ moved.T)[None]
-            loss += self.penalty if self.engine.phase is Phase.CORRECT else 0.0
-            norm = float(np.linalg.norm(gradient))
-            return Observation(loss, norm, 0.5, self.seconds, gram)
-        if action is Action.PROBE:
-            x = self.x
-            if directive.coefficients is not None:
-                x = self.point(directive.coefficients)
-            return Observation(math.nan if bad else self.loss(x), seconds=self.seconds / 3)
-        if action is Action.MOVE:
-            self.x = self.point(directive.coefficients)
-        elif action is Action.SAVE:
-            self.saved = self.x
-        elif action is Action.ROLLBACK:
-            self.x = self.saved
-        return Observation()
-
-    def step(self, bad=False):
-        while True:
-            directive = self.engine.next()
-            assert self.engine.next() is directive
-            phase = self.engine.phase
-            self.log.append((phase, directive.action))
-            self.engine.observe(self.carry_out(directive, bad))
-            if directive.action in (Action.FULL, Action.SKIP):
-                counted = phase
-            if self.engine.step_done:
-                return counted
-
-    def run(self, steps):
-        return [self.step() for _ in range(steps)]
 
 
 def test_smooth_descent_is_predicted_and_gains():
@@ -155,10 +86,7 @@ def test_state_resumes_exactly(cut):
     whole.run(200)
     first, second = Descent(), Descent()
     first.run(cut)
-    state = engine_state(first.engine)
-    gram = state.pop("gram")
-    state = json.loads(json.dumps(state)) | {"gram": gram}
-    restore_engine(second.engine, state)
+    second.engine.load_state_dict(json.loads(text(first.engine.state_dict())))
     second.x, second.bank, second.saved = first.x, first.bank, first.saved
     second.run(200 - cut)
     assert np.array_equal(second.x, whole.x)
@@ -184,7 +112,7 @@ def test_a_jump_that_hurts_is_rolled_back_and_not_tried_again_soon():
     descent.run(400)
     counters = descent.engine.counters
     assert counters.rollbacks >= 1
-    assert descent.engine.pace.patience > 1
+    assert descent.engine.controller.pace.patience > 1
     assert (Phase.CORRECT, Action.ROLLBACK) in descent.log
     # Each failure doubles the wait: far fewer attempts than there is room for.
     assert counters.rollbacks <= 5
@@ -210,9 +138,9 @@ def test_protocol():
         engine.observe(Observation())
     engine.next()
     with pytest.raises(ProtocolError, match="middle of a step"):
-        engine_state(engine)
+        engine.state_dict()
     engine.abandon()
-    assert engine_state(engine)["counters"]["steps"] == 0
+    assert engine.state_dict()["counters"]["steps"] == 0
 
 
 @pytest.mark.parametrize("at", [10, 40, 50, 60, 70, 80, 90])
@@ -227,64 +155,6 @@ def test_regroup_starts_over_in_any_phase(at):
 
 
 # -- what every adapter may rely on ---------------------------------------------------------------
-
-
-class Watched(Descent):
-    """Checks every directive against what the protocol promises."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.directives = []
-        self.held = 0
-        self.last_phase, self.begun = None, False
-
-    def carry_out(self, directive, bad=False):
-        self.directives.append(directive)
-        capacity, action = self.engine.config.snapshots, directive.action
-        if directive.coefficients is not None:
-            assert action in (Action.PROBE, Action.MOVE)
-            assert directive.coefficients.ndim == 2
-            assert 1 <= directive.coefficients.shape[1] <= self.held
-            size = max(1.0, np.abs(directive.coefficients).max())
-            assert directive.coefficients.sum(axis=1) == pytest.approx(1.0, abs=1e-13 * size)
-        if action is Action.MOVE:
-            assert directive.coefficients is not None
-            assert self.engine.phase is Phase.PREDICT
-        if action is Action.SAVE:
-            # The newest snapshot holds the weights, so that standing still is exact.
-            assert np.array_equal(self.bank[-1], self.x)
-        settling = action is Action.FULL and self.engine.phase is Phase.CORRECT
-        assert directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
-        if self.engine.phase is not self.last_phase:
-            self.last_phase, self.begun = self.engine.phase, False
-        if directive.snapshot:
-            # Weights on both sides of a jump are no trajectory: each stretch of full steps has a
-            # bank of its own, and what settling adds to it is for validation only.
-            assert directive.fresh_bank or self.begun or settling
-            assert not (directive.gram and settling)
-        assert not directive.gram or directive.snapshot
-        assert not directive.fresh_bank or directive.snapshot
-        observation = super().carry_out(directive, bad)
-        if directive.snapshot and observation.applied:
-            self.begun = True
-            self.held = min(capacity, 1 if directive.fresh_bank else self.held + 1)
-        return observation
-
-    def step(self, bad=False):
-        engine, first = self.engine, len(self.directives)
-        needs_batch, uses_snapshots = engine.needs_batch, engine.uses_snapshots
-        before = engine.counters.steps
-        counted = super().step(bad)
-        done = self.directives[first:]
-        actions = [directive.action for directive in done]
-        assert actions.count(Action.FULL) + actions.count(Action.SKIP) == 1
-        assert engine.counters.steps == before + 1
-        if not needs_batch:
-            assert set(actions) <= {Action.MOVE, Action.SKIP}
-        if not uses_snapshots:
-            assert actions == [Action.FULL]
-            assert not done[0].snapshot
-        return counted
 
 
 SETTINGS = {
@@ -514,7 +384,7 @@ def test_a_rollback_puts_the_weights_back_and_doubles_the_wait():
         if descent.engine.counters.rollbacks > rollbacks:
             assert np.array_equal(descent.x, descent.saved)
             assert descent.engine.phase is Phase.FULL
-            waits.append(descent.engine.pace.wait)
+            waits.append(descent.engine.controller.pace.wait)
     least = BRISK.min_full_steps
     assert waits == [least, 2 * least, 4 * least, 8 * least, 16 * least]
     assert sum(descent.engine.statistics().arm_values.values()) < 0.0
@@ -542,7 +412,7 @@ def test_validation_that_fails_rolls_back():
     descent = Treacherous()
     descent.run(100)
     assert descent.engine.counters.rollbacks >= 1
-    assert descent.engine.pace.patience > 1
+    assert descent.engine.controller.pace.patience > 1
     assert (Phase.CORRECT, Action.ROLLBACK) in descent.log
 
 
@@ -597,7 +467,7 @@ def test_the_best_of_the_jumps_tried_is_taken_and_followed_in_even_segments():
         newest = descent.bank
         counted = descent.step()
         done = descent.directives[first:]
-        state = engine_state(descent.engine)
+        state = descent.engine.controller.state_dict()
         if any(directive.action is Action.SAVE for directive in done):
             trials = [d.coefficients for d in done if d.coefficients is not None]
             points = [c[0] @ np.array(newest) for c in trials if c.shape[1] > 2]
@@ -642,7 +512,7 @@ def test_a_jump_is_doubled_for_as_long_as_that_pays():
     descent.curvature = np.geomspace(1e-5, 1e-4, 60)
     while descent.saved is None:
         descent.step()
-    flight = engine_state(descent.engine)["flight"]
+    flight = descent.engine.controller.state_dict()["flight"]
     unit = BRISK.horizon / BRISK.snapshot_interval
     losses = [loss for _, loss in descent.trials]
     assert flight["jump"]["reach"] in (2.0 * unit, 4.0 * unit)
@@ -704,14 +574,10 @@ def test_every_phase_is_resumed_at_every_step_boundary():
     for cut in range(150):
         phases.add(walker.engine.phase)
         if cut % 3 == 0:
-            state = engine_state(walker.engine)
-            gram = state.pop("gram")
-            text = json.dumps(state)
+            state = text(walker.engine.state_dict())
             other = Descent()
-            restore_engine(other.engine, json.loads(text) | {"gram": gram})
-            again = engine_state(other.engine)
-            again.pop("gram")
-            assert json.dumps(again) == text
+            other.engine.load_state_dict(json.loads(state))
+            assert text(other.engine.state_dict()) == state
             other.x, other.bank, other.saved = walker.x, list(walker.bank), walker.saved
             at = len(walker.log)
             other.run(150 - cut)
@@ -725,12 +591,10 @@ def test_every_phase_is_resumed_at_every_step_boundary():
 def test_a_state_does_not_move_with_the_engine():
     descent = Descent()
     descent.run(60)
-    state = engine_state(descent.engine)
-    gram = None if state["gram"] is None else state["gram"].copy()
-    before = json.dumps({key: value for key, value in state.items() if key != "gram"})
+    state = descent.engine.state_dict()
+    before = text(state)
     descent.run(60)
-    assert json.dumps({key: value for key, value in state.items() if key != "gram"}) == before
-    assert np.array_equal(state["gram"], gram)
+    assert text(state) == before
 
 
 def test_no_second_of_any_clock_enters_a_decision():
@@ -781,7 +645,7 @@ def test_regroup_needs_a_full_bank_again_and_no_longer(at):
     descent.run(at)
     warming = descent.engine.phase is Phase.WARMUP
     descent.engine.regroup()
-    assert not warming or descent.engine.pace.wait == BRISK.min_full_steps
+    assert not warming or descent.engine.controller.pace.wait == BRISK.min_full_steps
     descent.bank, descent.saved, descent.held, descent.begun = [], None, 0, False
     stretches = list(descent.engine.meter.full)
     phases = []
@@ -803,3 +667,69 @@ def test_a_plain_run_is_counted_and_nothing_else():
     assert (statistics.steps, statistics.full_steps, statistics.predicted_steps) == (3, 3, 0)
     assert statistics.measured_speedup == 1.0
     assert statistics.probes == 0
+
+
+def test_reading_the_totals_at_any_time_changes_nothing():
+    asked, left_alone = Descent(), Descent()
+    for step in range(300):
+        asked.step()
+        left_alone.step()
+        statistics = asked.engine.statistics()
+        assert statistics.steps == step + 1
+        assert statistics.full_steps == sum(action is Action.FULL for _, action in asked.log), (
+            "a quiet step is counted when it is asked for"
+        )
+    assert asked.log == left_alone.log
+    assert np.array_equal(asked.x, left_alone.x)
+    assert asked.engine.statistics() == left_alone.engine.statistics()
+
+
+def test_a_summary_is_json_at_any_time():
+    descent = Descent()
+    for _ in range(120):
+        descent.step()
+        statistics = descent.engine.statistics()
+        json.dumps(statistics.to_dict(), allow_nan=False)
+        known = math.isfinite(statistics.measured_speedup_interval.high)
+        assert ("not known yet" in str(statistics)) != known
+
+
+class OnlyFull:
+    """A controller of one's own, that never predicts."""
+
+    def __init__(self, config, counters, meter):
+        self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
+        self.forecast_loss, self.prediction_error = math.nan, None
+        self.arm_values, self.needs_batch = {}, True
+
+    def turn(self):
+        self.absorb((yield Directive(Action.FULL)))
+
+    def quiet_steps(self):
+        return 3 - self.seen % 4
+
+    def absorb(self, observation):
+        self.seen += 1
+
+    def restart(self):
+        self.seen = 0
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_an_engine_runs_any_controller():
+    engine = Engine(BRISK, OnlyFull)
+    for step in range(10):
+        assert engine.next().action is Action.FULL
+        engine.observe(Observation(loss=1.0))
+        assert engine.step_done
+        assert engine.counters.steps == engine.controller.seen == step + 1
+    other = Engine(BRISK, OnlyFull)
+    other.load_state_dict(engine.state_dict())
+    assert other.controller.seen == 10
+    engine.regroup()
+    assert engine.controller.seen == 0

@@ -1,0 +1,379 @@
+"""What each phase does: one generator a phase, that reads as its row of the phase table.
+
+A generator yields directives and is sent what was seen while they were carried out. It knows no
+framework and no clock, so the same observations give the same decisions on every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridcore.config import HybridTrainerConfig
+from hybridcore.dynamics import DynamicsModel, LinearDynamics
+from hybridcore.meter import Meter
+from hybridcore.metrics import Counters
+from hybridcore.phases import Event, Phase, Turn, transition
+from hybridcore.planning import (
+    ARMS,
+    Flight,
+    Jump,
+    Pace,
+    learning_rate_ahead,
+    path_confidence,
+)
+from hybridcore.search import AVERAGED_SNAPSHOTS, everywhere, probe_average, search, usable
+from hybridcore.types import NAN, Action, Directive, Observation
+
+logger = logging.getLogger("hybridcore")
+
+SETTLE_RATE = 0.5
+ABORT_RISE = math.log(1.3)
+TOLERANCE = math.log(1.2)
+PATIENT_STEPS = 3
+REGULAR_SNAPSHOTS = 3
+
+FULL_STEP = Directive(Action.FULL)
+_SKIP = Directive(Action.SKIP)
+_PROBE = Directive(Action.PROBE)
+
+
+class Controller:
+    """Jumps along the extrapolation that probes best, where trajectory and loss are regular.
+
+    Parameters
+    ----------
+    config : HybridTrainerConfig
+        Settings.
+    counters : Counters
+        Totals of the run, kept by the engine; rollbacks are counted here.
+    meter : Meter
+        Told where stretches of full steps and jumps begin and end.
+    dynamics : DynamicsModel, optional
+        Model of the loss; a :class:`LinearDynamics` of its own by default.
+    """
+
+    def __init__(
+        self,
+        config: HybridTrainerConfig,
+        counters: Counters,
+        meter: Meter,
+        dynamics: DynamicsModel | None = None,
+    ) -> None:
+        self.config = config
+        self.phase = Phase.WARMUP
+        self.confidence = 0.0
+        self.forecast_loss = NAN
+        self.prediction_error: float | None = None
+        self.dynamics = LinearDynamics() if dynamics is None else dynamics
+        self.pace = Pace(config)
+        self._counters, self._meter = counters, meter
+        self._flight: Flight | None = None
+        self._taken = 0
+        self._gram: NDArray[np.float64] | None = None
+        self._bank = 0
+        self._regular = 0
+        self._lost = 0
+        window = config.snapshot_interval * (config.snapshots - 1)
+        self._rates: deque[float] = deque(maxlen=max(2, window))
+
+    @property
+    def arm_values(self) -> dict[str, float]:
+        """By extrapolator, how many full steps its last jumps gained, net."""
+        return self.pace.arm_values
+
+    def turn(self) -> Turn:
+        """Directives of the next step, in the present phase."""
+        self.prediction_error = None
+        if self.phase is Phase.WARMUP:
+            return self._warm_up()
+        if self.phase is Phase.FULL:
+            return self._full()
+        return self._predict() if self.phase is Phase.PREDICT else self._correct()
+
+    def quiet_steps(self) -> int:
+        """Coming steps that are one full step and nothing else, whatever is seen in them."""
+        config = self.config
+        if self.phase is Phase.WARMUP:
+            return max(0, config.warmup_steps - self._taken - 1)
+        if self.phase is not Phase.FULL or self._gram is not None:
+            return 0
+        lead = self.pace.wait - self._taken - 1
+        first = config.snapshot_interval * (config.snapshots - 1)
+        return lead - first if lead > first else lead % config.snapshot_interval
+
+    def absorb(self, observation: Observation) -> None:
+        """Take the figures of a full step into the statistics of its phase."""
+        self.forecast_loss = NAN
+        if not observation.applied:
+            return
+        self._taken += 1
+        if self.phase is not Phase.CORRECT:
+            self.dynamics.observe(observation.loss)
+            self._rates.append(observation.learning_rate)
+
+    @property
+    def needs_batch(self) -> bool:
+        """False if the next step will neither train nor probe."""
+        if self.phase is not Phase.PREDICT:
+            return True
+        taken = self._taken + 1
+        return taken % self.config.correction_interval == 0 or taken == self._in_flight.horizon
+
+    def restart(self) -> None:
+        """Forget the trajectory, and a jump under way: the parameters are others now."""
+        self._gram, self._flight, self._bank = None, None, 0
+        self.pace.wait = self.config.min_full_steps
+        if self.phase is not Phase.WARMUP:
+            self.phase = Phase.FULL
+            self.pace.wait += self._taken
+        self._meter.mark = (NAN, self._counters.full_steps, self._counters.probes)
+        self.dynamics.restart()
+        logger.info("parameters changed: snapshots and trend start over")
+
+    # -- the phases -------------------------------------------------------------------------
+
+    def _warm_up(self) -> Turn:
+        self.absorb((yield FULL_STEP))
+        if self._taken >= self.config.warmup_steps and self.dynamics.is_stable:
+            self._enter(Event.BASELINE_STABLE)
+
+    def _full(self) -> Turn:
+        if self._gram is not None and self._bank == self.config.snapshots:
+            self._flight = yield from self._choose(self._gram)
+            if self._flight is not None:
+                yield Directive(Action.SAVE)
+                self._enter(Event.JUMP_CHOSEN)
+                yield from self._predict()
+                return
+            self._gram = None
+        lead = self.pace.wait - self._taken - 1
+        interval, snapshots = self.config.snapshot_interval, self.config.snapshots
+        if lead % interval != 0 or lead >= interval * snapshots:
+            self.absorb((yield FULL_STEP))
+            return
+        # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
+        calm = self._loss_confidence >= self.config.confidence_threshold
+        regular = self._regular + 1 if calm else 0
+        wanted = lead <= 0 and regular >= REGULAR_SNAPSHOTS
+        observation = yield Directive(
+            Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted
+        )
+        self.absorb(observation)
+        if observation.applied:
+            self._regular = regular
+            if lead <= 0 and not wanted:
+                self.pace.wait += interval
+            self._bank = min(self._bank + 1, snapshots)
+            gram = observation.gram
+            # Weights that are not finite can hide from the loss, but not from the bank.
+            self._gram = gram if gram is not None and np.isfinite(gram).all() else None
+
+    def _predict(self) -> Turn:
+        flight, interval = self._in_flight, self.config.correction_interval
+        if self._taken % interval == 0:
+            yield self._move(min(self._taken + interval, flight.horizon) / flight.horizon)
+        share = (self._taken + 1) / flight.horizon
+        expected = flight.expected(share)
+        self.forecast_loss = math.exp(expected)
+        event = Event.HORIZON_REACHED if self._taken + 1 == flight.horizon else None
+        if self.needs_batch:
+            probe = yield _PROBE
+            # A probe that is not finite is a bad batch, or settling and validation will tell.
+            if usable(probe.loss):
+                loss = math.log(probe.loss)
+                self.prediction_error = abs(self.forecast_loss - probe.loss) / probe.loss
+                self.forecast_loss = probe.loss
+                if loss > flight.log_best + self._margin:
+                    yield self._move(flight.best_share)
+                    event = Event.DIVERGED
+                elif loss > expected + TOLERANCE + self._margin:
+                    event = Event.CONFIDENCE_LOST
+                if loss < flight.log_best:
+                    flight.log_best, flight.best_share = loss, share
+        yield _SKIP
+        self._taken += 1
+        if event is not None:
+            self._enter(event)
+
+    def _correct(self) -> Turn:
+        settling = max(AVERAGED_SNAPSHOTS, self.config.snapshot_interval)
+        if self._taken == settling:
+            if (yield from self._validate()):
+                self._enter(Event.VALIDATED)
+            else:
+                yield from self._roll_back()
+            yield from self._full()
+            return
+        due = self._taken + 1 in (settling // 2, settling)
+        observation = yield Directive(Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE)
+        self.absorb(observation)
+        self._lost = 0 if observation.applied else self._lost + 1
+        if self._lost == PATIENT_STEPS:
+            # One bad batch is the data's fault, several in a row are the jump's.
+            yield from self._give_up()
+            return
+        # The fast directions that a jump excites fall back within a few steps, or never.
+        if self._taken >= PATIENT_STEPS and usable(observation.loss):
+            rise = math.log(observation.loss) - self._in_flight.log_start
+            if rise > ABORT_RISE + self._margin:
+                yield from self._give_up()
+
+    # -- decisions --------------------------------------------------------------------------
+
+    def _choose(
+        self, gram: NDArray[np.float64]
+    ) -> Generator[Directive, Observation, Flight | None]:
+        """Jump to take from here, None for "do not predict"."""
+        config = self.config
+        path = path_confidence(gram.sum(axis=0))
+        in_path, in_loss = max(path.values()), self._loss_confidence
+        self.confidence = min(in_path, in_loss)
+        retry = config.snapshot_interval
+        if self.confidence < config.confidence_threshold:
+            if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
+                # Irregular though no spike explains it: looking again soon would be in vain.
+                retry, self._bank = self.pace.back_off(config.min_full_steps), 0
+            self.pace.wait = self._taken + retry
+            return None
+        here = (yield _PROBE).loss
+        averaged = (yield probe_average(len(self._known_gram))).loss
+        self.pace.wait = self._taken + retry
+        if not (usable(here) and usable(averaged)):
+            return None
+        self._close_stretch(math.log(averaged), predicting=False)
+        ahead = learning_rate_ahead(self._rates, config.horizon)
+        unit = config.horizon / config.snapshot_interval * ahead
+        candidates = [name for name in ARMS if path[name] >= config.confidence_threshold]
+        best, least = yield from search(gram, candidates, unit, here)
+        if best is not None:
+            start = math.log(here)
+            slope = self.dynamics.slope
+            flight = Flight(best, 0, start, math.log(least), slope, log_best=start)
+            flight.horizon = self.pace.horizon(flight)
+            if flight.horizon > 0:
+                return flight
+        # Probing costs a step or two: where it finds nothing, not again soon.
+        self.pace.wait = self._taken + self.pace.back_off(2 * retry)
+        return None
+
+    def _validate(self) -> Generator[Directive, Observation, bool]:
+        """Compare the settled weights with those before the jump; True if the jump is kept.
+
+        Both are means of as many snapshots: the bank holds those of either side.
+        """
+        groups = len(self._known_gram)
+        before = (yield probe_average(groups, behind=AVERAGED_SNAPSHOTS)).loss
+        after = (yield probe_average(groups)).loss
+        if not usable(before):
+            # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
+            # stays, and what it gained is known to nobody.
+            self.pace.wait = self.config.min_full_steps
+            self._close_stretch(NAN, predicting=True)
+            return True
+        if not usable(after):
+            self._reward(0.0)
+            return False
+        progress = math.log(before) - math.log(after)
+        self._reward(progress)
+        if progress > 0.0:
+            self._close_stretch(math.log(after), predicting=True, progress=progress)
+        return progress > 0.0
+
+    def _give_up(self) -> Turn:
+        self._lost = 0
+        self._reward(0.0)
+        yield from self._roll_back()
+
+    def _roll_back(self) -> Turn:
+        yield Directive(Action.ROLLBACK)
+        self._counters.rollbacks += 1
+        logger.info("jump by %s rolled back", self._in_flight.jump.extrapolator)
+        self._close_stretch(self._meter.mark[0], predicting=True, progress=0.0)
+        self._enter(Event.ROLLED_BACK)
+
+    def _reward(self, progress: float) -> None:
+        """Learn what the jump was worth, and how soon another one is worth trying."""
+        spent = self._meter.spent(self._counters.full_steps, self._counters.probes)
+        self.pace.reward(self._in_flight, progress, *spent)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides what comes next, as numbers, lists and arrays."""
+        return {
+            "phase": self.phase.name,
+            "confidence": self.confidence,
+            "dynamics": self.dynamics.state_dict(),
+            "pace": self.pace.state_dict(),
+            "flight": None if self._flight is None else dataclasses.asdict(self._flight),
+            "gram": None if self._gram is None else self._gram.copy(),
+            "rates": list(self._rates),
+            "taken": self._taken,
+            "bank": self._bank,
+            "regular": self._regular,
+            "lost": self._lost,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned under the same settings."""
+        self.phase = Phase[state["phase"]]
+        self.confidence = float(state["confidence"])
+        self.dynamics.load_state_dict(state["dynamics"])
+        self.pace.load_state_dict(state["pace"])
+        flight, gram = state["flight"], state["gram"]
+        if flight is not None:
+            flight = Flight(**{**flight, "jump": Jump(**flight["jump"])})
+        self._flight = flight
+        self._gram = None if gram is None else np.array(gram, dtype=np.float64)
+        self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
+        self._taken, self._bank = int(state["taken"]), int(state["bank"])
+        self._regular, self._lost = int(state["regular"]), int(state["lost"])
+
+    # -- small change -----------------------------------------------------------------------
+
+    @property
+    def _margin(self) -> float:
+        """Rise of the log loss that the loss's own noise explains."""
+        return self.config.divergence_sigma * self.dynamics.noise
+
+    @property
+    def _loss_confidence(self) -> float:
+        """Confidence in the trend of the loss, up to where a micro-correction would check it."""
+        return self.dynamics.forecast(self.config.correction_interval).confidence(TOLERANCE)
+
+    def _enter(self, event: Event) -> None:
+        self.phase = transition(self.phase, event)
+        self._taken = 0
+        if event in (Event.VALIDATED, Event.ROLLED_BACK):
+            self._gram, self._bank = None, 0
+        if event is Event.VALIDATED:
+            # After a rollback the trend from before the jump holds again, so only here.
+            self.dynamics.restart()
+        logger.debug("%s: now %s", event.value, self.phase.name)
+
+    @property
+    def _known_gram(self) -> NDArray[np.float64]:
+        assert self._gram is not None
+        return self._gram
+
+    @property
+    def _in_flight(self) -> Flight:
+        assert self._flight is not None
+        return self._flight
+
+    def _move(self, share: float) -> Directive:
+        return Directive(Action.MOVE, everywhere(self._in_flight.jump, self._known_gram, share))
+
+    def _close_stretch(
+        self, log_loss: float, predicting: bool, progress: float | None = None
+    ) -> None:
+        full, probes = self._counters.full_steps, self._counters.probes
+        self._meter.close_stretch(log_loss, full, probes, predicting=predicting, progress=progress)

@@ -1,0 +1,141 @@
+"""A real descent in NumPy that an engine drives: an adapter of forty lines, and no framework."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hybridcore import Action, Engine, HybridTrainerConfig, Observation, Phase
+from hybridcore.controller import SETTLE_RATE
+
+BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
+
+
+class Descent:
+    """Gradient descent on ``x A x / 2 + floor``, driven by an engine."""
+
+    def __init__(self, config=BRISK, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
+        self.random = np.random.default_rng(seed)
+        self.curvature = np.geomspace(1e-3, 1.0, 60)
+        self.x = np.random.default_rng(1).normal(size=60)
+        self.noise, self.floor, self.seconds = noise, floor, seconds
+        self.engine = Engine(config)
+        self.bank, self.saved, self.log = [], None, []
+        self.penalty = 0.0
+
+    def loss(self, x):
+        return 0.5 * float(x @ (self.curvature * x)) + self.floor
+
+    def point(self, coefficients):
+        newest = np.array(self.bank[-coefficients.shape[1] :])
+        assert np.allclose(coefficients.sum(axis=1), 1.0, atol=1e-6)
+        return coefficients[0] @ newest
+
+    def carry_out(self, directive, bad=False):
+        action, gram = directive.action, None
+        if action is Action.FULL:
+            if bad:
+                return Observation(loss=math.nan, learning_rate=0.5, applied=False)
+            loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
+            gradient = self.curvature * self.x + self.noise * self.random.normal(size=60)
+            self.x = self.x - 0.5 * directive.learning_rate_scale * gradient
+            if directive.snapshot:
+                older = [] if directive.fresh_bank else self.bank
+                self.bank = [*older[1 - self.engine.config.snapshots :], self.x]
+            if directive.gram:
+                moved = np.array(self.bank) - self.bank[-1]
+                gram = (moved @ moved.T)[None]
+            loss += self.penalty if self.engine.phase is Phase.CORRECT else 0.0
+            norm = float(np.linalg.norm(gradient))
+            return Observation(loss, norm, 0.5, self.seconds, gram)
+        if action is Action.PROBE:
+            x = self.x
+            if directive.coefficients is not None:
+                x = self.point(directive.coefficients)
+            return Observation(math.nan if bad else self.loss(x), seconds=self.seconds / 3)
+        if action is Action.MOVE:
+            self.x = self.point(directive.coefficients)
+        elif action is Action.SAVE:
+            self.saved = self.x
+        elif action is Action.ROLLBACK:
+            self.x = self.saved
+        return Observation()
+
+    def step(self, bad=False):
+        while True:
+            directive = self.engine.next()
+            assert self.engine.next() is directive
+            phase = self.engine.phase
+            self.log.append((phase, directive.action))
+            self.engine.observe(self.carry_out(directive, bad))
+            if directive.action in (Action.FULL, Action.SKIP):
+                counted = phase
+            if self.engine.step_done:
+                return counted
+
+    def run(self, steps):
+        return [self.step() for _ in range(steps)]
+
+
+class Watched(Descent):
+    """Checks every directive against what the protocol promises."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.directives = []
+        self.held = 0
+        self.last_phase, self.begun = None, False
+
+    def carry_out(self, directive, bad=False):
+        self.directives.append(directive)
+        capacity, action = self.engine.config.snapshots, directive.action
+        if directive.coefficients is not None:
+            assert action in (Action.PROBE, Action.MOVE)
+            assert directive.coefficients.ndim == 2
+            assert 1 <= directive.coefficients.shape[1] <= self.held
+            size = max(1.0, np.abs(directive.coefficients).max())
+            assert directive.coefficients.sum(axis=1) == pytest.approx(1.0, abs=1e-13 * size)
+        if action is Action.MOVE:
+            assert directive.coefficients is not None
+            assert self.engine.phase is Phase.PREDICT
+        if action is Action.SAVE:
+            # The newest snapshot holds the weights, so that standing still is exact.
+            assert np.array_equal(self.bank[-1], self.x)
+        settling = action is Action.FULL and self.engine.phase is Phase.CORRECT
+        assert directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
+        if self.engine.phase is not self.last_phase:
+            self.last_phase, self.begun = self.engine.phase, False
+        if directive.snapshot:
+            # Weights on both sides of a jump are no trajectory: each stretch of full steps has a
+            # bank of its own, and what settling adds to it is for validation only.
+            assert directive.fresh_bank or self.begun or settling
+            assert not (directive.gram and settling)
+        assert not directive.gram or directive.snapshot
+        assert not directive.fresh_bank or directive.snapshot
+        observation = super().carry_out(directive, bad)
+        if directive.snapshot and observation.applied:
+            self.begun = True
+            self.held = min(capacity, 1 if directive.fresh_bank else self.held + 1)
+        return observation
+
+    def step(self, bad=False):
+        engine, first = self.engine, len(self.directives)
+        needs_batch, uses_snapshots = engine.needs_batch, engine.uses_snapshots
+        before = engine.counters.steps
+        counted = super().step(bad)
+        done = self.directives[first:]
+        actions = [directive.action for directive in done]
+        assert actions.count(Action.FULL) + actions.count(Action.SKIP) == 1
+        assert engine.counters.steps == before + 1
+        if not needs_batch:
+            assert set(actions) <= {Action.MOVE, Action.SKIP}
+        if not uses_snapshots:
+            assert actions == [Action.FULL]
+            assert not done[0].snapshot
+        return counted
+
+
+def text(state):
+    """State of an engine as JSON, arrays as nested lists."""
+    return json.dumps(state, default=lambda array: array.tolist())
