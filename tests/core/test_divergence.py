@@ -1,0 +1,505 @@
+"""The monitor against a slow oracle, against series of known kind, and against hostile numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcore.divergence import (
+    BASELINE_PATIENCE,
+    DivergenceLevel,
+    DivergenceMonitor,
+    RecoveryAction,
+    Signal,
+)
+
+NORMAL, CAUTION, WARNING, CRITICAL = DivergenceLevel
+steady = settings(deadline=None, derandomize=True, database=None, max_examples=60)
+
+
+def settled(losses=60, **options):
+    """A monitor that has seen a quiet run: loss near 1 with noise of a tenth, norm near 1."""
+    monitor = DivergenceMonitor(**options)
+    rng = np.random.default_rng(3)
+    for noise in 0.1 * np.clip(rng.standard_normal(losses), -1.5, 1.5):
+        monitor.observe(math.exp(noise), math.exp(noise))
+    assert monitor.level is NORMAL
+    return monitor
+
+
+def severity(monitor, signal):
+    return monitor.signals[signal]
+
+
+# ---------------------------------------------------------------------------------------------
+# The statistics against explicit weights
+# ---------------------------------------------------------------------------------------------
+
+
+def naive_deviation(values, sigma=2.2):
+    """Severity of the last of `values`, from weights written out for the whole history.
+
+    For series without outliers, so without clipping.
+    """
+    values = np.asarray(values)
+    averages = [values[0]]
+    for n, value in enumerate(values[1:], start=2):
+        averages.append(averages[-1] + max(1 / n, 0.05) * (value - averages[-1]))
+    innovations = values[1:] - averages[:-1]
+    past = innovations[:-1]
+    weights = np.zeros(len(past))
+    for i in range(len(past)):
+        rate = max(1 / (i + 1), 0.02)
+        weights[:i] *= 1 - rate
+        weights[i] = rate
+    mean = weights @ past
+    spread = max(0.01, math.sqrt(weights @ (past - mean) ** 2))
+    return max(0.0, innovations[-1] / (sigma * spread))
+
+
+@pytest.mark.parametrize("count", [21, 22, 50, 51, 52, 53, 120, 400])
+@pytest.mark.parametrize("slope", [0.0, -0.02, 0.01])
+def test_the_deviation_equals_the_oracle(count, slope):
+    rng = np.random.default_rng(count)
+    # Uniform noise stays within 1.74 of its own standard deviations: nothing is clipped.
+    values = slope * np.arange(count) + rng.uniform(-1.0, 1.0, count)
+    for last in (0.5, 2.0, 6.0):
+        values[-1] = slope * count + last
+        monitor = DivergenceMonitor(sigma=2.2)
+        for value in values:
+            monitor.observe(math.exp(value))
+        found = severity(monitor, Signal.LOSS_DEVIATION)
+        assert found == pytest.approx(naive_deviation(values), rel=1e-9, abs=1e-12)
+        assert (monitor.level > NORMAL) >= (found > 1.0)
+
+
+@pytest.mark.parametrize("count", [5, 33, 34, 35, 100])
+def test_the_oscillation_is_the_share_of_sign_changes(count):
+    rng = np.random.default_rng(count)
+    logs = 0.3 * rng.standard_normal(count) + (-1.0) ** np.arange(count)
+    monitor = DivergenceMonitor()
+    for value in logs:
+        monitor.observe(math.exp(value))
+    signs = np.sign(np.diff(logs))
+    changes = (signs[1:] * signs[:-1] < 0)[-32:]
+    expected = max(0.0, (changes.sum() / 32 - 2 / 3) / (0.95 - 2 / 3))
+    assert severity(monitor, Signal.OSCILLATION) == pytest.approx(expected, abs=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Each trigger, just below and just above
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "signal", "triggered"),
+    [
+        (9.9, Signal.GRADIENT_EXPLOSION, False),
+        (10.1, Signal.GRADIENT_EXPLOSION, True),
+        (0.0101, Signal.GRADIENT_VANISHING, False),
+        (0.0099, Signal.GRADIENT_VANISHING, True),
+        (0.0, Signal.GRADIENT_VANISHING, True),
+    ],
+)
+@pytest.mark.parametrize("baseline", [1e-200, 1e-3, 1.0, 1e200])
+def test_gradient_thresholds(ratio, signal, triggered, baseline):
+    monitor = DivergenceMonitor()
+    for _ in range(50):
+        monitor.observe(1.0, baseline)
+    level = monitor.observe(1.0, ratio * baseline)
+    assert level is (CAUTION if triggered else NORMAL)
+    assert (severity(monitor, signal) > 1.0) is triggered
+    expected = {Signal.GRADIENT_EXPLOSION: ratio / 10.0}
+    expected[Signal.GRADIENT_VANISHING] = min(0.01 / ratio, 100.0) if ratio else 100.0
+    assert severity(monitor, signal) == pytest.approx(expected[signal], rel=1e-6)
+
+
+@pytest.mark.parametrize("probe", [1.0, 1e-200, 1e200, -3.0])
+@pytest.mark.parametrize(
+    ("forecast", "triggered"), [(1.0, False), (1.19, False), (0.81, False), (1.21, True), (0.79, 1)]
+)
+def test_prediction_errors(probe, forecast, triggered):
+    monitor = DivergenceMonitor()
+    level = monitor.observe_prediction(forecast * probe, probe)
+    assert level is (CAUTION if triggered else NORMAL)
+    expected = abs(forecast - 1.0) / 0.2
+    assert severity(monitor, Signal.PREDICTION_ERROR) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_probe_of_zero_is_missed_unless_it_was_forecast():
+    monitor = DivergenceMonitor()
+    assert monitor.observe_prediction(0.0, 0.0) is NORMAL
+    assert monitor.observe_prediction(1e-9, 0.0) is CAUTION
+    assert severity(monitor, Signal.PREDICTION_ERROR) == 100.0
+
+
+BAD = [math.nan, math.inf, -math.inf]
+NON_FINITE = {
+    "loss": lambda m, bad: m.observe(bad, 1.0),
+    "forecast": lambda m, bad: m.observe_prediction(bad, 1.0),
+    "probe": lambda m, bad: m.observe_prediction(1.0, bad),
+    "delta": lambda m, _: m.observe_delta(False),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("where", NON_FINITE)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_is_not_finite_is_critical_at_once_and_leaves_no_trace(where, bad, fresh):
+    monitor = DivergenceMonitor() if fresh else settled()
+    twin = DivergenceMonitor() if fresh else settled()
+    assert NON_FINITE[where](monitor, bad) is CRITICAL
+    assert monitor.action() is RecoveryAction.ROLL_BACK
+    assert severity(monitor, Signal.NON_FINITE) == 100.0
+    levels = [monitor.observe(1.0, 1.0) for _ in range(9)]
+    assert levels == [CRITICAL] * 2 + [WARNING] * 3 + [CAUTION] * 3 + [NORMAL]
+    for _ in range(9):
+        twin.observe(1.0, 1.0)
+    assert monitor.state_dict() == twin.state_dict()
+
+
+def test_an_infinite_norm_is_critical_and_a_missing_one_is_not():
+    assert DivergenceMonitor().observe(1.0, math.inf) is CRITICAL
+    monitor = settled()
+    before = monitor.signals
+    assert monitor.observe(1.0) is NORMAL
+    assert monitor.signals[Signal.GRADIENT_EXPLOSION] == before[Signal.GRADIENT_EXPLOSION] > 0.0
+
+
+def test_a_finite_delta_changes_nothing():
+    for monitor in (settled(), settled()):
+        monitor.observe(10.0, 1.0)
+        before = monitor.state_dict()
+        assert monitor.observe_delta(True) is CAUTION
+        assert monitor.state_dict() == before
+
+
+# ---------------------------------------------------------------------------------------------
+# Escalation: the rule as a table. T a loss too high, G a gradient too high (both serious),
+# v a gradient too small, e a forecast that failed (both lead to WARNING at most), p a good probe,
+# q a quiet step, d a finite delta, N a batch that is not finite.
+# ---------------------------------------------------------------------------------------------
+
+EVENTS = {
+    "T": lambda m: m.observe(1e9, 1.0),
+    "G": lambda m: m.observe(1.0, 50.0),
+    "v": lambda m: m.observe(1.0, 1e-4),
+    "e": lambda m: m.observe_prediction(1.0, 2.0),
+    "p": lambda m: m.observe_prediction(1.0, 1.0),
+    "q": lambda m: m.observe(1.0, 1.0),
+    "d": lambda m: m.observe_delta(True),
+    "N": lambda m: m.observe(math.nan, 1.0),
+}
+# Levels after each event, patience 3.
+TABLE = [
+    ("qqq", "0 0 0"),
+    ("Tqqqq", "1 1 1 0 0"),
+    ("TTTT", "1 1 1 2"),
+    ("TTTTTTT", "1 1 1 2 2 2 3"),
+    ("TqqTqqTqqT", "1 1 1 1 1 1 1 1 1 2"),
+    ("TTTqqqTTT", "1 1 1 1 1 0 1 1 1"),
+    ("GTGT", "1 1 1 2"),
+    ("GGGGGGGqqqqqqqqq", "1 1 1 2 2 2 3 3 3 2 2 2 1 1 1 0"),
+    ("GGGGqqGqqGqqG", "1 1 1 2 2 2 2 2 2 2 2 2 3"),
+    ("vvvvvvvvvvvv", "1 1 1 2 2 2 2 2 2 2 2 2"),
+    ("eeeeeeeeqqqqqq", "1 1 1 2 2 2 2 2 2 2 1 1 1 0"),
+    ("epppeee", "1 1 1 0 1 1 1"),
+    ("vvvvGGG", "1 1 1 2 2 2 3"),
+    ("GGGGGGGvvvvqqq", "1 1 1 2 2 2 3 3 3 3 3 3 3 2"),
+    ("Tddddqqq", "1 1 1 1 1 1 1 0"),
+    ("N", "3"),
+    ("TNqqqTTT", "1 3 3 3 2 2 2 3"),
+    ("qNqqNqqq", "0 3 3 3 3 3 3 2"),
+]
+
+
+@pytest.mark.parametrize(("events", "levels"), TABLE)
+def test_escalation(events, levels):
+    monitor = settled(patience=3)
+    seen = []
+    for event in events:
+        seen.append(int(EVENTS[event](monitor)))
+        assert monitor.level == seen[-1]
+    assert seen == [int(level) for level in levels.split()]
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_patience_is_what_it_takes_to_rise_and_to_fall(patience):
+    monitor = settled(patience=patience)
+    levels = [int(monitor.observe(1.0, 50.0)) for _ in range(1 + 2 * patience)]
+    assert levels == [1] * patience + [2] * patience + [3]
+    levels = [int(monitor.observe(1.0, 1.0)) for _ in range(3 * patience)]
+    assert levels == sorted([3, 2, 1] * patience + [0], reverse=True)[1:]
+
+
+ACTIONS = {
+    "q": "continue",
+    "T": "shorten horizon",
+    "TTTT": "force full steps",
+    "vvvvvvvvvvvvvvvvvvvvvvvvvvvv": "force full steps",
+    "TTTTTTT": "roll back",
+    "N" * 15: "roll back",
+    "N" * 16: "stop",
+    "N" * 16 + "q": "stop",
+    "N" * 16 + "qqq": "force full steps",
+    "G" * (7 + 14): "roll back",
+    "G" * (7 + 15): "stop",
+    "N" + "v" * 30: "roll back",
+}
+
+
+@pytest.mark.parametrize("events", ACTIONS)
+def test_actions(events):
+    monitor = settled()
+    for event in events:
+        EVENTS[event](monitor)
+    assert monitor.action() is RecoveryAction(ACTIONS[events])
+
+
+# ---------------------------------------------------------------------------------------------
+# False alarms and missed ones
+# ---------------------------------------------------------------------------------------------
+
+
+def watch(losses, norms=None, monitor=None):
+    monitor = monitor or DivergenceMonitor()
+    norms = np.full(len(losses), math.nan) if norms is None else norms
+    return np.array([int(monitor.observe(x, g)) for x, g in zip(losses, norms, strict=True)])
+
+
+# Largest share of steps with a deviating loss, and at WARNING or above.
+NOISES = {
+    "gaussian": (lambda rng, n: rng.standard_normal(n), 0.018, 2e-4),
+    "student-3": (lambda rng, n: rng.standard_t(3, n), 0.035, 1e-3),
+    "student-2": (lambda rng, n: rng.standard_t(2, n), 0.04, 1e-3),
+    "uniform": (lambda rng, n: rng.uniform(-1, 1, n), 0.001, 1e-4),
+    "gumbel": (lambda rng, n: rng.gumbel(size=n), 0.045, 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize("slope", [0.0, -2e-4])
+def test_noise_is_seldom_taken_for_divergence(name, slope):
+    draw, cautions, warnings = NOISES[name]
+    n = 40_000
+    logs = 0.1 * draw(np.random.default_rng(1), n) + slope * np.arange(n)
+    levels = watch(np.exp(logs))
+    entered = np.mean((levels[1:] > 0) & (levels[:-1] == 0))
+    assert entered <= cautions
+    assert np.mean(levels >= 2) <= warnings
+    assert levels.max() < CRITICAL
+    if name == "gaussian":
+        # P(z > 2.2) = 1.39 %: neither deaf nor nervous.
+        assert entered > 0.010
+
+
+@steady
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(-80.0, 80.0))
+def test_neither_the_size_of_the_loss_nor_of_the_gradients_matters(seed, scale):
+    rng = np.random.default_rng(seed)
+    logs = 0.2 * rng.standard_normal(120) + 3.0 * (rng.uniform(size=120) > 0.9)
+    norms = np.exp(2.0 * rng.standard_normal(120))
+    factor = math.exp(scale)
+    expected = watch(np.exp(logs), norms)
+    assert expected.max() > 0
+    assert np.array_equal(watch(np.exp(logs + scale), norms * factor), expected)
+
+
+def test_a_descent_of_any_shape_is_calm():
+    t = np.arange(3000)
+    for losses in (np.exp(-0.01 * t), 1.0 / (1.0 + t), 2.0 + np.exp(-t / 300), np.full(3000, 0.7)):
+        assert not watch(losses).any()
+
+
+def test_a_gradient_norm_may_fall_a_thousand_times_in_a_run():
+    t = np.arange(5000)
+    noise = np.exp(0.5 * np.random.default_rng(0).standard_normal(5000))
+    for norms in (10.0 ** (-3.0 * t / 5000), 1.0 / (1.0 + t)):
+        assert not watch(np.ones(5000), norms).any()
+        assert not watch(np.ones(5000), norms * noise).any()
+
+
+def test_a_gradient_norm_that_falls_at_once_has_vanished():
+    norms = np.concatenate([np.ones(300), np.full(20, 1e-3)])
+    levels = watch(np.ones(320), norms)
+    assert not levels[:300].any()
+    assert levels[300:].tolist() == [1] * 3 + [2] * 17
+
+
+def test_only_calm_steps_feed_the_baseline():
+    before = settled().state_dict()["baseline"]
+    for step, count in (((1.0, 50.0), BASELINE_PATIENCE - 1), ((50.0, 3.0), 1), ((1.0, 1e-4), 9)):
+        monitor = settled()
+        for _ in range(count):
+            monitor.observe(*step)
+        assert monitor.state_dict()["baseline"] == before
+    assert monitor.observe(1.0, 3.0) is WARNING
+    assert monitor.state_dict()["baseline"] > before
+
+
+@pytest.mark.parametrize(("rise", "level"), [(0.005, NORMAL), (0.02, NORMAL), (0.05, CAUTION)])
+def test_a_loss_without_noise_may_rise_a_little(rise, level):
+    monitor = DivergenceMonitor(sigma=2.2)
+    for i in range(100):
+        monitor.observe(3.0 + 1e-5 * (i % 5))
+    assert monitor.observe(3.0 * (1.0 + rise)) is level
+
+
+def test_a_norm_that_stays_where_it_is_becomes_the_baseline():
+    monitor = settled()
+    for _ in range(BASELINE_PATIENCE + 20):
+        monitor.observe(1.0, 1e3)
+    assert severity(monitor, Signal.GRADIENT_EXPLOSION) == pytest.approx(0.1)
+    for _ in range(9):
+        monitor.observe(1.0, 1e3)
+    assert monitor.level is NORMAL
+
+
+@pytest.mark.parametrize("rise", [0.05, 0.5, 5.0])
+def test_a_run_that_diverges_is_found(rise):
+    rng = np.random.default_rng(5)
+    logs = 0.1 * rng.standard_normal(260)
+    logs[200:] += rise * np.arange(60)
+    levels = watch(np.exp(np.minimum(logs, 600.0)))
+    assert levels[:200].max() <= CAUTION
+    assert levels[200:].max() == CRITICAL
+    assert np.argmax(levels[200:] == CRITICAL) <= (40 if rise < 0.1 else 12)
+
+
+def test_a_lasting_change_is_accepted_in_the_end():
+    rng = np.random.default_rng(6)
+    logs = 0.1 * rng.standard_normal(600)
+    logs[100:] += 4.0
+    levels = watch(np.exp(logs))
+    assert levels[100:130].max() == CRITICAL
+    assert levels[-100:].max() <= CAUTION
+
+
+def test_one_wild_batch_neither_blinds_nor_alarms():
+    for wild in (1e-300, 1e300):
+        monitor = settled()
+        monitor.observe(wild, 1.0)
+        assert monitor.level <= CAUTION
+        for _ in range(6):
+            monitor.observe(1.0, 1.0)
+        assert monitor.level is NORMAL
+        monitor.observe(1.6, 1.0)
+        assert severity(monitor, Signal.LOSS_DEVIATION) > 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_an_oscillation_is_found_and_asks_for_full_steps(shift):
+    t = np.arange(200)
+    losses = shift + np.exp(-0.002 * t) * (1.0 + 0.003 * (-1.0) ** t)
+    monitor = DivergenceMonitor()
+    levels = watch(losses, monitor=monitor)
+    assert not levels[:30].any()
+    assert (levels[40:] == WARNING).all()
+    assert monitor.action() is RecoveryAction.FORCE_FULL
+
+
+def test_slow_waves_and_rounding_are_no_oscillation():
+    t = np.arange(400)
+    for losses in (2.0 + np.sin(t / 3.0), 1.0 + 1e-7 * (-1.0) ** t):
+        monitor = DivergenceMonitor(sigma=50.0)
+        assert not watch(losses, monitor=monitor).any()
+
+
+def test_negative_losses_are_compared_on_a_linear_scale():
+    rng = np.random.default_rng(8)
+    losses = 0.5 - 0.01 * np.arange(800) + 0.1 * rng.standard_normal(800)
+    levels = watch(losses)
+    assert levels.max() <= CAUTION
+    assert np.mean(levels > 0) < 0.1
+    monitor = DivergenceMonitor()
+    watch(losses, monitor=monitor)
+    assert monitor.observe(losses[-1] + 2.0) is CAUTION
+
+
+def test_a_loss_of_zero_is_quiet():
+    monitor = settled()
+    before = monitor.state_dict()
+    assert [monitor.observe(0.0) for _ in range(50)] == [NORMAL] * 50
+    after = monitor.state_dict()
+    assert after["mean"] == before["mean"]
+    assert after["variance"] == before["variance"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Hostile numbers, state, arguments
+# ---------------------------------------------------------------------------------------------
+
+hostile = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, 1e300, -1e300, 5e-324, -5e-324, 1.7e308, -1.7e308]),
+)
+calls = st.lists(st.tuples(st.sampled_from("opd"), hostile, hostile), max_size=80)
+
+
+def feed(monitor, sequence):
+    for kind, first, second in sequence:
+        if kind == "o":
+            monitor.observe(first, second)
+        elif kind == "p":
+            monitor.observe_prediction(first, second)
+        else:
+            monitor.observe_delta(first > second)
+        yield monitor.level, monitor.action(), monitor.signals
+
+
+@steady
+@given(sequence=calls, warm=st.booleans())
+def test_hostile_numbers_leave_everything_finite(sequence, warm):
+    monitor = settled() if warm else DivergenceMonitor()
+    for level, action, signals in feed(monitor, sequence):
+        assert isinstance(level, DivergenceLevel)
+        assert isinstance(action, RecoveryAction)
+        assert list(signals) == list(Signal)
+        assert all(0.0 <= value <= 100.0 for value in signals.values())
+    for value in monitor.state_dict().values():
+        assert np.isfinite(value).all()
+
+
+@steady
+@given(before=calls, after=calls, warm=st.booleans())
+def test_the_state_goes_round(before, after, warm):
+    monitor = settled() if warm else DivergenceMonitor()
+    list(feed(monitor, before))
+    state = json.loads(json.dumps(monitor.state_dict()))
+    twin = DivergenceMonitor()
+    twin.load_state_dict(state)
+    assert twin.state_dict() == monitor.state_dict() == state
+    assert list(feed(twin, after)) == list(feed(monitor, after))
+
+
+def test_the_state_is_a_copy():
+    monitor = settled()
+    state = monitor.state_dict()
+    monitor.signals[Signal.NON_FINITE] = 7.0
+    state["severities"][:] = [7.0] * 6
+    assert 7.0 not in monitor.signals.values()
+
+
+def test_an_incomplete_state_changes_nothing():
+    monitor = settled()
+    before = monitor.state_dict()
+    broken = DivergenceMonitor().state_dict()
+    del broken["baseline"]
+    with pytest.raises(KeyError, match="baseline"):
+        monitor.load_state_dict(broken)
+    assert monitor.state_dict() == before
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
+def test_a_bad_sigma_is_named(sigma):
+    with pytest.raises(ValueError, match=r"^sigma must be .*2\.2 is usual"):
+        DivergenceMonitor(sigma=sigma)
+
+
+@pytest.mark.parametrize("patience", [0, -1, 1.5, math.nan, "3"])
+def test_a_bad_patience_is_named(patience):
+    with pytest.raises(ValueError, match=r"^patience must be an integer"):
+        DivergenceMonitor(patience=patience)
