@@ -37,6 +37,10 @@ class HybridTrainerConfig:
         Standard deviations of the loss's own noise that count as a rise, positive.
     snapshots : int
         Copies of the trainable parameters that are kept, 4 to 10.
+    group_correction : bool
+        Learn a factor on each layer group's displacement from what forecasts of the bank's own end
+        missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
+        costs a probe for each jump (``benchmarks/ablation.py``).
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
         :class:`~hybridcore.errors.DivergenceError` once the batch has been left out.
@@ -55,11 +59,13 @@ class HybridTrainerConfig:
     confidence_threshold: float = 0.60
     divergence_sigma: float = 2.2
     snapshots: int = 6
+    group_correction: bool = False
     on_divergence: OnDivergence = "recover"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise _error("enabled", self.enabled, "True or False")
+        for name in ("enabled", "group_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "True or False")
         _check_integer("warmup_steps", self.warmup_steps, 1)
         _check_integer("min_full_steps", self.min_full_steps, 4)
         _check_integer("horizon", self.horizon, 1)

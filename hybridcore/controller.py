@@ -17,19 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.config import HybridTrainerConfig
+from hybridcore.corrector import Corrector
+from hybridcore.decision import DecisionRule
+from hybridcore.divergence import DivergenceMonitor, RecoveryAction
 from hybridcore.dynamics import DynamicsModel, LinearDynamics
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.phases import Event, Phase, Turn, transition
-from hybridcore.planning import (
-    ARMS,
-    Flight,
-    Jump,
-    Pace,
-    learning_rate_ahead,
-    path_confidence,
-)
-from hybridcore.search import AVERAGED_SNAPSHOTS, everywhere, probe_average, search, usable
+from hybridcore.planning import Flight, Jump, Pace, learning_rate_ahead, path_confidence
+from hybridcore.search import AVERAGED_SNAPSHOTS, probe_average, usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
 logger = logging.getLogger("hybridcore")
@@ -39,6 +35,7 @@ ABORT_RISE = math.log(1.3)
 TOLERANCE = math.log(1.2)
 PATIENT_STEPS = 3
 REGULAR_SNAPSHOTS = 3
+SHORTENED = 0.5
 
 FULL_STEP = Directive(Action.FULL)
 _SKIP = Directive(Action.SKIP)
@@ -73,7 +70,8 @@ class Controller:
         self.forecast_loss = NAN
         self.prediction_error: float | None = None
         self.dynamics = LinearDynamics() if dynamics is None else dynamics
-        self.pace = Pace(config)
+        self.rule = DecisionRule(config)
+        self.monitor = DivergenceMonitor(config.divergence_sigma)
         self._counters, self._meter = counters, meter
         self._flight: Flight | None = None
         self._taken = 0
@@ -88,6 +86,11 @@ class Controller:
     def arm_values(self) -> dict[str, float]:
         """By extrapolator, how many full steps its last jumps gained, net."""
         return self.pace.arm_values
+
+    @property
+    def pace(self) -> Pace:
+        """When to try again."""
+        return self.rule.pace
 
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
@@ -113,7 +116,9 @@ class Controller:
         """Take the figures of a full step into the statistics of its phase."""
         self.forecast_loss = NAN
         if not observation.applied:
+            self.monitor.observe_delta(finite=False)
             return
+        self.monitor.observe(observation.loss, observation.gradient_norm)
         self._taken += 1
         if self.phase is not Phase.CORRECT:
             self.dynamics.observe(observation.loss)
@@ -125,7 +130,7 @@ class Controller:
         if self.phase is not Phase.PREDICT:
             return True
         taken = self._taken + 1
-        return taken % self.config.correction_interval == 0 or taken == self._in_flight.horizon
+        return taken % self.config.correction_interval == 0 or taken == self._in_flight.last
 
     def restart(self) -> None:
         """Forget the trajectory, and a jump under way: the parameters are others now."""
@@ -136,6 +141,7 @@ class Controller:
             self.pace.wait += self._taken
         self._meter.mark = (NAN, self._counters.full_steps, self._counters.probes)
         self.dynamics.restart()
+        self.rule.restart()
         logger.info("parameters changed: snapshots and trend start over")
 
     # -- the phases -------------------------------------------------------------------------
@@ -179,23 +185,27 @@ class Controller:
     def _predict(self) -> Turn:
         flight, interval = self._in_flight, self.config.correction_interval
         if self._taken % interval == 0:
-            yield self._move(min(self._taken + interval, flight.horizon) / flight.horizon)
+            yield self._move(min(self._taken + interval, flight.last) / flight.horizon)
         share = (self._taken + 1) / flight.horizon
         expected = flight.expected(share)
         self.forecast_loss = math.exp(expected)
-        event = Event.HORIZON_REACHED if self._taken + 1 == flight.horizon else None
+        event = Event.HORIZON_REACHED if self._taken + 1 == flight.last else None
         if self.needs_batch:
             probe = yield _PROBE
             # A probe that is not finite is a bad batch, or settling and validation will tell.
             if usable(probe.loss):
+                self.monitor.observe_prediction(self.forecast_loss, probe.loss)
                 loss = math.log(probe.loss)
                 self.prediction_error = abs(self.forecast_loss - probe.loss) / probe.loss
                 self.forecast_loss = probe.loss
                 if loss > flight.log_best + self._margin:
                     yield self._move(flight.best_share)
                     event = Event.DIVERGED
-                elif loss > expected + TOLERANCE + self._margin:
-                    event = Event.CONFIDENCE_LOST
+                elif event is None:
+                    rest = Corrector.refine(share, expected, loss - self._margin)
+                    flight.last = self._taken + 1 + round(rest * (flight.last - self._taken - 1))
+                    if flight.last == self._taken + 1:
+                        event = Event.CONFIDENCE_LOST
                 if loss < flight.log_best:
                     flight.log_best, flight.best_share = loss, share
         yield _SKIP
@@ -236,30 +246,32 @@ class Controller:
         path = path_confidence(gram.sum(axis=0))
         in_path, in_loss = max(path.values()), self._loss_confidence
         self.confidence = min(in_path, in_loss)
+        slope = self.dynamics.slope
+        ahead = learning_rate_ahead(self._rates, config.horizon)
+        context = self.rule.context(in_path, in_loss, slope, ahead)
+        self.rule.learn(gram, path, context)
         retry = config.snapshot_interval
+        self.pace.wait = self._taken + retry
+        action = self.monitor.action()
+        if action not in (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON):
+            return None
         if self.confidence < config.confidence_threshold:
             if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
-                retry, self._bank = self.pace.back_off(config.min_full_steps), 0
-            self.pace.wait = self._taken + retry
+                self._bank = 0
+                self.pace.wait = self._taken + self.pace.back_off(config.min_full_steps)
             return None
         here = (yield _PROBE).loss
-        averaged = (yield probe_average(len(self._known_gram))).loss
-        self.pace.wait = self._taken + retry
+        averaged = (yield probe_average(len(gram))).loss
         if not (usable(here) and usable(averaged)):
             return None
         self._close_stretch(math.log(averaged), predicting=False)
-        ahead = learning_rate_ahead(self._rates, config.horizon)
-        unit = config.horizon / config.snapshot_interval * ahead
-        candidates = [name for name in ARMS if path[name] >= config.confidence_threshold]
-        best, least = yield from search(gram, candidates, unit, here)
-        if best is not None:
-            start = math.log(here)
-            slope = self.dynamics.slope
-            flight = Flight(best, 0, start, math.log(least), slope, log_best=start)
-            flight.horizon = self.pace.horizon(flight)
-            if flight.horizon > 0:
-                return flight
+        reach = config.horizon / config.snapshot_interval * ahead
+        if action is RecoveryAction.SHORTEN_HORIZON:
+            reach *= SHORTENED
+        flight = yield from self.rule.choose(gram, path, context, here, slope, reach)
+        if flight is not None:
+            return flight
         # Probing costs a step or two: where it finds nothing, not again soon.
         self.pace.wait = self._taken + self.pace.back_off(2 * retry)
         return None
@@ -302,7 +314,7 @@ class Controller:
     def _reward(self, progress: float) -> None:
         """Learn what the jump was worth, and how soon another one is worth trying."""
         spent = self._meter.spent(self._counters.full_steps, self._counters.probes)
-        self.pace.reward(self._in_flight, progress, *spent)
+        self.rule.reward(self._in_flight, progress, *spent)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -312,7 +324,8 @@ class Controller:
             "phase": self.phase.name,
             "confidence": self.confidence,
             "dynamics": self.dynamics.state_dict(),
-            "pace": self.pace.state_dict(),
+            "rule": self.rule.state_dict(),
+            "monitor": self.monitor.state_dict(),
             "flight": None if self._flight is None else dataclasses.asdict(self._flight),
             "gram": None if self._gram is None else self._gram.copy(),
             "rates": list(self._rates),
@@ -327,10 +340,12 @@ class Controller:
         self.phase = Phase[state["phase"]]
         self.confidence = float(state["confidence"])
         self.dynamics.load_state_dict(state["dynamics"])
-        self.pace.load_state_dict(state["pace"])
+        self.rule.load_state_dict(state["rule"])
+        self.monitor.load_state_dict(state["monitor"])
         flight, gram = state["flight"], state["gram"]
         if flight is not None:
-            flight = Flight(**{**flight, "jump": Jump(**flight["jump"])})
+            jump = Jump(**{**flight["jump"], "scales": tuple(flight["jump"]["scales"])})
+            flight = Flight(**{**flight, "jump": jump, "context": tuple(flight["context"])})
         self._flight = flight
         self._gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
@@ -370,7 +385,7 @@ class Controller:
         return self._flight
 
     def _move(self, share: float) -> Directive:
-        return Directive(Action.MOVE, everywhere(self._in_flight.jump, self._known_gram, share))
+        return Directive(Action.MOVE, self._in_flight.jump.coefficients(self._known_gram, share))
 
     def _close_stretch(
         self, log_loss: float, predicting: bool, progress: float | None = None

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridcore.bandit import NO_PREDICTION
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.extrapolation import EXTRAPOLATORS, FORECASTERS
 from hybridcore.meter import NOMINAL_PROBE_COST
+from hybridcore.residuals import group_scales
 
 # An average leads back, not ahead: it serves to judge a jump, not to make one.
 ARMS = (*FORECASTERS, "anderson")
@@ -39,23 +41,37 @@ class Jump:
         Name in :data:`hybridcore.extrapolation.EXTRAPOLATORS`.
     reach : float
         Distance in snapshot intervals, at least 0. Methods without a horizon ignore it.
+    scales : tuple of float
+        Factor on the displacement of each layer group; empty where all are taken as they are.
     """
 
     extrapolator: str
     reach: float
+    scales: tuple[float, ...] = ()
 
     def coefficients(self, gram: NDArray[np.float64], share: float = 1.0) -> NDArray[np.float64]:
-        """Affine coefficients (m,) of the point after a `share` in [0, 1] of the way.
+        """Affine coefficients (groups, m) of the point after a `share` in [0, 1] of the way.
 
-        A forecast is followed along its own path, which may bend; a method that names one point is
-        followed along the straight line to it.
+        The trajectory of all groups together is followed. A forecast is followed along its own
+        path, which may bend; a method that names one point along the straight line to it.
+
+        Parameters
+        ----------
+        gram : (groups, m, m) ndarray of float64
+            Gram matrices of the bank.
+        share : float
+            How much of the way, in [0, 1].
         """
-        extrapolate = EXTRAPOLATORS[self.extrapolator]
-        if self.extrapolator in FORECASTERS:
-            return extrapolate(gram, share * self.reach)
-        start = np.zeros(len(gram))
+        groups, m = gram.shape[:2]
+        extrapolate, joint = EXTRAPOLATORS[self.extrapolator], gram.sum(axis=0)
+        start = np.zeros(m)
         start[-1] = 1.0
-        return start + share * (extrapolate(gram, self.reach) - start)
+        if self.extrapolator in FORECASTERS:
+            way = extrapolate(joint, share * self.reach) - start
+        else:
+            way = share * (extrapolate(joint, self.reach) - start)
+        scales = np.array(self.scales or (1.0,) * groups)
+        return start + scales[:, None] * way
 
 
 @dataclass(slots=True)
@@ -67,22 +83,34 @@ class Flight:
     jump : Jump
         Way that is followed.
     horizon : int
-        Predicted steps that it stands for.
+        Predicted steps that the whole way stands for.
+    last : int
+        Predicted steps after which it ends: the horizon, or less if probes cut it short.
     log_start, log_target : float
         Log loss at the start, and at the end of the way when it was chosen.
     log_best, best_share : float
         Least log loss on the way so far, and the share of the way at which it was.
     slope : float
         Change of the log loss by one full step before the jump.
+    promise : float
+        Full steps that the jump seemed worth when it was chosen.
+    arm : str
+        Arm of the bandit that the jump is.
+    context : tuple of float
+        Features at the decision.
     """
 
     jump: Jump
     horizon: int
+    last: int
     log_start: float
     log_target: float
     slope: float
     log_best: float
     best_share: float = 0.0
+    promise: float = 0.0
+    arm: str = NO_PREDICTION
+    context: tuple[float, ...] = ()
 
     def expected(self, share: float) -> float:
         """Log loss forecast for a `share` of the way."""
@@ -100,8 +128,11 @@ class Pace:
         Factor on the wait after a failure, doubled by each and halved by each success.
     worth : float
         Full steps that a jump has gained, net of its settling; NaN before the first.
+    surprise : float
+        By how much jumps turned out to be worth more than they promised, as a difference of
+        ``log(1 + steps)``; NaN before the first.
     arm_values : dict of str to float
-        The same by extrapolator; it can be negative.
+        Worth by extrapolator; it can be negative.
     """
 
     def __init__(self, config: HybridTrainerConfig) -> None:
@@ -109,6 +140,7 @@ class Pace:
         self.wait = config.min_full_steps
         self.patience = 1
         self.worth = math.nan
+        self.surprise = math.nan
         self.arm_values: dict[str, float] = {}
 
     def back_off(self, least: int) -> int:
@@ -117,21 +149,20 @@ class Pace:
         self.patience = min(2 * self.patience, MOST_PATIENCE)
         return steps
 
-    def horizon(self, flight: Flight) -> int:
+    def horizon(self, worth: float) -> int:
         """Return how many steps to predict: the real ones that the jump replaces, within settings.
 
-        What it is worth is taken from the fall of the loss at its end, and from what jumps have
-        been worth once they had settled. A jump worth less than its settling steps stands for none.
+        A jump stands for what it seems `worth`, in full steps, or for what jumps have been worth
+        once they had settled. One that is worth less than its settling steps stands for none.
         """
-        worth = self._steps_for(flight, flight.log_start - flight.log_target)
         if math.isfinite(self.worth):
             worth = max(worth, self.worth)
         if worth < self._config.snapshot_interval:
             return 0
         return max(1, round(min(worth, self._config.horizon)))
 
-    def reward(self, flight: Flight, progress: float, spent: int, probes: int) -> None:
-        """Learn from a jump that has settled.
+    def reward(self, flight: Flight, progress: float, spent: int, probes: int) -> float:
+        """Learn from a jump that has settled; return how much better it was than others.
 
         Parameters
         ----------
@@ -141,8 +172,13 @@ class Pace:
             Decrease of the log loss since before the jump; 0 if it was given up.
         spent, probes : int
             Full steps and probes that it took.
+
+        Returns
+        -------
+        float
+            Its surprise less that of the jumps before it.
         """
-        steps = self._steps_for(flight, progress)
+        steps = self.steps_for(progress, flight.slope)
         name = flight.jump.extrapolator
         self.worth = _blend(self.worth, max(0.0, steps - spent))
         self.arm_values[name] = _blend(self.arm_values.get(name, math.nan), steps - spent)
@@ -152,25 +188,31 @@ class Pace:
             self.wait = self._config.min_full_steps
         else:
             self.wait = self.back_off(self._config.min_full_steps)
+        surprise = math.log1p(steps) - math.log1p(flight.promise)
+        # Against the others: that jumps settle to more than they promise says nothing of an arm.
+        better = 0.0 if math.isnan(self.surprise) else surprise - self.surprise
+        self.surprise = _blend(self.surprise, surprise)
+        return better
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
-        names = ("wait", "patience", "worth")
+        names = ("wait", "patience", "worth", "surprise")
         return {name: getattr(self, name) for name in names} | {"arms": dict(self.arm_values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.wait, self.patience = int(state["wait"]), int(state["patience"])
-        self.worth, self.arm_values = float(state["worth"]), dict(state["arms"])
+        self.worth, self.surprise = float(state["worth"]), float(state["surprise"])
+        self.arm_values = dict(state["arms"])
 
-    def _steps_for(self, flight: Flight, progress: float) -> float:
-        """Full steps that would have made `progress` at the slope before the jump."""
+    def steps_for(self, progress: float, slope: float) -> float:
+        """Full steps that would have made `progress` in log loss at `slope` per step."""
         if progress <= 0.0:
             return 0.0
-        if flight.slope >= 0.0:
+        if slope >= 0.0:
             # Full steps would have made none, but no jump is worth more for being the only way.
             return float(self._config.horizon)
-        return min(progress / -flight.slope, float(MOST_REACH * self._config.horizon))
+        return min(progress / -slope, float(MOST_REACH * self._config.horizon))
 
 
 def _blend(old: float, new: float) -> float:
@@ -211,6 +253,21 @@ def _backtest(name: str, gram: NDArray[np.float64], ahead: int) -> float:
         return 0.0
     missed = max(0.0, float(error @ gram @ error)) / distance
     return max(0.0, 1.0 - missed / WORTHLESS_ERROR**2)
+
+
+def missed_scales(gram: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    """Factors and cosines by which a forecast of the bank's own end missed, shape (groups, 2).
+
+    The forecast is that of the extrapolator `name` over the longest of ``BACKTEST_INTERVALS``; see
+    :func:`hybridcore.residuals.group_scales`.
+    """
+    groups, m = gram.shape[:2]
+    known = m - max(BACKTEST_INTERVALS)
+    predicted, actual = np.zeros(m), np.zeros(m)
+    predicted[:known] = EXTRAPOLATORS[name](gram.sum(axis=0)[:known, :known], float(m - known))
+    predicted[known - 1] -= 1.0
+    actual[known - 1], actual[-1] = -1.0, 1.0
+    return group_scales(gram, np.tile(predicted, (groups, 1)), np.tile(actual, (groups, 1)))
 
 
 def learning_rate_ahead(rates: Sequence[float], horizon: int) -> float:

@@ -17,6 +17,7 @@ from hybridcore.planning import (
     Jump,
     Pace,
     learning_rate_ahead,
+    missed_scales,
     path_confidence,
 )
 
@@ -52,9 +53,9 @@ def test_a_jump_begins_where_the_weights_are(name):
     jump = Jump(name, 5.0)
     start = np.zeros(6)
     start[-1] = 1.0
-    np.testing.assert_allclose(jump.coefficients(matrix, 0.0), start, atol=1e-12)
+    np.testing.assert_allclose(jump.coefficients(matrix[None], 0.0)[0], start, atol=1e-12)
     for share in (0.2, 0.7, 1.0):
-        assert jump.coefficients(matrix, share).sum() == pytest.approx(1.0, abs=1e-6)
+        assert jump.coefficients(matrix[None], share)[0].sum() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_rate_ahead():
@@ -71,15 +72,19 @@ def test_rate_ahead():
 
 
 def flight(slope=-0.01, fall=0.3):
-    return Flight(Jump("linear", 5.0), 0, 0.0, -fall, slope, log_best=0.0)
+    return Flight(Jump("linear", 5.0), 0, 0, 0.0, -fall, slope, log_best=0.0)
+
+
+def horizon(pace, slope=-0.01, fall=0.3):
+    return pace.horizon(pace.steps_for(fall, slope))
 
 
 def test_pace():
     pace = Pace(HybridTrainerConfig())
-    assert pace.horizon(flight(fall=0.3)) == 30
-    assert pace.horizon(flight(fall=0.01)) == 0
-    assert pace.horizon(flight(fall=9.0)) == 75
-    assert pace.horizon(flight(slope=0.1)) == 75
+    assert horizon(pace, fall=0.3) == 30
+    assert horizon(pace, fall=0.01) == 0
+    assert horizon(pace, fall=9.0) == 75
+    assert horizon(pace, slope=0.1) == 75
     assert [pace.back_off(50) for _ in range(6)] == [50, 100, 200, 400, 800, 800]
     assert pace.patience == MOST_PATIENCE
     pace.reward(flight(), progress=1.0, spent=16, probes=9)
@@ -161,23 +166,23 @@ def test_a_jump_ends_where_its_extrapolator_points(name, reach):
     jump = Jump(name, reach)
     newest = np.zeros(6)
     newest[-1] = 1.0
-    assert jump.coefficients(matrix, 0.0).tolist() == newest.tolist()
+    assert jump.coefficients(matrix[None], 0.0)[0].tolist() == newest.tolist()
     expected = EXTRAPOLATORS[name](matrix, reach)
-    np.testing.assert_allclose(jump.coefficients(matrix), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(jump.coefficients(matrix[None])[0], expected, rtol=1e-12, atol=1e-12)
     for share in np.linspace(0.0, 1.0, 7):
         size = np.abs(expected).max()
-        total = jump.coefficients(matrix, share).sum()
+        total = jump.coefficients(matrix[None], share)[0].sum()
         assert total == pytest.approx(1.0, abs=1e-14 * 6 * max(1.0, size))
 
 
 def test_a_forecast_bends_and_a_target_is_approached_straight():
     points = orbit(np.array([0.5, 0.9]), 6, 1, 0)
     matrix = gram(points)
-    half = Jump("dmd", 4.0).coefficients(matrix, 0.5) @ points
+    half = Jump("dmd", 4.0).coefficients(matrix[None], 0.5)[0] @ points
     # Half of the way in time is where the path is by then.
     np.testing.assert_allclose(half, orbit(np.array([0.5, 0.9]), 8, 1, 0)[-1], atol=1e-6)
-    target = Jump("anderson", 4.0).coefficients(matrix, 1.0) @ points
-    middle = Jump("anderson", 4.0).coefficients(matrix, 0.5) @ points
+    target = Jump("anderson", 4.0).coefficients(matrix[None], 1.0)[0] @ points
+    middle = Jump("anderson", 4.0).coefficients(matrix[None], 0.5)[0] @ points
     np.testing.assert_allclose(middle, (points[-1] + target) / 2.0, atol=1e-12)
 
 
@@ -229,9 +234,9 @@ def test_a_horizon_stays_within_the_settings(config):
             for worth in (math.nan, 0.0, 33.3, 1e9):
                 pace = Pace(config)
                 pace.worth = worth
-                horizon = pace.horizon(flight(slope, fall))
-                assert isinstance(horizon, int)
-                assert 0 <= horizon <= config.horizon
+                steps = horizon(pace, slope, fall)
+                assert isinstance(steps, int)
+                assert 0 <= steps <= config.horizon
 
 
 def test_a_jump_stands_for_what_it_is_worth_and_not_at_all_below_its_settling_steps():
@@ -239,12 +244,12 @@ def test_a_jump_stands_for_what_it_is_worth_and_not_at_all_below_its_settling_st
     pace = Pace(config)
     assert config.snapshot_interval == 10
     worths = {0.05: 0, 0.099: 0, 0.101: 10, 0.2: 20, 0.744: 74, 3.0: 75}
-    assert {fall: pace.horizon(flight(-0.01, fall)) for fall in worths} == worths
+    assert {fall: horizon(pace, fall=fall) for fall in worths} == worths
     # Where full steps make no progress, a jump that does is worth a whole horizon.
-    assert pace.horizon(flight(0.0, 0.05)) == config.horizon
+    assert horizon(pace, 0.0, 0.05) == config.horizon
     # What jumps turned out to be worth counts as much as what this one promises.
     pace.worth = 33.0
-    assert pace.horizon(flight(-0.01, 0.05)) == 33
+    assert horizon(pace, fall=0.05) == 33
 
 
 def test_each_attempt_in_vain_doubles_the_wait_up_to_a_limit():
@@ -255,7 +260,7 @@ def test_each_attempt_in_vain_doubles_the_wait_up_to_a_limit():
 
 def test_a_horizon_shorter_than_the_interval_wins():
     config = HybridTrainerConfig(horizon=5, correction_interval=15)
-    assert Pace(config).horizon(flight()) == 5
+    assert horizon(Pace(config)) == 5
 
 
 def test_success_halves_the_patience_and_failure_doubles_it():
@@ -298,3 +303,42 @@ def test_a_fresh_pace_survives_a_checkpoint():
     handed_out = other.state_dict()
     other.reward(flight(), 1.0, 16, 9)
     assert handed_out["arms"] == {}
+
+
+def test_an_arm_is_rewarded_for_what_it_is_better_than_the_others():
+    pace = Pace(HybridTrainerConfig())
+    way = flight(slope=-0.01)
+    way.promise = 30.0
+    # The first has nothing to be better than.
+    assert pace.reward(way, 0.62, 16, 9) == 0.0
+    assert pace.surprise == pytest.approx(math.log(63.0 / 31.0))
+    assert pace.reward(way, 0.62, 16, 9) == pytest.approx(0.0)
+    assert pace.reward(way, 0.0, 16, 9) == pytest.approx(math.log(1.0 / 63.0))
+
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+def test_groups_are_scaled_about_the_newest_snapshot():
+    grams = np.stack([gram(smooth()), 3.0 * gram(smooth())])
+    plain = Jump("linear", 5.0).coefficients(grams)
+    assert np.array_equal(plain[0], plain[1])
+    got = Jump("linear", 5.0, (0.0, 2.0)).coefficients(grams)
+    start = np.zeros(6)
+    start[-1] = 1.0
+    np.testing.assert_allclose(got[0], start, atol=1e-12)
+    np.testing.assert_allclose(got[1] - start, 2.0 * (plain[1] - start), atol=1e-12)
+
+
+def test_missed_scales_are_least_squares_factors_of_the_displacements():
+    rng = np.random.default_rng(0)
+    points = [np.cumsum(rng.normal(size=(6, 20)), axis=0) for _ in range(3)]
+    grams = np.stack([p @ p.T for p in points])
+    got = missed_scales(grams, "linear")
+    for group, (scale, cosine) in zip(points, got, strict=True):
+        # Forecast of the newest snapshot from the oldest four, two intervals ahead.
+        predicted = 2.0 * (group[3] - group[0]) / 3.0
+        actual = group[5] - group[3]
+        assert scale == pytest.approx(np.linalg.lstsq(predicted[:, None], actual)[0][0])
+        length = np.linalg.norm(predicted) * np.linalg.norm(actual)
+        assert cosine == pytest.approx(predicted @ actual / length)
