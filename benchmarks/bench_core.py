@@ -38,11 +38,12 @@ class Dynamics:
     def setup(self):
         self.model = LinearDynamics()
         for k in range(100):
-            self.model.observe(0.99**k)
+            self.model.observe(Observation(0.99**k))
 
     def time_observe(self):
+        observation = Observation(0.5)
         for _ in range(LOOPS):
-            self.model.observe(0.5)
+            self.model.observe(observation)
 
     def time_forecast(self):
         for _ in range(LOOPS):

@@ -88,6 +88,11 @@ class Controller:
         return self.pace.arm_values
 
     @property
+    def divergence_level(self) -> str:
+        """Name of the monitor's level."""
+        return self.monitor.level.name
+
+    @property
     def pace(self) -> Pace:
         """When to try again."""
         return self.rule.pace
@@ -121,7 +126,7 @@ class Controller:
         self.monitor.observe(observation.loss, observation.gradient_norm)
         self._taken += 1
         if self.phase is not Phase.CORRECT:
-            self.dynamics.observe(observation.loss)
+            self.dynamics.observe(observation)
             self._rates.append(observation.learning_rate)
 
     @property

@@ -170,9 +170,7 @@ class Engine:
 
     def statistics(self) -> TrainingStatistics:
         """Summary of the run so far."""
-        return TrainingStatistics.of(
-            self.counters, self.meter, self._controller.arm_values, self.confidence
-        )
+        return TrainingStatistics.of(self.counters, self.meter, self._controller)
 
     # -- state ------------------------------------------------------------------------------
 

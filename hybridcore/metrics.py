@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybridcore.meter import Interval, Meter
-from hybridcore.phases import Phase
+from hybridcore.phases import Phase, PhaseController
 
 
 @dataclass(slots=True)
@@ -76,6 +76,9 @@ class TrainingStatistics:
         By extrapolator, how many full steps its last jumps gained, net.
     confidence : float
         Confidence in [0, 1] at the last decision.
+    divergence_level : str
+        Name of the :class:`~hybridcore.divergence.DivergenceLevel` now. Above NORMAL jumps are
+        shortened, above CAUTION there are none.
     """
 
     steps: int
@@ -95,12 +98,13 @@ class TrainingStatistics:
     measured_speedup_interval: Interval
     arm_values: dict[str, float]
     confidence: float
+    divergence_level: str
 
     @classmethod
     def of(
-        cls, counters: Counters, meter: Meter, arm_values: dict[str, float], confidence: float
+        cls, counters: Counters, meter: Meter, controller: PhaseController
     ) -> TrainingStatistics:
-        """Summarise the running totals of an engine."""
+        """Summarise the running totals of an engine and what its controller knows."""
         speedup, interval = meter.speedup(counters.full_steps, counters.probes)
         return cls(
             steps=counters.steps,
@@ -118,8 +122,9 @@ class TrainingStatistics:
             cost=meter.cost(counters.full_steps, counters.probes) + meter.overhead,
             measured_speedup=speedup,
             measured_speedup_interval=interval,
-            arm_values=dict(arm_values),
-            confidence=confidence,
+            arm_values=dict(controller.arm_values),
+            confidence=controller.confidence,
+            divergence_level=controller.divergence_level,
         )
 
     def to_dict(self) -> dict[str, Any]:

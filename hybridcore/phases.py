@@ -105,6 +105,11 @@ class PhaseController(Protocol):
         """What each way to predict has been worth, in full steps."""
         ...
 
+    @property
+    def divergence_level(self) -> str:
+        """Name of how serious the signs of divergence are."""
+        ...
+
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         ...

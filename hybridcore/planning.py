@@ -1,4 +1,4 @@
-"""Which jump, how far, and how sure: the first decision rule.
+"""How regular a trajectory is, what a jump is, and when to try the next one.
 
 A bank of snapshots can be held against itself: forecast its newest snapshots from its older ones
 and see how far off the forecast is. Where noise moves the weights, yesterday's displacement says

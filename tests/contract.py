@@ -14,6 +14,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridcore import Observation
+
 NO_LOSSES = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1e-300, -3.0]
 HORIZONS = [0, 1, 15, 75, 1000]
 
@@ -36,8 +38,14 @@ def check_dynamics_model(make):
 def fed(make, losses):
     model = make()
     for loss in losses:
-        model.observe(float(loss))
+        model.observe(observed(loss))
     return model
+
+
+def observed(loss):
+    """What a full step of that loss shows; the norm follows the loss as it often does."""
+    norm = math.sqrt(abs(loss)) if math.isfinite(loss) else math.nan
+    return Observation(loss=float(loss), gradient_norm=norm, learning_rate=1e-3)
 
 
 def noisy_series(seed, count=80, slope=-0.01, noise=0.05):
@@ -80,7 +88,7 @@ def check_hostile_losses(make):
         model = fed(make, noisy_series(1, count))
         before = copy.deepcopy(model.state_dict())
         for loss in NO_LOSSES:
-            model.observe(loss)
+            model.observe(observed(loss))
             assert model.state_dict() == before, loss
 
 
@@ -95,8 +103,8 @@ def check_state_round_trip(make):
         assert restored.state_dict() == model.state_dict()
         assert answers(restored) == answers(model)
         for loss in series[count:]:
-            model.observe(loss)
-            restored.observe(loss)
+            model.observe(observed(loss))
+            restored.observe(observed(loss))
             assert answers(restored) == answers(model)
 
 
@@ -108,7 +116,7 @@ def check_restart(make):
     # What is forgotten has no say in what is learned next.
     series = noisy_series(4, slope=-0.02, noise=0.01)
     for loss in series:
-        model.observe(loss)
+        model.observe(observed(loss))
     fresh = fed(make, series)
     assert math.isclose(model.slope, fresh.slope, rel_tol=0.2)
     assert math.isclose(model.forecast(15).mean, fresh.forecast(15).mean, abs_tol=0.05)
@@ -121,7 +129,7 @@ def check_asking_changes_nothing(make):
     assert model.state_dict() == before
     # A state that is handed out is a copy: what the model does later does not reach it.
     handed_out = model.state_dict()
-    model.observe(0.5)
+    model.observe(observed(0.5))
     assert handed_out == before
 
 

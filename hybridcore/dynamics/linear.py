@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybridcore.dynamics.protocol import Forecast
+from hybridcore.types import Observation
 
 DISCOUNT = 0.95
 LEAST_OBSERVATIONS = 10
@@ -42,8 +43,9 @@ class LinearDynamics:
     product: float = 0.0
     origin: float = 0.0
 
-    def observe(self, loss: float) -> None:
-        """Take the loss of one full step; losses that are not finite and positive are ignored."""
+    def observe(self, observation: Observation) -> None:
+        """Take what one full step showed; ignored where the loss is not finite and positive."""
+        loss = observation.loss
         if not 0.0 < loss < math.inf:
             return
         y = math.log(loss)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hybridcore.types import Observation
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
@@ -44,8 +46,8 @@ class DynamicsModel(Protocol):
     def is_stable(self) -> bool:
         """True once the trend is known and does not rise beyond its own uncertainty."""
 
-    def observe(self, loss: float) -> None:
-        """Take the loss of one full step; losses that are not finite and positive are ignored."""
+    def observe(self, observation: Observation) -> None:
+        """Take what one full step showed; ignored where the loss is not finite and positive."""
 
     def forecast(self, horizon: float) -> Forecast:
         """Forecast of the log loss `horizon` full steps after the last one observed."""
@@ -54,7 +56,7 @@ class DynamicsModel(Protocol):
         """Forget the trend: the weights have moved by other means than full steps."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state as plain numbers."""
+        """Return the whole state as numbers, lists and arrays."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridcore import Observation
 from hybridcore.dynamics import Forecast, LinearDynamics
 from hybridcore.dynamics.linear import DISCOUNT, LEAST_OBSERVATIONS
 
@@ -155,9 +156,10 @@ def test_what_was_fed_before_a_restart_leaves_no_trace():
 class Believes(LinearDynamics):
     """Takes losses that are none."""
 
-    def observe(self, loss):
+    def observe(self, observation):
         """Take anything."""
-        super().observe(abs(loss) if math.isfinite(loss) and loss else 1.0)
+        loss = observation.loss
+        super().observe(Observation(abs(loss) if math.isfinite(loss) and loss else 1.0))
 
 
 class Forgets(LinearDynamics):

@@ -720,6 +720,16 @@ def test_a_summary_is_json_at_any_time():
         assert ("not known yet" in str(statistics)) != known
 
 
+def test_a_bad_batch_is_critical_for_a_while():
+    descent = Descent()
+    descent.run(30)
+    assert descent.engine.statistics().divergence_level == "NORMAL"
+    descent.step(bad=True)
+    assert descent.engine.statistics().divergence_level == "CRITICAL"
+    descent.run(recovery_steps())
+    assert descent.engine.statistics().divergence_level == "NORMAL"
+
+
 class OnlyFull:
     """A controller of one's own, that never predicts."""
 
@@ -727,6 +737,7 @@ class OnlyFull:
         self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
         self.forecast_loss, self.prediction_error = math.nan, None
         self.arm_values, self.needs_batch = {}, True
+        self.divergence_level = "NORMAL"
 
     def turn(self):
         self.absorb((yield Directive(Action.FULL)))

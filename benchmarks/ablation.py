@@ -1,0 +1,132 @@
+"""What the bandit, the monitor and the groups' corrections each add to cost-to-target.
+
+    python benchmarks/ablation.py
+
+trains the SIREN and the PINN plain and with each part left out or put in, from the same seeds, and
+records in benchmarks/results/ablation.json the cost to plain's lowest loss as a share of plain's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from hybridcore import HybridTrainerConfig
+from hybridcore.bandit import LinUCB
+from hybridcore.cli.compare import Run, forward_cost, training
+from hybridcore.cli.demo import environment
+from hybridcore.cli.workloads import WORKLOADS
+from hybridcore.controller import Controller
+from hybridcore.divergence import DivergenceMonitor, RecoveryAction
+from hybridcore.metrics import finite
+
+RESULTS = Path(__file__).parent / "results" / "ablation.json"
+# The best rates of plain training.
+RATES = {"siren": 2e-3, "burgers": 1e-2}
+
+
+class Indifferent(LinUCB):
+    """A bandit that has no opinion."""
+
+    def values(self, context: object) -> dict[str, tuple[float, float]]:
+        return dict.fromkeys(super().values((0.0,) * 6), (0.0, 0.0))
+
+
+class Unmoved(DivergenceMonitor):
+    """A monitor that never asks for anything."""
+
+    def action(self) -> RecoveryAction:
+        return RecoveryAction.CONTINUE
+
+
+def unchanged(controller: Controller) -> None:
+    """Leave everything as it is."""
+
+
+def without_bandit(controller: Controller) -> None:
+    """Let the probes alone decide."""
+    controller.rule.bandit.__class__ = Indifferent
+
+
+def without_monitor(controller: Controller) -> None:
+    """Let no divergence shorten or forbid a jump."""
+    controller.monitor.__class__ = Unmoved
+
+
+VARIANTS: dict[str, tuple[HybridTrainerConfig, Callable[[Controller], None]]] = {
+    "default": (HybridTrainerConfig(), unchanged),
+    "without the bandit": (HybridTrainerConfig(), without_bandit),
+    "without the monitor": (HybridTrainerConfig(), without_monitor),
+    "with group correction": (HybridTrainerConfig(group_correction=True), unchanged),
+}
+
+
+def cost_to(target: float, loop: Iterator[Run], limit: float) -> float:
+    """Cost at which `loop` reaches `target`, infinite if that is more than `limit`."""
+    for run in loop:
+        if len(run.loss) % 10 == 0 or run.cost[-1] > limit:
+            step = run.first_at(target)
+            if step is not None:
+                return run.cost[step]
+            if run.cost[-1] > limit:
+                break
+    return math.inf
+
+
+def hybrid(name: str, seed: int, price: float, variant: str) -> Iterator[Run]:
+    """Train with one variant, step by step."""
+    config, alter = VARIANTS[variant]
+    loop = training(WORKLOADS[name], seed, RATES[name], price, hybrid=True, config=config)
+    for run in loop:
+        if len(run.loss) == 1:
+            assert run.trainer is not None
+            controller = run.trainer.engine.controller
+            assert isinstance(controller, Controller)
+            alter(controller)
+        yield run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="fewer than the workload's, for a quick look")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ratios: dict[str, list[float]] = {}
+    for name in RATES:
+        steps = arguments.steps or WORKLOADS[name].steps
+        price = forward_cost(WORKLOADS[name])
+        targets = []
+        for seed in range(arguments.seeds):
+            loop = training(WORKLOADS[name], seed, RATES[name], price, hybrid=False)
+            run = list(itertools.islice(loop, steps))[-1]
+            target = run.lowest()
+            step = run.first_at(target)
+            assert step is not None
+            targets.append((target, run.cost[step]))
+        for variant in VARIANTS:
+            ratios[f"{name}, {variant}"] = [
+                cost_to(target, hybrid(name, seed, price, variant), 1.5 * cost) / cost
+                for seed, (target, cost) in enumerate(targets)
+            ]
+            found = ratios[f"{name}, {variant}"]
+            shown = " ".join(f"{ratio:.2f}" for ratio in found)
+            print(f"{name:8} {variant:22} {statistics.median(found):.3f}  ({shown})", flush=True)
+    document = environment() | {
+        "command": f"python benchmarks/ablation.py --seeds {arguments.seeds}"
+        + (f" --steps {arguments.steps}" if arguments.steps else ""),
+        "cost_ratios": ratios,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
