@@ -98,3 +98,8 @@ def discounted_forecast_std(values, discount, horizon):
     ahead = np.array([1.0, horizon])
     noise = discounted_line(values, discount)[2]
     return noise * np.sqrt(1.0 + ahead @ np.linalg.inv(information) @ ahead)
+
+
+def gram_of(snapshots, origin=None):
+    offset = snapshots - (snapshots[-1] if origin is None else origin)
+    return offset @ offset.T

@@ -1,8 +1,20 @@
-"""The phase table of the specification, section 5: every pair of phase and event."""
+"""The phase table of the specification, section 5, and a controller of one's own."""
+
+import math
 
 import pytest
+from descent import BRISK
 
-from hybridcore import Event, HybridCoreError, Phase, TransitionError
+from hybridcore import (
+    Action,
+    Directive,
+    Engine,
+    Event,
+    HybridCoreError,
+    Observation,
+    Phase,
+    TransitionError,
+)
 from hybridcore.phases import TRANSITIONS, transition
 
 # Written out here on purpose: the test must not read the table that it checks.
@@ -52,3 +64,45 @@ def test_an_error_lists_exactly_what_is_allowed(phase):
 
 def test_warm_up_is_never_entered_again():
     assert Phase.WARMUP not in TRANSITIONS.values()
+
+
+class OnlyFull:
+    """A controller of one's own, that never predicts."""
+
+    def __init__(self, config, counters, meter):
+        self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
+        self.forecast_loss, self.prediction_error = math.nan, None
+        self.arm_values, self.needs_batch = {}, True
+        self.divergence_level = "NORMAL"
+
+    def turn(self):
+        self.absorb((yield Directive(Action.FULL)))
+
+    def quiet_steps(self):
+        return 3 - self.seen % 4
+
+    def absorb(self, observation):
+        self.seen += 1
+
+    def restart(self):
+        self.seen = 0
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_an_engine_runs_any_controller():
+    engine = Engine(BRISK, OnlyFull)
+    for step in range(10):
+        assert engine.next().action is Action.FULL
+        engine.observe(Observation(loss=1.0))
+        assert engine.step_done
+        assert engine.counters.steps == engine.controller.seen == step + 1
+    other = Engine(BRISK, OnlyFull)
+    other.load_state_dict(engine.state_dict())
+    assert other.controller.seen == 10
+    engine.regroup()
+    assert engine.controller.seen == 0

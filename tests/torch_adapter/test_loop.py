@@ -1,7 +1,6 @@
-"""Around the step: loaders, rollbacks, structure, snapshots, scalers."""
+"""What a user's loop relies on: data, rollback, probes, structure, groups, snapshots."""
 
 import copy
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -9,15 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import BRISK, digits, regression, weights
+from problems import BRISK, digits, regression
 from torch import nn
 
 from hybridcore import (
     Action,
-    CheckpointError,
     Directive,
     HybridTrainerConfig,
-    ModelError,
     Phase,
 )
 from hybridcore_torch import HybridTrainer
@@ -255,164 +252,3 @@ def test_the_memory_saver_trains_too():
     trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.memory_saver())
     phases = {trainer.step(closure).phase for _ in range(500)}
     assert phases == set(Phase)
-
-
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    trainer.step(closure)
-    path = tmp_path / "run.pt"
-    trainer.save(path)
-    other = nn.Linear(3, 2)
-    before = weights(other)
-    with pytest.raises(CheckpointError, match="another model"):
-        HybridTrainer.load(path, other, torch.optim.Adam(other.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(other), strict=True))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match="damaged"):
-        HybridTrainer.load(path, *regression()[:2])
-    with pytest.raises(CheckpointError, match="not one of a HybridTrainer"):
-        trainer.load_state_dict({})
-    state = trainer.state_dict() | {"hybridcore": 99}
-    with pytest.raises(CheckpointError, match="version 99"):
-        trainer.load_state_dict(state)
-
-
-def test_a_bad_batch_leaves_running_statistics_alone():
-    x, y = digits()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
-    trainer.step(lambda: F.cross_entropy(model(x), y))
-    before = model[1].running_mean.clone()
-    trainer.step(lambda: F.cross_entropy(model(x * float("nan")), y))
-    assert torch.equal(before, model[1].running_mean)
-
-
-def test_bad_batches_in_a_row_while_settling_end_in_a_rollback():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    while trainer.engine.phase is not Phase.CORRECT:
-        trainer.step(closure)
-    for _ in range(3):
-        trainer.step(lambda: closure() * float("nan"))
-    assert trainer.engine.phase is Phase.FULL
-    assert trainer.statistics().rollbacks == 1
-
-
-def test_a_rollback_keeps_a_rate_that_the_user_set():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    while trainer.engine.phase is not Phase.CORRECT:
-        trainer.step(closure)
-    optimizer.param_groups[0]["lr"] = 1e-4
-    for _ in range(3):
-        trainer.step(lambda: closure() * float("nan"))
-    assert trainer.statistics().rollbacks == 1
-    assert optimizer.param_groups[0]["lr"] == 1e-4
-
-
-def test_freezing_within_a_jump_under_batches():
-    x, y = digits()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 3e-3), BRISK)
-    for _ in trainer.batches(range(400)):
-        trainer.step(lambda: F.cross_entropy(model(x), y))
-        if trainer.engine.phase is Phase.PREDICT:
-            model[0].weight.requires_grad_(False)
-    assert trainer.statistics().steps == 400
-
-
-def learned_loss(margin=0.0):
-    """Regression whose loss has a parameter of its own, outside the model."""
-    model, _, _ = regression()
-    x, y = digits()
-    temperature = nn.Parameter(torch.tensor([margin]))
-    optimizer = torch.optim.Adam([*model.parameters(), temperature], 1e-2)
-    return model, optimizer, temperature, lambda: F.cross_entropy(model(x) * temperature.exp(), y)
-
-
-def test_parameters_outside_the_model_are_saved_and_clipped(tmp_path):
-    model, optimizer, temperature, closure = learned_loss()
-    trainer = HybridTrainer(model, optimizer, BRISK, max_grad_norm=1e-9)
-    trainer.step(closure)
-    assert 0.0 < temperature.grad.abs().item() <= 1e-9
-    trainer.save(tmp_path / "run.pt")
-    model, optimizer, other, _ = learned_loss(margin=5.0)
-    HybridTrainer.load(tmp_path / "run.pt", model, optimizer)
-    assert torch.equal(other, temperature)
-
-
-def test_numbers_of_numpy_in_an_optimizer_survive_a_checkpoint(tmp_path):
-    model, _, closure = regression()
-    optimizer = torch.optim.Adam(model.parameters(), np.float64(1e-2))
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, gamma=np.float32(0.5))
-    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=scheduler)
-    trainer.step(closure)
-    trainer.save(tmp_path / "run.pt")
-    model, optimizer, _ = regression()
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    again = HybridTrainer.load(tmp_path / "run.pt", model, optimizer, scheduler=scheduler)
-    assert again.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
-    assert again.scheduler.gamma == 0.5
-
-
-def test_states_of_other_builds_are_refused_before_anything_changes():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    while trainer.engine.phase is not Phase.PREDICT:
-        trainer.step(closure)
-    state = trainer.state_dict()
-    other, adam, _ = regression(seed=1)
-    before = weights(other)
-    whole = [[other.weight, other.bias]]
-    with pytest.raises(CheckpointError, match="layer_groups"):
-        HybridTrainer(other, adam, BRISK, layer_groups=whole).load_state_dict(state)
-    sgd = torch.optim.SGD(other.parameters(), 0.1)
-    with pytest.raises(CheckpointError, match="optimizer Adam"):
-        HybridTrainer(other, sgd, BRISK).load_state_dict(state)
-    for key in state.keys() - {"hybridcore"}:
-        short = {name: value for name, value in state.items() if name != key}
-        with pytest.raises(CheckpointError, match=key):
-            HybridTrainer(other, adam, BRISK).load_state_dict(short)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(other), strict=True))
-
-
-def test_sparse_gradients_are_refused_at_once():
-    model = nn.Sequential(nn.Embedding(10, 3, sparse=True), nn.Linear(3, 2))
-    with pytest.raises(ModelError, match="sparse=False"):
-        HybridTrainer(model, torch.optim.SGD(model.parameters(), 0.1))
-
-
-def test_a_buffer_that_the_model_replaces_is_put_back_after_a_probe():
-    class Counting(nn.Linear):
-        def __init__(self):
-            super().__init__(64, 10)
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls = self.calls + 1.0
-            return super().forward(x)
-
-    x, y = digits()
-    torch.manual_seed(0)
-    model = Counting()
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
-    for _ in range(150):
-        trainer.step(lambda: F.cross_entropy(model(x), y))
-    statistics = trainer.statistics()
-    assert statistics.probes > 0
-    assert model.calls.item() == statistics.full_steps
-
-
-def test_watching_counts_as_overhead():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    start = perf_counter()
-    spent = sum(trainer.step(closure).step_time_ms for _ in range(60)) / 1e3
-    assert spent <= perf_counter() - start
-    statistics = trainer.statistics()
-    assert 0.0 < statistics.overhead_seconds < spent
-    assert statistics.cost > statistics.full_steps
-    assert sum(statistics.phase_seconds.values()) == pytest.approx(spent)

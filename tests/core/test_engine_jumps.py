@@ -1,0 +1,167 @@
+"""Jumps: how they are chosen and followed, and what happens when they go wrong."""
+
+import math
+
+import numpy as np
+import pytest
+from descent import BRISK, Descent, Watched
+
+from hybridcore import (
+    Action,
+    Observation,
+    Phase,
+)
+from hybridcore.planning import Jump
+
+# -- jumps that go wrong --------------------------------------------------------------------------
+
+
+def test_a_rollback_puts_the_weights_back_and_doubles_the_wait():
+    descent = Watched()
+    descent.penalty = 10.0
+    waits = []
+    while len(waits) < 5:
+        rollbacks = descent.engine.counters.rollbacks
+        descent.step()
+        if descent.engine.counters.rollbacks > rollbacks:
+            assert np.array_equal(descent.x, descent.saved)
+            assert descent.engine.phase is Phase.FULL
+            waits.append(descent.engine.controller.pace.wait)
+    least = BRISK.min_full_steps
+    assert waits == [least, 2 * least, 4 * least, 8 * least, 16 * least]
+    assert sum(descent.engine.statistics().arm_values.values()) < 0.0
+    assert descent.engine.statistics().measured_speedup < 1.0
+
+
+def test_a_jump_is_given_up_after_a_few_settling_steps():
+    descent = Descent()
+    descent.penalty = 10.0
+    phases = []
+    while descent.engine.counters.rollbacks == 0:
+        phases.append(descent.step())
+    assert phases.count(Phase.CORRECT) == 3
+
+
+def test_validation_that_fails_rolls_back():
+    class Treacherous(Watched):
+        """Reports lower losses everywhere but where the weights have settled."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            settled = self.engine.phase is Phase.CORRECT and directive.coefficients is not None
+            return Observation(1e3) if settled else seen
+
+    descent = Treacherous()
+    descent.run(100)
+    assert descent.engine.counters.rollbacks >= 1
+    assert descent.engine.controller.pace.patience > 1
+    assert (Phase.CORRECT, Action.ROLLBACK) in descent.log
+
+
+def test_a_loss_that_rises_on_the_way_sends_the_weights_back_to_the_best_point():
+    class Cliff(Watched):
+        """The probes on the way see a loss that is far too high."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            flying = self.engine.phase is Phase.PREDICT and directive.action is Action.PROBE
+            return Observation(1e3) if flying else seen
+
+    descent = Cliff()
+    phases = descent.run(BRISK.warmup_steps + BRISK.min_full_steps + BRISK.correction_interval + 10)
+    assert phases.count(Phase.PREDICT) == BRISK.correction_interval
+    moves = [d for d in descent.directives if d.action is Action.MOVE]
+    assert len(moves) == 2
+    # No probe has been better than the start: back to the newest snapshot, exactly.
+    stay = np.zeros(BRISK.snapshots)
+    stay[-1] = 1.0
+    assert moves[1].coefficients.tolist() == [stay.tolist()]
+
+
+def test_a_forecast_that_is_missed_ends_the_flight_where_it_is():
+    class Disappointing(Watched):
+        """The loss promised while choosing is not there on the way, but nothing is lost either."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            trial = directive.coefficients is not None and directive.coefficients.shape[1] > 2
+            if directive.action is not Action.PROBE:
+                return seen
+            if self.engine.phase is Phase.FULL and trial:
+                return Observation(0.01 * seen.loss)
+            return Observation(self.loss(self.saved)) if self.saved is not None else seen
+
+    descent = Disappointing()
+    phases = []
+    while phases[-1:] != [Phase.CORRECT]:
+        phases.append(descent.step())
+    assert phases.count(Phase.PREDICT) == BRISK.correction_interval < BRISK.horizon
+    assert [d.action for d in descent.directives].count(Action.MOVE) == 1
+
+
+# -- choosing and following a jump ----------------------------------------------------------------
+
+
+def test_the_best_of_the_jumps_tried_is_taken_and_followed_in_even_segments():
+    descent, tried, jumps = Watched(), {}, 0
+    for _ in range(400):
+        first = len(descent.directives)
+        newest = descent.bank
+        counted = descent.step()
+        done = descent.directives[first:]
+        state = descent.engine.controller.state_dict()
+        if any(directive.action is Action.SAVE for directive in done):
+            trials = [d.coefficients for d in done if d.coefficients is not None]
+            points = [c[0] @ np.array(newest) for c in trials if c.shape[1] > 2]
+            tried = [descent.loss(point) for point in points[:-1]]  # the last is the move
+            flight = state["flight"]
+            # The target is one of the trials, and below the loss here; the lowest of them but for
+            # what the bandit has learned, and before the first reward that is nothing.
+            target = math.exp(flight["log_target"])
+            assert min(abs(loss / target - 1.0) for loss in tried) < 1e-9
+            assert target < math.exp(flight["log_start"])
+            if jumps == 0:
+                assert target == pytest.approx(min(tried), rel=1e-9)
+            taken, jumps = 0, jumps + 1
+        if counted is not Phase.PREDICT:
+            continue
+        flight, gram = state["flight"], state["gram"]
+        for directive in done:
+            if directive.action is Action.MOVE:
+                end = min(taken + BRISK.correction_interval, flight["horizon"])
+                way = Jump(**flight["jump"]).coefficients(gram, end / flight["horizon"])
+                np.testing.assert_allclose(directive.coefficients, way, rtol=1e-9, atol=1e-9)
+        taken += 1
+    assert jumps >= 3
+
+
+def test_a_jump_is_doubled_for_as_long_as_that_pays():
+    class Valley(Watched):
+        """The farther a trial lands, the lower its loss, up to a point and no farther."""
+
+        trials = ()
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            if directive.action is Action.SAVE or directive.coefficients is None:
+                return seen
+            if directive.action is Action.PROBE and directive.coefficients.shape[1] > 2:
+                distance = np.linalg.norm(self.point(directive.coefficients) - self.x)
+                nearest = self.trials[0][0] if self.trials else distance
+                loss = 0.5 + 0.1 * abs(math.log(distance / nearest) - math.log(3.0))
+                self.trials = (*self.trials, (distance, loss * self.loss(self.x)))
+                return Observation(self.trials[-1][1])
+            return seen
+
+    descent = Valley()
+    # Slow directions alone: the path is as good as straight, and the arms differ little.
+    descent.curvature = np.geomspace(1e-5, 1e-4, 60)
+    while descent.saved is None:
+        descent.step()
+    flight = descent.engine.controller.state_dict()["flight"]
+    unit = BRISK.horizon / BRISK.snapshot_interval
+    losses = [loss for _, loss in descent.trials]
+    assert flight["jump"]["reach"] in (2.0 * unit, 4.0 * unit)
+    assert math.exp(flight["log_target"]) == pytest.approx(min(losses))
+    # The last doubling was one too many.
+    assert losses[-1] > min(losses)

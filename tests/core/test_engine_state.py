@@ -1,0 +1,103 @@
+"""Interruptions and resumption: nothing is lost, and no clock decides."""
+
+import json
+
+import numpy as np
+import pytest
+from descent import BRISK, Descent, Watched, text
+
+from hybridcore import (
+    Engine,
+    Observation,
+    Phase,
+    ProtocolError,
+)
+
+# -- interruptions --------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_abandoned_at_any_directive_can_be_taken_again():
+    clean = Watched()
+    clean.run(130)
+    for at in range(0, len(clean.directives), 3):
+        descent = Descent()
+        seen = 0
+        while descent.engine.counters.steps < 130:
+            if seen <= at < seen + 40 and descent.engine.step_done:
+                # Carry out the next directives one by one, to stop at the one that is wanted.
+                while seen < at:
+                    directive = descent.engine.next()
+                    descent.engine.observe(descent.carry_out(directive))
+                    seen += 1
+                descent.engine.next()
+                descent.engine.abandon()
+                assert descent.engine.step_done
+                seen = at + 1
+            before = len(descent.log)
+            descent.step()
+            seen += len(descent.log) - before
+        counters = descent.engine.counters
+        assert counters.steps == counters.full_steps + counters.predicted_steps
+        assert counters.predicted_steps >= clean.engine.counters.predicted_steps // 2, at
+        assert counters.rollbacks == 0
+        assert descent.loss(descent.x) < 1.5 * clean.loss(clean.x)
+
+
+def test_a_directive_waits_until_it_is_observed():
+    engine = Engine(BRISK)
+    assert engine.step_done
+    assert engine.next() is engine.next()
+    assert not engine.step_done
+    engine.observe(Observation(loss=1.0, learning_rate=0.1))
+    assert engine.step_done
+    with pytest.raises(ProtocolError, match="next"):
+        engine.observe(Observation(loss=1.0))
+    engine.next()
+    engine.abandon()
+    with pytest.raises(ProtocolError, match="next"):
+        engine.observe(Observation(loss=1.0))
+    assert engine.counters.steps == 1
+
+
+def test_every_phase_is_resumed_at_every_step_boundary():
+    whole = Descent()
+    whole.run(150)
+    walker, phases = Descent(), set()
+    for cut in range(150):
+        phases.add(walker.engine.phase)
+        if cut % 3 == 0:
+            state = text(walker.engine.state_dict())
+            other = Descent()
+            other.engine.load_state_dict(json.loads(state))
+            assert text(other.engine.state_dict()) == state
+            other.x, other.bank, other.saved = walker.x, list(walker.bank), walker.saved
+            at = len(walker.log)
+            other.run(150 - cut)
+            assert other.log == whole.log[at:], cut
+            assert np.array_equal(other.x, whole.x)
+            assert other.engine.statistics() == whole.engine.statistics()
+        walker.step()
+    assert phases == set(Phase)
+
+
+def test_a_state_does_not_move_with_the_engine():
+    descent = Descent()
+    descent.run(60)
+    state = descent.engine.state_dict()
+    before = text(state)
+    descent.run(60)
+    assert text(state) == before
+
+
+def test_no_second_of_any_clock_enters_a_decision():
+    steady, erratic = Watched(), Watched()
+    clock = np.random.default_rng(5)
+    for _ in range(300):
+        steady.step()
+        erratic.seconds = float(clock.exponential())
+        erratic.step()
+        erratic.engine.count_time(Phase.FULL, erratic.seconds, 100.0 * erratic.seconds)
+    assert steady.log == erratic.log
+    for one, other in zip(steady.directives, erratic.directives, strict=True):
+        assert one.action is other.action
+        assert np.array_equal(one.coefficients, other.coefficients)
