@@ -17,11 +17,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy
+from rich.console import Console
+from rich.table import Table
+from scipy.signal import savgol_filter
 from scipy.special import erf
 
 from benchmarks.forecasters import (
     Array,
     Discounted,
+    ExpertMixture,
     Forecaster,
     LinearTrend,
     Persistence,
@@ -41,6 +45,8 @@ HALF_WIDTH = 10
 TOLERANCE = float(np.log(1.2))
 INTERVAL = 1.645
 BINS = 10
+SIGNAL_WINDOW = 151
+DRAWS = 5
 
 BASELINES: dict[str, Factory] = {
     "persistence": lambda others: Persistence(),
@@ -49,6 +55,7 @@ BASELINES: dict[str, Factory] = {
     "discounted": lambda others: Discounted(),
     "power law": lambda others: PowerLaw(),
 }
+FORECASTERS: dict[str, Factory] = {"mixture": lambda others: ExpertMixture()}
 # Without the two that are stronger variants of another: the bar that the specification sets.
 PLAIN_BASELINES = ("persistence", "linear", "power law")
 
@@ -58,7 +65,7 @@ class Scores(NamedTuple):
 
     Attributes
     ----------
-    workload : list of str
+    run, workload : list of str
         Of each window.
     raw, smooth : (windows,) ndarray
         Root mean square error of the mean forecast over the window's steps, against the log loss
@@ -69,12 +76,16 @@ class Scores(NamedTuple):
         Stated probability of a hit.
     """
 
+    run: list[str]
     workload: list[str]
     raw: Array
     smooth: Array
     covered: Array
     hit: Array
     confidence: Array
+
+
+Rows: TypeAlias = dict[int, list[tuple[Any, ...]]]
 
 
 def windows(steps: int) -> range:
@@ -90,32 +101,39 @@ def moving_average(values: Array) -> Array:
 
 def score(make: Factory, recordings: Sequence[Recording]) -> dict[int, Scores]:
     """Run a forecaster over all recordings; its scores by horizon."""
-    rows: dict[int, list[Any]] = {horizon: [] for horizon in HORIZONS}
+    rows: Rows = {horizon: [] for horizon in HORIZONS}
     for recording in recordings:
         others = [other for other in recordings if other.workload != recording.workload]
-        forecaster = make(others)
-        loss = recording.loss.astype(np.float64)
-        logs = np.log(loss)
-        average = moving_average(logs)
-        starts = set(windows(len(logs)))
-        for step in range(max(starts, default=-1) + 1):
-            if step in starts:
-                for horizon in HORIZONS:
-                    ahead = slice(step, step + horizon)
-                    mean, std = forecaster.forecast(horizon)
-                    window = _judged(mean, std, logs[ahead], average[ahead])
-                    rows[horizon].append((recording.workload, *window))
-            forecaster.observe(
-                float(loss[step]),
-                float(recording.gradient_norm[step]),
-                float(recording.learning_rate[step]),
-            )
-    return {
-        horizon: Scores(
-            list(columns[0]), *(np.array(column) for column in columns[1:])
+        _follow(make(others), recording, rows)
+    return _collected(rows)
+
+
+def _follow(forecaster: Forecaster, recording: Recording, rows: Rows) -> None:
+    """Let the forecaster see one run, and append what it did to `rows`."""
+    loss = recording.loss.astype(np.float64)
+    logs = np.log(loss)
+    average = moving_average(logs)
+    starts = set(windows(len(logs)))
+    for step in range(max(starts, default=-1) + 1):
+        if step in starts:
+            for horizon in HORIZONS:
+                ahead = slice(step, step + horizon)
+                mean, std = forecaster.forecast(horizon)
+                judged = _judged(mean, std, logs[ahead], average[ahead])
+                rows[horizon].append((recording.name, recording.workload, *judged))
+        forecaster.observe(
+            float(loss[step]),
+            float(recording.gradient_norm[step]),
+            float(recording.learning_rate[step]),
         )
-        for horizon, columns in ((h, list(zip(*r, strict=True))) for h, r in rows.items())
-    }
+
+
+def _collected(rows: Rows) -> dict[int, Scores]:
+    scores = {}
+    for horizon, windows_of_it in rows.items():
+        run, workload, *figures = zip(*windows_of_it, strict=True)
+        scores[horizon] = Scores(list(run), list(workload), *(np.array(f) for f in figures))
+    return scores
 
 
 def _judged(mean: Array, std: Array, logs: Array, average: Array) -> tuple[Any, ...]:
@@ -144,33 +162,37 @@ def calibration_error(confidence: Array, hit: Array) -> float:
 
 def compare(mine: Scores, baselines: Mapping[str, Scores]) -> dict[str, Any]:
     """Figures of one forecaster at one horizon, against the baselines at the same windows."""
-    result: dict[str, Any] = {"windows": len(mine.workload)}
+    result: dict[str, Any] = {"windows": len(mine.run)}
     for kind in ("raw", "smooth"):
-        error = getattr(mine, kind)
-        theirs = {name: getattr(scores, kind) for name, scores in baselines.items()}
-        plain = [theirs[name] for name in PLAIN_BASELINES if name in theirs]
+        error: Array = getattr(mine, kind)
+        theirs: dict[str, Array] = {name: getattr(s, kind) for name, s in baselines.items()}
+        plain = np.min([theirs[name] for name in PLAIN_BASELINES if name in theirs], axis=0)
+        own = _by(mine.run, error**2)
         result[kind] = {
             "beats": {name: float(np.mean(error < other)) for name, other in theirs.items()},
-            "beats_plain": float(np.mean(error < np.min(plain, axis=0))),
+            "beats_plain": float(np.mean(error < plain)),
             "beats_all": float(np.mean(error < np.min(list(theirs.values()), axis=0))),
+            "beats_plain_by_workload": _by(mine.workload, error < plain),
+            "runs_won": {
+                name: float(np.mean([own[run] < e for run, e in _by(mine.run, other**2).items()]))
+                for name, other in theirs.items()
+            },
             "error_ratio": {
                 name: float(np.median(error / np.maximum(other, 1e-12)))
                 for name, other in theirs.items()
             },
             "median_error": float(np.median(error)),
-            "beats_plain_by_workload": _by_workload(
-                mine.workload, error < np.min(plain, axis=0)
-            ),
         }
     result["coverage"] = float(mine.covered.mean())
-    result["coverage_by_workload"] = _by_workload(mine.workload, mine.covered.mean(axis=1))
+    result["coverage_by_workload"] = _by(mine.workload, mine.covered.mean(axis=1))
     result["calibration_error"] = calibration_error(mine.confidence, mine.hit)
     return result
 
 
-def _by_workload(workload: list[str], values: Array) -> dict[str, float]:
-    names = np.array(workload)
-    return {name: float(values[names == name].mean()) for name in sorted(set(workload))}
+def _by(group: list[str], values: Array) -> dict[str, float]:
+    """Mean of the values of each group."""
+    names = np.array(group)
+    return {name: float(values[names == name].mean()) for name in sorted(set(group))}
 
 
 def skill(
@@ -181,13 +203,110 @@ def skill(
     A baseline is compared with the other baselines only.
     """
     scores = {name: score(make, recordings) for name, make in {**BASELINES, **forecasters}.items()}
+    return {name: _compared(name, mine, scores) for name, mine in scores.items()}
+
+
+def _compared(
+    name: str, mine: dict[int, Scores], scores: Mapping[str, dict[int, Scores]]
+) -> dict[str, Any]:
     return {
-        name: {
-            str(horizon): compare(
-                mine[horizon],
-                {other: scores[other][horizon] for other in BASELINES if other != name},
-            )
-            for horizon in HORIZONS
-        }
-        for name, mine in scores.items()
+        str(horizon): compare(
+            mine[horizon],
+            {other: scores[other][horizon] for other in BASELINES if other != name},
+        )
+        for horizon in HORIZONS
     }
+
+
+class KnownSignal:
+    """Knows the true mean and spread of a run: no forecaster can do better on average."""
+
+    def __init__(self, signal: Array, noise: float) -> None:
+        self._signal, self._noise = signal, noise
+        self._count = 0
+
+    def observe(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
+        self._count += 1
+
+    def forecast(self, horizon: int) -> tuple[Array, Array]:
+        ahead = self._signal[self._count : self._count + horizon]
+        return ahead, np.full(horizon, self._noise)
+
+
+def ceiling(recordings: Sequence[Recording], seed: int = 0) -> dict[str, Any]:
+    """What a forecaster that knows everything but the noise would reach on the noisy runs.
+
+    Each mini-batch run is taken apart into a smooth signal and noise, the noise is shuffled
+    `DRAWS` times, and a forecaster that is told the signal is held against the baselines. The error
+    over a few steps is mostly noise, so that even it loses many windows to a guess that is lucky.
+    """
+    random = np.random.default_rng(seed)
+    rows: dict[str, Rows] = {
+        name: {horizon: [] for horizon in HORIZONS} for name in (*BASELINES, "known signal")
+    }
+    for recording in recordings:
+        if recording.settings["batch"] == 0:
+            continue
+        logs = np.log(recording.loss.astype(np.float64))
+        signal = savgol_filter(logs, SIGNAL_WINDOW, 1)
+        for _ in range(DRAWS):
+            noise = random.permutation(logs - signal)
+            shuffled = recording._replace(loss=np.exp(signal + noise).astype(np.float32))
+            _follow(KnownSignal(signal, float(noise.std())), shuffled, rows["known signal"])
+            for name, make in BASELINES.items():
+                _follow(make(()), shuffled, rows[name])
+    scores = {name: _collected(of_it) for name, of_it in rows.items()}
+    return _compared("known signal", scores["known signal"], scores)
+
+
+def _print(console: Console, figures: dict[str, dict[str, Any]], kind: str) -> None:
+    title = {"raw": "the log loss", "smooth": "its moving average"}[kind]
+    table = Table(title=f"Windows on which a forecast of {title} beats the baselines")
+    for column in ("forecaster", "steps", *BASELINES, "plain 3", "all", "error"):
+        table.add_column(column, justify="left" if column == "forecaster" else "right")
+    for column in ("90 % covers", "calibration"):
+        table.add_column(column, justify="right")
+    for name, by_horizon in figures.items():
+        for horizon, figure in by_horizon.items():
+            of_kind = figure[kind]
+            shares = [of_kind["beats"].get(other) for other in BASELINES]
+            table.add_row(
+                name,
+                horizon,
+                *("" if share is None else f"{share:.2f}" for share in shares),
+                f"{of_kind['beats_plain']:.2f}",
+                f"{of_kind['beats_all']:.2f}",
+                f"{of_kind['median_error']:.3f}",
+                f"{figure['coverage']:.3f}",
+                f"{figure['calibration_error']:.3f}",
+            )
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    output = parser.parse_args().output
+    recordings = load()
+    figures = skill(FORECASTERS, recordings)
+    best = ceiling(recordings)
+    console = Console(width=150)
+    for kind in ("raw", "smooth"):
+        _print(console, {**figures, "known signal": best}, kind)
+    console.print("known signal: on the mini-batch runs with their noise shuffled, an upper bound")
+    document = {
+        "command": "python -m benchmarks.forecast_skill",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "recordings": [recording.name for recording in recordings],
+        "forecasters": figures,
+        "ceiling_of_noisy_runs": best,
+    }
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    main()
