@@ -209,8 +209,9 @@ class ExpertMixture:
     recent level, and of its second half). Every `EVERY` steps all of them forecast; when the steps
     have passed, each is charged its mean square error. Within a band of leads the weights are
     ``error ** -STEEPNESS`` of a discounted mean error: inverse-error combination (Bates & Granger
-    1969), made steep. The spread at a lead is the discounted root mean square error that the
-    mixture itself made there.
+    1969), made steep. The spread at a lead is that of a normal distribution with the discounted
+    mean absolute error that the mixture itself made there: losses have heavy tails, and a mean
+    square would state too little confidence in the bulk.
     """
 
     def __init__(self) -> None:
@@ -221,7 +222,7 @@ class ExpertMixture:
         experts = len(SMOOTHINGS) + len(LINES) + len(RESIDUAL_GAINS) + 1
         self._errors = np.zeros((len(BANDS), experts))
         self._weight_sums = np.zeros(len(BANDS))
-        self._squares = np.zeros(BANDS[-1][1])
+        self._misses = np.zeros(BANDS[-1][1])
         self._spread_sums = np.zeros(BANDS[-1][1])
         self._pending: list[deque[tuple[int, Array, Array]]] = [deque() for _ in BANDS]
 
@@ -230,8 +231,9 @@ class ExpertMixture:
         self._logs.append(y)
         for smoothing in self._smoothings:
             smoothing.observe(y)
-        for model in (*self._lines, self._law):
-            model.observe(loss, gradient_norm, learning_rate)
+        for line in self._lines:
+            line.observe(loss, gradient_norm, learning_rate)
+        self._law.observe(loss, gradient_norm, learning_rate)
         self._charge()
         if len(self._logs) % EVERY == 0:
             experts = self._experts(BANDS[-1][1])
@@ -244,7 +246,8 @@ class ExpertMixture:
         leads = np.minimum(np.arange(horizon), BANDS[-1][1] - 1)
         sums = self._spread_sums[leads]
         with np.errstate(divide="ignore", invalid="ignore"):
-            spread = np.where(sums > 0.0, np.sqrt(self._squares[leads] / sums), np.inf)
+            absolute = np.where(sums > 0.0, self._misses[leads] / sums, np.inf)
+        spread = math.sqrt(math.pi / 2.0) * absolute
         return self._mixed(self._experts(horizon)), spread
 
     def _experts(self, horizon: int) -> Array:
@@ -287,9 +290,9 @@ class ExpertMixture:
                 error = np.mean((experts[:, first:end] - real) ** 2, axis=1)
                 self._errors[band] = WEIGHT_DISCOUNT * self._errors[band] + error
                 self._weight_sums[band] = WEIGHT_DISCOUNT * self._weight_sums[band] + 1.0
-                square = (mixed[first:end] - real) ** 2
                 own = slice(first, end)
-                self._squares[own] = SPREAD_DISCOUNT * self._squares[own] + square
+                miss = np.abs(mixed[own] - real)
+                self._misses[own] = SPREAD_DISCOUNT * self._misses[own] + miss
                 self._spread_sums[own] = SPREAD_DISCOUNT * self._spread_sums[own] + 1.0
 
 
