@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.signal import savgol_filter
@@ -192,7 +193,7 @@ def compare(mine: Scores, baselines: Mapping[str, Scores]) -> dict[str, Any]:
     return result
 
 
-def _by(group: list[str], values: Array) -> dict[str, float]:
+def _by(group: list[str], values: NDArray[Any]) -> dict[str, float]:
     """Mean of the values of each group."""
     names = np.array(group)
     return {name: float(values[names == name].mean()) for name in sorted(set(group))}
