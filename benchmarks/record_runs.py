@@ -342,7 +342,6 @@ def main() -> None:
     parser.add_argument("--only", choices=[run.name for run in RUNS], metavar="NAME")
     only = parser.parse_args().only
     torch.set_num_threads(1)
-    FOLDER.mkdir(exist_ok=True)
     index = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.is_file() else {}
     console = Console(file=sys.stderr)
     with Progress(console=console) as progress:

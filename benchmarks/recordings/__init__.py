@@ -1,6 +1,7 @@
 """Recorded training runs: loss, gradient norm and learning rate of each step.
 
-``record_runs.py`` writes them; a model of training dynamics is judged and tested on them.
+``benchmarks.record_runs`` writes them into this folder; a model of training dynamics is judged and
+tested on them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FOLDER = Path(__file__).parent / "recordings"
+FOLDER = Path(__file__).parent
 INDEX = FOLDER / "index.json"
 SERIES = ("loss", "gradient_norm", "learning_rate")
 
