@@ -25,15 +25,16 @@ from scipy.special import erf
 
 from benchmarks.forecasters import (
     Array,
-    Discounted,
     ExpertMixture,
     Forecaster,
     LinearTrend,
+    Modelled,
     Persistence,
     PowerLaw,
     Smoothed,
 )
 from benchmarks.recordings import Recording, load
+from hybridcore.dynamics import LinearDynamics
 
 # Called with the runs of all other workloads, from which a learned model may start: leaving the
 # whole workload out is what makes the run held out. An online model ignores them.
@@ -53,7 +54,7 @@ BASELINES: dict[str, Factory] = {
     "persistence": lambda others: Persistence(),
     "smoothed": lambda others: Smoothed(),
     "linear": lambda others: LinearTrend(),
-    "discounted": lambda others: Discounted(),
+    "discounted": lambda others: Modelled(LinearDynamics()),
     "power law": lambda others: PowerLaw(),
 }
 FORECASTERS: dict[str, Factory] = {"mixture": lambda others: ExpertMixture()}

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from hybridcore.dynamics import LinearDynamics
+from hybridcore import Observation
+from hybridcore.dynamics import DynamicsModel
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -107,14 +108,14 @@ class LinearTrend:
         return y.mean() + slope * distance, noise * np.sqrt(1.0 + leverage)
 
 
-class Discounted:
-    """The engine's own linear trend, :class:`hybridcore.dynamics.LinearDynamics`."""
+class Modelled:
+    """One of hybridcore's own models of the loss."""
 
-    def __init__(self) -> None:
-        self._model = LinearDynamics()
+    def __init__(self, model: DynamicsModel) -> None:
+        self._model = model
 
     def observe(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
-        self._model.observe(loss)
+        self._model.observe(Observation(loss, gradient_norm, learning_rate))
 
     def forecast(self, horizon: int) -> tuple[Array, Array]:
         forecasts = [self._model.forecast(step) for step in range(1, horizon + 1)]

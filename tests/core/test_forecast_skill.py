@@ -221,8 +221,8 @@ def test_skill_repeats_exactly_and_never_compares_with_itself():
 def test_lines_continue_a_line_exactly():
     logs = 1.0 - 0.01 * np.arange(200)
     expected = 1.0 - 0.01 * np.arange(200, 275)
-    for make in (forecasters.LinearTrend, forecasters.Discounted):
-        mean, std = fed(make(), logs).forecast(75)
+    for name in ("linear", "discounted"):
+        mean, std = fed(harness.BASELINES[name]([]), logs).forecast(75)
         np.testing.assert_allclose(mean, expected, atol=1e-7)
         assert (std < 1e-4).all()
 
