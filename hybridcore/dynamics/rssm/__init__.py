@@ -1,0 +1,1 @@
+"""Ensemble of recurrent state-space models of a training run."""
