@@ -155,7 +155,7 @@ def mixed_slope(softmax: np.float32, gradient: np.float32, mean: np.float32) -> 
 
 
 def moving_mean(mean: np.float32, value: np.float32, share: np.float32) -> np.float32:
-    """Moving mean after one more value that weighs `share`."""
+    """Mean after one more value that weighs `share`."""
     return mean + share * (value - mean)
 
 
