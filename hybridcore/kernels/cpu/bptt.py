@@ -118,12 +118,13 @@ def trace(sizes: Sizes, steps: int) -> Trace:
 @jit_sums
 def add_transposed(weight: FloatArray, d: FloatArray, first: int, x: FloatArray) -> None:
     """``x += weight[:, first:] @ d[first:]``, by rows: the gradient in the input of a product."""
-    columns = weight.shape[1]
+    # Slices, because an index that starts at `first` might be negative, and numba would check.
+    tail = d[first:]
     for i in range(x.shape[0]):
-        row = weight[i]
+        row = weight[i, first:]
         total = ZERO
-        for j in range(first, columns):
-            total += row[j] * d[j]
+        for j in range(tail.shape[0]):
+            total += row[j] * tail[j]
         x[i] += total
 
 
@@ -131,10 +132,9 @@ def add_transposed(weight: FloatArray, d: FloatArray, first: int, x: FloatArray)
 def add_outer(x: FloatArray, d: FloatArray, grad: FloatArray) -> None:
     """``grad += outer(x, d)``: the gradient in the weight of a product."""
     for i in range(x.shape[0]):
-        row = grad[i]
         x0 = x[i]
         for j in range(d.shape[0]):
-            row[j] += x0 * d[j]
+            grad[i, j] += x0 * d[j]
 
 
 @jit
@@ -150,7 +150,9 @@ def add_to_rows(
 ) -> None:
     """``grad[first_row:] += outer(s, d)`` for one-hot vectors s."""
     for c in range(classes.shape[0]):
-        add(d, grad[first_row + c * n_classes + classes[c]])
+        row = first_row + c * n_classes + classes[c]
+        for j in range(d.shape[0]):
+            grad[row, j] += d[j]
 
 
 @jit

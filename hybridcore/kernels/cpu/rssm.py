@@ -51,9 +51,10 @@ def add_product(x: FloatArray, weight: FloatArray, y: FloatArray) -> None:
     whole = rows - rows % 4
     for i in range(0, whole, 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
         for j in range(columns):
-            y[j] += (x0 * w0[j] + x1 * w1[j]) + (x2 * w2[j] + x3 * w3[j])
+            y[j] += (x0 * weight[i, j] + x1 * weight[i + 1, j]) + (
+                x2 * weight[i + 2, j] + x3 * weight[i + 3, j]
+            )
     for i in range(whole, rows):
         x0 = x[i]
         for j in range(columns):
@@ -70,12 +71,12 @@ def add_one_hots(
     whole = n - n % 4
     for c in range(0, whole, 4):
         row = first_row + c * n_classes
-        w0 = weight[row + classes[c]]
-        w1 = weight[row + n_classes + classes[c + 1]]
-        w2 = weight[row + 2 * n_classes + classes[c + 2]]
-        w3 = weight[row + 3 * n_classes + classes[c + 3]]
+        r0 = row + classes[c]
+        r1 = row + n_classes + classes[c + 1]
+        r2 = row + 2 * n_classes + classes[c + 2]
+        r3 = row + 3 * n_classes + classes[c + 3]
         for j in range(columns):
-            y[j] += (w0[j] + w1[j]) + (w2[j] + w3[j])
+            y[j] += (weight[r0, j] + weight[r1, j]) + (weight[r2, j] + weight[r3, j])
     for c in range(whole, n):
         row = first_row + c * n_classes + classes[c]
         for j in range(columns):
