@@ -105,6 +105,7 @@ def test_windows_add_up_and_torn_ones_are_left_out(api, steps):
     check_gradients(api, ODD, members=2, windows=2, steps=steps, free=0.2)
 
 
+@pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 def test_any_number_of_threads_gives_the_same_bits():
     from hybridcore.kernels.cuda import bptt
 

@@ -111,6 +111,7 @@ def test_delta_head(api, sizes):
     check_delta_head(api, sizes, members=3)
 
 
+@pytest.mark.filterwarnings("ignore::numba.core.errors.NumbaPerformanceWarning")
 def test_any_number_of_threads_gives_the_same_bits():
     from hybridcore.kernels.cuda import rssm
 

@@ -11,9 +11,11 @@ draw the same.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+from numba.core.errors import NumbaPerformanceWarning
 from numpy.typing import NDArray
 
 from hybridcore.dynamics.rssm.params import FloatArray, Sizes
@@ -57,6 +59,7 @@ class Ensemble:
         self._shared = rssm.shared_bytes(sizes)
         self._buffers: dict[str, Any] = {}
         self._traces: dict[int, Any] = {}
+        self._launched: set[tuple[Any, ...]] = set()
 
     def copy_to(
         self, params: FloatArray, first: FloatArray | None = None, second: FloatArray | None = None
@@ -72,7 +75,7 @@ class Ensemble:
         """Encode `features` (F,) by every member into `out` (M, L)."""
         sent = self._send("features", features)
         encoded = self._buffer("encodings", out.shape, out.dtype)
-        rssm.encode[self.members, self._threads](sent, self._params, self.sizes, encoded)
+        self._launch(rssm.encode, self.members, 0, sent, self._params, self.sizes, encoded)
         encoded.copy_to_host(out)
 
     def observe_step(
@@ -81,9 +84,8 @@ class Ensemble:
         """Move every member one observed step on; see ``cpu.rssm.observe_step``."""
         sent = self._send("features", features), self._send("uniforms", uniforms)
         states = self._send("hidden", hidden), self._send("classes", classes)
-        rssm.observe_step[self.members, self._threads, 0, self._shared](
-            self._params, self.sizes, *sent, *states
-        )
+        arguments = (self._params, self.sizes, *sent, *states)
+        self._launch(rssm.observe_step, self.members, self._shared, *arguments)
         states[0].copy_to_host(hidden)
         states[1].copy_to_host(classes)
 
@@ -102,9 +104,8 @@ class Ensemble:
         states = self._send("hidden", hidden), self._send("classes", classes)
         sent = self._send("path_uniforms", uniforms)
         sums = [self._buffer(name, mean.shape, mean.dtype) for name in ("mean", "variance")]
-        rssm.rollout[blocks, self._threads, 0, self._shared](
-            self._params, self.sizes, *states, sent, *sums
-        )
+        arguments = (self._params, self.sizes, *states, sent, *sums)
+        self._launch(rssm.rollout, blocks, self._shared, *arguments)
         sums[0].copy_to_host(mean)
         sums[1].copy_to_host(variance)
 
@@ -112,7 +113,8 @@ class Ensemble:
         """Write the mapped outputs of every member's delta head to `out` (M, D)."""
         states = self._send("hidden", hidden), self._send("classes", classes)
         outputs = self._buffer("outputs", out.shape, out.dtype)
-        rssm.delta_outputs[self.members, self._threads](self._params, self.sizes, *states, outputs)
+        arguments = (self._params, self.sizes, *states, outputs)
+        self._launch(rssm.delta_outputs, self.members, 0, *arguments)
         outputs.copy_to_host(out)
 
     def window_gradients(
@@ -141,13 +143,14 @@ class Ensemble:
             host = bptt.traces(self.sizes, steps, self.members)
             self._traces[steps] = Trace(*(cuda.to_device(field) for field in host))
         work = self._traces[steps]
-        sent = Window(
-            *(self._send(f"window_{i}", np.asarray(field)) for i, field in enumerate(windows))
-        )
+        sent = Window(*(self._send(f"window_{i}", field) for i, field in enumerate(windows)))
         states = self._send("first_hidden", hidden), self._send("first_classes", classes)
         used = self._send("whole", whole)
         out = self._buffer("losses", losses.shape, losses.dtype)
-        bptt.window_gradients[self.members, self._threads](
+        self._launch(
+            bptt.window_gradients,
+            self.members,
+            0,
             self._params,
             self.sizes,
             sent,
@@ -183,8 +186,10 @@ class Ensemble:
             Receive the norms of the gradients. A member whose norm is not finite does not move.
         """
         sent, out = self._send("steps", steps), self._send("norms", norms)
-        lanes = self._threads
-        training.adam_updates[self.members, lanes, 0, lanes * np.dtype(np.float64).itemsize](
+        self._launch(
+            training.adam_updates,
+            self.members,
+            training.shared_bytes(self._threads),
             self._params,
             self._grads,
             self._first,
@@ -242,8 +247,20 @@ class Ensemble:
 
     def _send(self, name: str, array: NDArray[Any]) -> Any:
         buffer = self._buffer(name, array.shape, array.dtype)
-        buffer.copy_to_device(np.ascontiguousarray(array))
+        buffer.copy_to_device(array)
         return buffer
+
+    def _launch(self, kernel: Any, blocks: int, shared: int, *arguments: Any) -> None:
+        configuration = (blocks, self._threads, 0, shared)
+        if (kernel, configuration) not in self._launched:
+            self._launched.add((kernel, configuration))
+            # numba warns of few blocks when it meets a configuration; members are few by nature.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NumbaPerformanceWarning)
+                launch = kernel[configuration]
+        else:
+            launch = kernel[configuration]
+        launch(*arguments)
 
 
 def encode(features: FloatArray, params: FloatArray, sizes: Sizes, out: FloatArray) -> None:
@@ -297,20 +314,20 @@ def window_gradient(
     grad: FloatArray,
 ) -> float:
     """``cpu.bptt.window_gradient`` on the GPU; of `tr`, only the divergences are written."""
-    ensemble = Ensemble(params[None], sizes, grads=grad[None])
+    ensemble = Ensemble(params.reshape(1, -1), sizes, grads=grad.reshape(1, -1))
     losses = np.zeros((1, 1))
     ensemble.window_gradients(
-        Window(*(field[None, None] for field in window)),
-        tr.hidden[None, :1],
-        tr.classes[None, :1],
+        Window(*(field.reshape(1, 1, *field.shape) for field in window)),
+        tr.hidden[0].reshape(1, 1, -1),
+        tr.classes[0].reshape(1, 1, -1),
         np.ones((1, 1), np.bool_),
         dynamics,
         representation,
         free,
         losses,
-        tr.divergences[None],
+        tr.divergences.reshape(1, -1),
     )
-    ensemble.copy_gradients_to(grad[None])
+    ensemble.copy_gradients_to(grad.reshape(1, -1))
     return float(losses[0, 0])
 
 
@@ -327,7 +344,8 @@ def adam_update(
     max_norm: float,
 ) -> float:
     """``cpu.training.adam_update`` on the GPU."""
-    ensemble = Ensemble(params[None], Sizes(), first[None], second[None], grad[None])
+    weights, moments = params.reshape(1, -1), (first.reshape(1, -1), second.reshape(1, -1))
+    ensemble = Ensemble(weights, Sizes(), *moments, grad.reshape(1, -1))
     norms = np.zeros(1)
     objective = Objective(
         learning_rate=learning_rate,
@@ -337,7 +355,7 @@ def adam_update(
         max_norm=max_norm,
     )
     ensemble.adam_updates(np.array([step]), objective, norms)
-    ensemble.copy_to(params[None], first[None], second[None])
+    ensemble.copy_to(weights, *moments)
     grad[:] = 0.0
     return float(norms[0])
 

@@ -20,6 +20,11 @@ squared_norm = device(cpu.squared_norm)
 adam_update = device(cpu.adam_update)
 
 
+def shared_bytes(threads: int) -> int:
+    """Dynamic shared memory of a block of :func:`adam_updates`."""
+    return 8 * threads
+
+
 def draw_windows(
     generators: NDArray[np.uint64],
     sizes: Sizes,
