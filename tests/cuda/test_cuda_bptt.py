@@ -171,7 +171,8 @@ def test_adam(api, max_norm):
             norms.append(kernels.adam_update(*arrays, step, *settings))
         assert norms[0] == pytest.approx(norms[1], rel=1e-6)
         for a, b in zip(mine, other, strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-9)
+            # A change of the learning rate, 3e-3, to some rounding errors.
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-8)
     assert not mine[1].any()
 
 

@@ -307,8 +307,8 @@ def window_gradients(
                     for j in range(sizes.outputs):
                         miss = delta_mapped(tr.raw_deltas[t, j], j) - window.deltas[t, j]
                         loss += window.delta_weights[t] * miss * miss
-        cuda.syncthreads()
 
+        # No need to meet: of what the forward pass wrote last, a thread first reads its own.
         first = n_p
         for t in range(steps - 1, -1, -1):
             state, drawn_classes = tr.hidden[t + 1], tr.classes[t + 1]
