@@ -1,8 +1,9 @@
 """CUDA twins of the CPU kernels: one block for each member or sample path of the ensemble.
 
-No formula stands here a second time. `device` compiles the CPU's own serial functions for the GPU,
-and a thread calls them on the part of the arrays that is its own: a column, a categorical. Only
-loops that are shared among threads are written anew. ``api`` calls the kernels with host arrays.
+`device` compiles the CPU's own serial functions for the GPU, and a thread calls them on the part of
+the arrays that is its own: a column, a categorical. Written anew are the loops that threads share,
+and with them what the CPU chains of ``bodies`` inside such a loop: the loss of a step, its slopes
+in the heads and in the class probabilities. ``api`` calls the kernels with host arrays.
 
 In the kernels, `lane` is the number of a thread in its block and `lanes` that of all of them; every
 loop over columns or rows runs ``range(lane, n, lanes)``, so any number of threads is right.
