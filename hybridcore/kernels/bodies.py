@@ -1,8 +1,9 @@
-"""Scalar formulas of the RSSM, written once; every device compiles them for itself.
+"""Scalar formulas of the RSSM and of the features, written once; every device compiles them.
 
 They are plain Python on scalars: ``njit`` compiles them for the CPU, ``cuda.jit(device=True)`` can
 for a GPU, and uncompiled they run as they stand. So they call nothing but :mod:`math` and never one
-another, and their constants are float32: a Python float would turn all arithmetic to float64.
+another. Those of the RSSM have float32 constants: a Python float would turn all arithmetic to
+float64, in which those of the features, at the end, are meant to be.
 
 `tanh` and `exp_of_negative` are polynomials because the C library's functions do not vectorise
 here. Both do the same operations for every argument, without a branch. NaN goes through all.
@@ -180,3 +181,101 @@ def next_state(state: np.uint64) -> np.uint64:
 def unit_uniform(state: np.uint64) -> np.float32:
     """Uniform number in [0, 1) from the 24 high bits of a generator state."""
     return np.float32(state >> SHIFT_TO_24_BITS) * TO_UNIT
+
+
+# Formulas of the training state. They run in float64: an exponential average over many steps and a
+# variance need its digits.
+
+# Added to a variance before it divides or goes into a logarithm: a deviation of 1e-10 in a log loss
+# is rounding.
+LEAST_VARIANCE = 1e-20
+# Variance of a feature below which it is taken for a constant: a float32 loss carries 1e-7.
+LEAST_FEATURE_VARIANCE = 1e-14
+
+
+def log_or(value: float, fallback: float) -> float:
+    """``log(value)`` where that is finite, else `fallback`."""
+    return math.log(value) if 0.0 < value < math.inf else fallback
+
+
+def clipped(value: float, limit: float) -> float:
+    """`value` within ``[-limit, limit]``."""
+    value = limit if value > limit else value
+    return -limit if value < -limit else value
+
+
+def averaged_gaps(
+    gap: float, gap_2: float, gap_3: float, move: float, share: float
+) -> tuple[float, float, float]:
+    """Gaps of a threefold exponential average after its series made a `move`.
+
+    The newest value weighs `share`. The gaps are ``y - S1``, ``S1 - S2``, ``S2 - S3`` with S1 the
+    average of y, S2 that of S1, S3 that of S2 (Brown 1963, ch. 9).
+    """
+    gap += move
+    move = share * gap
+    gap_2 += move
+    move_2 = share * gap_2
+    gap_3 += move_2
+    return gap - move, gap_2 - move_2, gap_3 - share * gap_3
+
+
+def signed_log(value: float) -> float:
+    """``log(1 + |value|)`` with the sign of `value`."""
+    return math.log(1.0 + value) if value > 0.0 else -math.log(1.0 - value)
+
+
+def half_log(variance: float) -> float:
+    """Logarithm of the standard deviation."""
+    return 0.5 * math.log(variance + LEAST_VARIANCE)
+
+
+def in_deviations(value: float, variance: float) -> float:
+    """`value` in standard deviations."""
+    return value / math.sqrt(variance + LEAST_VARIANCE)
+
+
+def aligned(signal: float, variance: float) -> float:
+    """Cosine between a signal and the same signal with noise of `variance` added."""
+    return signal / math.sqrt(signal * signal + variance + LEAST_VARIANCE)
+
+
+def per_variance(covariance: float, variance: float) -> float:
+    """Correlation from a covariance and the variance of both sides."""
+    return covariance / (variance + LEAST_VARIANCE)
+
+
+def correlation(covariance: float, variance: float, other: float) -> float:
+    """Correlation from a covariance and two variances."""
+    return covariance / math.sqrt((variance + LEAST_VARIANCE) * (other + LEAST_VARIANCE))
+
+
+def contrast(one: float, other: float) -> float:
+    """``(one - other) / (one + other)`` of two variances, in [-1, 1]."""
+    return (one - other) / (one + other + LEAST_VARIANCE)
+
+
+def log_ratio(one: float, other: float) -> float:
+    """Logarithm of the ratio of two variances."""
+    return math.log((one + LEAST_VARIANCE) / (other + LEAST_VARIANCE))
+
+
+def skewness(third_moment: float, variance: float) -> float:
+    """Third moment in standard deviations."""
+    variance += LEAST_VARIANCE
+    return third_moment / (variance * math.sqrt(variance))
+
+
+def moving_variance(variance: float, gap: float, share: float) -> float:
+    """Variance after one more value, that weighs `share` and lies `gap` above the old mean.
+
+    West (1979), eq. 2.4, for weights that sum to 1.
+    """
+    return (1.0 - share) * (variance + share * gap * gap)
+
+
+def standardised(gap: float, variance: float, share: float, limit: float) -> float:
+    """Distance of the newest value from the new mean in new standard deviations, clipped."""
+    z = (1.0 - share) * gap / math.sqrt(variance + LEAST_FEATURE_VARIANCE)
+    z = limit if z > limit else z
+    return -limit if z < -limit else z
