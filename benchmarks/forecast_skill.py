@@ -35,6 +35,8 @@ from benchmarks.forecasters import (
 )
 from benchmarks.recordings import Recording, load
 from hybridcore.dynamics import LinearDynamics
+from hybridcore.dynamics.mlp import MLPDynamics
+from hybridcore.dynamics.rssm import RSSMDynamics
 
 # Called with the runs of all other workloads, from which a learned model may start: leaving the
 # whole workload out is what makes the run held out. An online model ignores them.
@@ -57,7 +59,11 @@ BASELINES: dict[str, Factory] = {
     "discounted": lambda others: Modelled(LinearDynamics()),
     "power law": lambda others: PowerLaw(),
 }
-FORECASTERS: dict[str, Factory] = {"mixture": lambda others: ExpertMixture()}
+FORECASTERS: dict[str, Factory] = {
+    "mixture": lambda others: ExpertMixture(),
+    "mlp": lambda others: Modelled(MLPDynamics()),
+    "rssm": lambda others: Modelled(RSSMDynamics()),
+}
 # Without the two that are stronger variants of another: the bar that the specification sets.
 PLAIN_BASELINES = ("persistence", "linear", "power law")
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 from hybridcore.errors import ConfigError
 
+Dynamics = Literal["linear", "mlp", "rssm"]
+Device = Literal["auto", "cpu", "cuda"]
 OnDivergence = Literal["recover", "raise"]
 
 
@@ -37,6 +39,15 @@ class HybridTrainerConfig:
         Standard deviations of the loss's own noise that count as a rise, positive.
     snapshots : int
         Copies of the trainable parameters that are kept, 4 to 10.
+    dynamics : {"linear", "mlp", "rssm"}
+        Model of the loss, which decides how far the loss's trend is trusted: a discounted line, or
+        that line corrected by a network or by an ensemble of recurrent state-space models, which
+        learn while the run goes on. All three take the same jumps where it was measured, and the
+        learned ones cost each step more (``benchmarks/ablation.py``); how well they forecast says
+        ``benchmarks/forecast_skill.py``.
+    device : {"auto", "cpu", "cuda"}
+        Where the kernels of the "rssm" model run; "cuda" needs that model and a GPU. "auto" is the
+        CPU until a recorded measurement says from which size on a GPU pays.
     group_correction : bool
         Learn a factor on each layer group's displacement from what forecasts of the bank's own end
         missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
@@ -59,6 +70,8 @@ class HybridTrainerConfig:
     confidence_threshold: float = 0.60
     divergence_sigma: float = 2.2
     snapshots: int = 6
+    dynamics: Dynamics = "linear"
+    device: Device = "auto"
     group_correction: bool = False
     on_divergence: OnDivergence = "recover"
 
@@ -75,6 +88,12 @@ class HybridTrainerConfig:
         _check_real("divergence_sigma", self.divergence_sigma, 0.0, float("inf"))
         if self.divergence_sigma == 0.0:
             raise _error("divergence_sigma", self.divergence_sigma, "a positive number")
+        if self.dynamics not in get_args(Dynamics):
+            raise _error("dynamics", self.dynamics, "'linear', 'mlp' or 'rssm'")
+        if self.device not in get_args(Device):
+            raise _error("device", self.device, "'auto', 'cpu' or 'cuda'")
+        if self.device == "cuda" and self.dynamics != "rssm":
+            raise _error("device", self.device, "'auto' or 'cpu' unless dynamics is 'rssm'")
         if self.on_divergence not in get_args(OnDivergence):
             raise _error("on_divergence", self.on_divergence, "'recover' or 'raise'")
 

@@ -20,7 +20,7 @@ from hybridcore.config import HybridTrainerConfig
 from hybridcore.corrector import Corrector
 from hybridcore.decision import DecisionRule
 from hybridcore.divergence import DivergenceMonitor, RecoveryAction
-from hybridcore.dynamics import DynamicsModel, LinearDynamics
+from hybridcore.dynamics import build
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.phases import Event, Phase, Turn, transition
@@ -53,8 +53,6 @@ class Controller:
         Totals of the run, kept by the engine; rollbacks are counted here.
     meter : Meter
         Told where stretches of full steps and jumps begin and end.
-    dynamics : DynamicsModel, optional
-        Model of the loss; a :class:`LinearDynamics` of its own by default.
     """
 
     def __init__(
@@ -62,15 +60,14 @@ class Controller:
         config: HybridTrainerConfig,
         counters: Counters,
         meter: Meter,
-        dynamics: DynamicsModel | None = None,
     ) -> None:
         self.config = config
         self.phase = Phase.WARMUP
         self.confidence = 0.0
         self.forecast_loss = NAN
         self.prediction_error: float | None = None
-        self.dynamics = LinearDynamics() if dynamics is None else dynamics
-        self.rule = DecisionRule(config)
+        self.dynamics = build(config.dynamics, config.device)
+        self.rule = DecisionRule(config, self.dynamics)
         self.monitor = DivergenceMonitor(config.divergence_sigma)
         self._counters, self._meter = counters, meter
         self._flight: Flight | None = None

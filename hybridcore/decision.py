@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hybridcore.bandit import LinUCB
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.corrector import Corrector
+from hybridcore.dynamics import DeltaHead, DynamicsModel
 from hybridcore.extrapolation import FORECASTERS
 from hybridcore.planning import ARMS, Flight, Pace, missed_scales
 from hybridcore.search import Trial, arm_names, probe_jump, scaled, search
@@ -35,10 +36,14 @@ class DecisionRule:
     ----------
     config : HybridTrainerConfig
         Settings.
+    dynamics : DynamicsModel
+        Model of the loss. If it is a :class:`DeltaHead` too, and settings ask for corrections of
+        the layer groups, its factors are tried beside the corrector's.
     """
 
-    def __init__(self, config: HybridTrainerConfig) -> None:
+    def __init__(self, config: HybridTrainerConfig, dynamics: DynamicsModel) -> None:
         self._config = config
+        self._head = dynamics if isinstance(dynamics, DeltaHead) else None
         self.pace = Pace(config)
         self.bandit = LinUCB(arm_names(), CONTEXT, exploration=EXPLORATION)
         self.corrector: Corrector | None = None
@@ -68,7 +73,10 @@ class DecisionRule:
             return
         if self.corrector is None:
             self.corrector = Corrector(len(gram), CONTEXT)
-        self.corrector.update(context, missed_scales(gram, max(FORECASTERS, key=path.__getitem__)))
+        missed = missed_scales(gram, max(FORECASTERS, key=path.__getitem__))
+        self.corrector.update(context, missed)
+        if self._head is not None:
+            self._head.teach_delta(missed)
 
     def choose(
         self,
@@ -158,8 +166,12 @@ class DecisionRule:
         """Return `trial` with its groups' scales corrected where that lowers the loss."""
         if self.corrector is None:
             return trial
-        scales = self.corrector.predict(context)
-        if np.abs(scales - 1.0).max() <= LEAST_CORRECTION:
-            return trial
-        corrected = yield from probe_jump(gram, scaled(trial, scales), trial.arm)
-        return corrected if corrected.loss < trial.loss else trial
+        corrections = [self.corrector.predict(context)]
+        if self._head is not None:
+            corrections.append(self._head.delta())
+        best = trial
+        for scales in corrections:
+            if np.abs(scales - 1.0).max() > LEAST_CORRECTION:
+                corrected = yield from probe_jump(gram, scaled(trial, scales), trial.arm)
+                best = min(best, corrected, key=lambda tried: tried.loss)
+        return best

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hybridcore.types import Observation
 
@@ -60,3 +63,14 @@ class DynamicsModel(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+
+
+@runtime_checkable
+class DeltaHead(Protocol):
+    """A model that also learns how far extrapolations miss, layer group by layer group."""
+
+    def teach_delta(self, missed: NDArray[np.float64]) -> None:
+        """Take the factor and the cosine (groups, 2) by which one extrapolation missed."""
+
+    def delta(self) -> NDArray[np.float64]:
+        """Factors (groups,) on the displacements of the next one, 1 where it is right as it is."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
 
@@ -54,6 +54,11 @@ def resolve(device: Literal["auto", "cpu", "cuda"], work: int = 0) -> Device:
     if device == "auto" and work >= CROSSOVER and gpu_available():
         return "cuda"
     return "cpu"
+
+
+def kernels(device: Device) -> Any:
+    """Return the module with the kernels of a device; it is imported when first asked for."""
+    return importlib.import_module(f"hybridcore.kernels.{device}.api")
 
 
 def gpu_available() -> bool:

@@ -18,6 +18,8 @@ BAD = {
     "confidence_threshold": [-0.1, 1.1, math.nan, math.inf, "0.6", True],
     "divergence_sigma": [0.0, -1.0, math.nan, math.inf, None],
     "snapshots": [3, 11, 6.0, True],
+    "dynamics": ["LINEAR", "", None, 1],
+    "device": ["gpu", "cuda", None, 0],
     "group_correction": [0, 1, "yes", None],
     "on_divergence": ["ignore", None, True],
 }

@@ -8,11 +8,16 @@ from descent import BRISK, Descent, Watched
 
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.decision import DecisionRule
+from hybridcore.dynamics import LinearDynamics
 from hybridcore.planning import ARMS, missed_scales
 from hybridcore.search import arm_names
 
 SURE = dict.fromkeys(ARMS, 1.0)
 GROUPS = 3
+
+
+def make(config=None):
+    return DecisionRule(config or HybridTrainerConfig(), LinearDynamics())
 
 
 def path(seed=0, m=6):
@@ -56,7 +61,7 @@ def test_without_experience_the_lowest_probe_is_taken():
     for best, name in enumerate(ARMS):
         losses = [0.8] * len(ARMS)
         losses[best] = 0.7
-        flight, _ = choose(DecisionRule(HybridTrainerConfig()), first_arms(losses))
+        flight, _ = choose(make(), first_arms(losses))
         assert flight.jump.extrapolator == name
         assert flight.arm == f"{name} x1"
         assert flight.log_target == pytest.approx(math.log(0.7))
@@ -65,7 +70,7 @@ def test_without_experience_the_lowest_probe_is_taken():
 
 def test_probes_that_are_not_below_the_start_mean_do_not_predict():
     for losses in ([1.0] * 4, [1.3] * 4, [math.nan] * 4, [math.inf, -1.0, 0.0, 2.0]):
-        flight, tried = choose(DecisionRule(HybridTrainerConfig()), first_arms(losses))
+        flight, tried = choose(make(), first_arms(losses))
         assert flight is None
         assert len(tried) == len(ARMS)
 
@@ -73,23 +78,21 @@ def test_probes_that_are_not_below_the_start_mean_do_not_predict():
 def test_a_jump_worth_less_than_its_settling_is_not_taken():
     config = HybridTrainerConfig()
     short = math.exp(-0.01 * (config.snapshot_interval / 2))
-    assert choose(DecisionRule(config), first_arms([short] * 4))[0] is None
+    assert choose(make(config), first_arms([short] * 4))[0] is None
     long = math.exp(-0.01 * (config.snapshot_interval * 2))
-    assert choose(DecisionRule(config), first_arms([long] * 4))[0] is not None
+    assert choose(make(config), first_arms([long] * 4))[0] is not None
 
 
 def test_arms_below_the_threshold_are_not_probed():
     confidences = {**SURE, ARMS[0]: 0.1}
-    flight, tried = choose(
-        DecisionRule(HybridTrainerConfig()), first_arms([0.8, 0.7]), confidences=confidences
-    )
+    flight, tried = choose(make(), first_arms([0.8, 0.7]), confidences=confidences)
     assert flight.jump.extrapolator == ARMS[2]
-    _, all_tried = choose(DecisionRule(HybridTrainerConfig()), first_arms([2.0] * 4))
+    _, all_tried = choose(make(), first_arms([2.0] * 4))
     assert len(tried) >= len(ARMS) - 1 == len(all_tried) - 1
 
 
 def test_an_arm_that_settles_badly_is_passed_over_though_its_probe_is_lower():
-    rule = DecisionRule(HybridTrainerConfig())
+    rule = make()
     losses = first_arms([0.78] + [0.8] * (len(ARMS) - 1))
     for _ in range(4):
         flight, _ = choose(rule, losses)
@@ -105,7 +108,7 @@ def test_an_arm_that_settles_badly_is_passed_over_though_its_probe_is_lower():
 
 
 def test_experience_goes_only_so_far_against_a_probe_that_is_much_lower():
-    rule = DecisionRule(HybridTrainerConfig())
+    rule = make()
     for progress in (0.4, 0.1, 0.4, 0.1):
         flight, _ = choose(rule, first_arms([0.78] + [0.8] * (len(ARMS) - 1)))
         rule.reward(flight, progress, spent=16, probes=9)
@@ -116,12 +119,12 @@ def test_experience_goes_only_so_far_against_a_probe_that_is_much_lower():
 def test_of_trials_at_the_ceiling_of_worth_the_lowest_is_taken():
     # With a loss that rises no progress has a price in steps, and all worths are the same.
     losses = [0.8, 0.6] + [0.7] * (len(ARMS) - 2)
-    flight, _ = choose(DecisionRule(HybridTrainerConfig()), first_arms(losses), slope=0.01)
+    flight, _ = choose(make(), first_arms(losses), slope=0.01)
     assert flight.log_target == pytest.approx(math.log(0.6))
 
 
 def test_every_arm_that_a_choice_can_name_is_known_to_the_bandit():
-    rule = DecisionRule(HybridTrainerConfig())
+    rule = make()
     names = set()
     for best in range(len(ARMS)):
         for farthest in range(6):
@@ -147,7 +150,7 @@ def stumbling(points):
 
 
 def taught(config):
-    rule = DecisionRule(config)
+    rule = make(config)
     for seed in range(12):
         matrix = gram(stumbling(path(seed)))
         rule.learn(matrix, SURE, rule.context(1.0, 1.0, -0.01, 1.0))
@@ -205,7 +208,7 @@ def test_the_missed_scales_of_the_bank_itself():
 @pytest.mark.parametrize("correct", [False, True])
 def test_a_copy_from_the_state_decides_alike(correct):
     config = HybridTrainerConfig(group_correction=correct)
-    rule, copy = taught(config), DecisionRule(config)
+    rule, copy = taught(config), make(config)
     losses = first_arms([0.78] + [0.8] * (len(ARMS) - 1))
     for progress in (0.3, 0.0, 0.1):
         flight, _ = choose(rule, losses)
@@ -220,7 +223,7 @@ def test_a_copy_from_the_state_decides_alike(correct):
 
 
 def test_a_context_is_finite_whatever_is_known():
-    rule = DecisionRule(HybridTrainerConfig())
+    rule = make()
     for numbers in (
         (0.0, 0.0, 0.0, 1.0),
         (1.0, 1.0, math.inf, math.nan),

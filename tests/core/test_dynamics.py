@@ -4,13 +4,14 @@ import math
 
 import contract
 import naive
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import Observation
-from hybridcore.dynamics import Forecast, LinearDynamics
+from hybridcore.dynamics import Forecast, LinearDynamics, build
 from hybridcore.dynamics.linear import DISCOUNT, LEAST_OBSERVATIONS
 
 
@@ -18,8 +19,14 @@ def fed(losses):
     return contract.fed(LinearDynamics, losses)
 
 
-def test_the_contract():
-    contract.check_dynamics_model(LinearDynamics)
+compiled = pytest.mark.skipif(numba.config.DISABLE_JIT, reason="takes minutes uncompiled")
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", pytest.param("mlp", marks=compiled), pytest.param("rssm", marks=compiled)]
+)
+def test_the_contract(name):
+    contract.check_dynamics_model(lambda: build(name, "cpu"))
 
 
 # -- against the oracle -------------------------------------------------------------------------
