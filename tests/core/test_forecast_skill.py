@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -291,7 +292,17 @@ def test_the_mixture_finds_the_expert_that_is_right():
     np.testing.assert_allclose(std, 0.3, rtol=0.25)
 
 
-@pytest.mark.parametrize("make", [*harness.BASELINES.values(), *harness.FORECASTERS.values()])
+uncompiled = pytest.mark.skipif(numba.config.DISABLE_JIT, reason="takes minutes uncompiled")
+every_forecaster = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=[uncompiled] if name == "rssm" else [])
+        for name, make in (harness.BASELINES | harness.FORECASTERS).items()
+    ],
+)
+
+
+@every_forecaster
 def test_forecasts_have_their_shape_from_the_first_step(make):
     forecaster = make([])
     for step, y in enumerate(noisy(11, 60)):
@@ -304,7 +315,7 @@ def test_forecasts_have_their_shape_from_the_first_step(make):
                 assert (std >= 0.0).all()
 
 
-@pytest.mark.parametrize("make", [*harness.BASELINES.values(), *harness.FORECASTERS.values()])
+@every_forecaster
 def test_asking_changes_no_later_answer(make):
     logs = noisy(12, 200)
     asked, silent = make([]), make([])
