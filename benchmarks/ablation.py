@@ -1,4 +1,4 @@
-"""What the bandit, the monitor and the groups' corrections each add to cost-to-target.
+"""What the parts of a decision and the models of the loss each add to cost-to-target.
 
     python benchmarks/ablation.py
 
@@ -65,6 +65,9 @@ VARIANTS: dict[str, tuple[HybridTrainerConfig, Callable[[Controller], None]]] = 
     "without the bandit": (HybridTrainerConfig(), without_bandit),
     "without the monitor": (HybridTrainerConfig(), without_monitor),
     "with group correction": (HybridTrainerConfig(group_correction=True), unchanged),
+    "mlp": (HybridTrainerConfig(dynamics="mlp"), unchanged),
+    "rssm": (HybridTrainerConfig(dynamics="rssm"), unchanged),
+    "rssm with its head": (HybridTrainerConfig(dynamics="rssm", group_correction=True), unchanged),
 }
 
 

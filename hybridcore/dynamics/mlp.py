@@ -90,10 +90,14 @@ class MLPDynamics:
         bases = [self._trend.forecast(float(horizon)) for horizon in KNOTS]
         self._means[slot] = [base.mean for base in bases]
         self._stds[slot] = [base.std for base in bases]
-        self._calibration.settle(self._logs[slot])
+        self._calibration.settle(float(self._logs[slot]))
         self._answers = None
-        followed = [self._corrected(b, float(h)) for b, h in zip(bases, KNOTS, strict=True)]
-        self._calibration.follow(followed)
+        means, stds = self._means[slot].copy(), self._stds[slot].copy()
+        if math.isfinite(stds[0]):
+            shift, width = self._answer()
+            means += shift * stds
+            stds *= np.exp(width)
+        self._calibration.follow(list(map(Forecast, means.tolist(), stds.tolist())))
         self._count += 1
         if self._count % UPDATE_INTERVAL == 0:
             self._learn()
@@ -145,13 +149,17 @@ class MLPDynamics:
         """Correct what the trend says, before calibration."""
         if not math.isfinite(base.std):
             return base
+        at = math.log(max(horizon, 1.0))
+        shift, width = (float(np.interp(at, PLACES, answer)) for answer in self._answer())
+        return Forecast(base.mean + shift * base.std, base.std * math.exp(width))
+
+    def _answer(self) -> tuple[Array, Array]:
+        """Miss and log-scale at the knots, for the newest step."""
         if self._answers is None:
             features = self._state.features()[None].astype(np.float64)
             _, miss, log_scale = self._outputs(features)
             self._answers = miss[0], log_scale[0]
-        at = math.log(max(horizon, 1.0))
-        shift, width = (float(np.interp(at, PLACES, answer)) for answer in self._answers)
-        return Forecast(base.mean + shift * base.std, base.std * math.exp(width))
+        return self._answers
 
     def _outputs(self, features: Array) -> tuple[Array, Array, Array]:
         """Hidden values (B, HIDDEN), miss and log-scale (B, knots) of each."""
