@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 SMOOTH = {"siren": "SIREN fits china.jpg", "burgers": "PINN, viscous Burgers equation"}
 NOISY = {"fashion": "MLP, Fashion-MNIST, batches of 64"}
+MODELS = {"discounted": "`linear`", "mlp": "`mlp`", "rssm": "`rssm`"}
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -67,12 +68,58 @@ def moments() -> str:
     return "\n".join(lines)
 
 
+def parts() -> str:
+    result = recorded("ablation")
+    found = result["cost_ratios"]
+    names = list(dict.fromkeys(key.split(", ")[1] for key in found))
+    lines = [f"| | {' | '.join(SMOOTH.values())} |", "|---|---|---|"]
+    for name in names:
+        # A run that did not get there within half as much again counts as that.
+        values = [
+            statistics.median(1.5 if ratio is None else ratio for ratio in found[f"{task}, {name}"])
+            for task in SMOOTH
+        ]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    lines += ["", f"Medians over 5 seeds, recorded by `{result['command']}`."]
+    return "\n".join(lines)
+
+
+def models() -> str:
+    result = recorded("forecast_skill")
+    lines = [
+        "| steps ahead | model | below persistence | below a line | below a power law "
+        "| 90 % covers | calibration error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for horizon in ("5", "15", "75"):
+        for name, title in MODELS.items():
+            scores = result["forecasters"][name][horizon]
+            beats = scores["raw"]["beats"]
+            shares = " | ".join(f"{beats[b]:.0%}" for b in ("persistence", "linear", "power law"))
+            lines.append(
+                f"| {horizon} | {title} | {shares} | {scores['coverage']:.0%} "
+                f"| {scores['calibration_error']:.2f} |"
+            )
+    count = len(result["recordings"])
+    lines += [
+        "",
+        f"Share of windows of {count} recorded runs on which the forecast's error is below the "
+        f"baseline's, recorded by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="update README.md")
     write = parser.parse_args().write
     text = README.read_text(encoding="utf-8")
-    for name, content in (("gains", gains()), ("moments", moments())):
+    for name, content in (
+        ("gains", gains()),
+        ("moments", moments()),
+        ("parts", parts()),
+        ("models", models()),
+    ):
         print(content + "\n")
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
