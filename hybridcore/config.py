@@ -52,6 +52,8 @@ class HybridTrainerConfig:
         Learn a factor on each layer group's displacement from what forecasts of the bank's own end
         missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
         costs a probe for each jump (``benchmarks/ablation.py``).
+    averaging : bool
+        Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
         :class:`~hybridcore.errors.DivergenceError` once the batch has been left out.
@@ -73,10 +75,11 @@ class HybridTrainerConfig:
     dynamics: Dynamics = "linear"
     device: Device = "auto"
     group_correction: bool = False
+    averaging: bool = True
     on_divergence: OnDivergence = "recover"
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "group_correction"):
+        for name in ("enabled", "group_correction", "averaging"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
         _check_integer("warmup_steps", self.warmup_steps, 1)
@@ -99,8 +102,8 @@ class HybridTrainerConfig:
 
     @classmethod
     def memory_saver(cls) -> HybridTrainerConfig:
-        """Preset with the fewest snapshots and short predict phases."""
-        return cls(horizon=15, snapshots=4)
+        """Preset with the fewest snapshots, no average, and short predict phases."""
+        return cls(horizon=15, snapshots=4, averaging=False)
 
     @property
     def snapshot_interval(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridcore.averaging import Averaging
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.corrector import Corrector
 from hybridcore.decision import DecisionRule
@@ -24,7 +25,7 @@ from hybridcore.dynamics import build
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.phases import Event, Phase, Turn, transition
-from hybridcore.planning import Flight, Jump, Pace, learning_rate_ahead, path_confidence
+from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import AVERAGED_SNAPSHOTS, probe_average, usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
@@ -68,7 +69,9 @@ class Controller:
         self.prediction_error: float | None = None
         self.dynamics = build(config.dynamics, config.device)
         self.rule = DecisionRule(config, self.dynamics)
+        self.pace = self.rule.pace
         self.monitor = DivergenceMonitor(config.divergence_sigma)
+        self._average = Averaging()
         self._counters, self._meter = counters, meter
         self._flight: Flight | None = None
         self._taken = 0
@@ -89,11 +92,6 @@ class Controller:
         """Name of the monitor's level."""
         return self.monitor.level.name
 
-    @property
-    def pace(self) -> Pace:
-        """When to try again."""
-        return self.rule.pace
-
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
@@ -105,14 +103,13 @@ class Controller:
 
     def quiet_steps(self) -> int:
         """Coming steps that are one full step and nothing else, whatever is seen in them."""
-        config = self.config
         if self.phase is Phase.WARMUP:
-            return max(0, config.warmup_steps - self._taken - 1)
-        if self.phase is not Phase.FULL or self._gram is not None:
+            quiet = max(0, self.config.warmup_steps - self._taken - 1)
+        elif self.phase is not Phase.FULL or self._gram is not None:
             return 0
-        lead = self.pace.wait - self._taken - 1
-        first = config.snapshot_interval * (config.snapshots - 1)
-        return lead - first if lead > first else lead % config.snapshot_interval
+        else:
+            quiet = self.pace.until_snapshot(self._taken)
+        return min(quiet, self._average.until_due(self._taken)) if self.config.averaging else quiet
 
     def absorb(self, observation: Observation) -> None:
         """Take the figures of a full step into the statistics of its phase."""
@@ -144,12 +141,13 @@ class Controller:
         self._meter.mark = (NAN, self._counters.full_steps, self._counters.probes)
         self.dynamics.restart()
         self.rule.restart()
+        self._average.restart()
         logger.info("parameters changed: snapshots and trend start over")
 
     # -- the phases -------------------------------------------------------------------------
 
     def _warm_up(self) -> Turn:
-        self.absorb((yield FULL_STEP))
+        yield from self._step()
         if self._taken >= self.config.warmup_steps and self.dynamics.is_stable:
             self._enter(Event.BASELINE_STABLE)
 
@@ -162,27 +160,36 @@ class Controller:
                 yield from self._predict()
                 return
             self._gram = None
-        lead = self.pace.wait - self._taken - 1
-        interval, snapshots = self.config.snapshot_interval, self.config.snapshots
-        if lead % interval != 0 or lead >= interval * snapshots:
-            self.absorb((yield FULL_STEP))
+        if self.pace.until_snapshot(self._taken) > 0:
+            yield from self._step()
             return
+        last = self._taken + 1 >= self.pace.wait
         # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
         calm = self._loss_confidence >= self.config.confidence_threshold
         regular = self._regular + 1 if calm else 0
-        wanted = lead <= 0 and regular >= REGULAR_SNAPSHOTS
-        observation = yield Directive(
-            Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted
+        wanted = last and regular >= REGULAR_SNAPSHOTS
+        observation = yield from self._step(
+            Directive(Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted)
         )
-        self.absorb(observation)
         if observation.applied:
             self._regular = regular
-            if lead <= 0 and not wanted:
-                self.pace.wait += interval
-            self._bank = min(self._bank + 1, snapshots)
+            if last and not wanted:
+                self.pace.wait += self.config.snapshot_interval
+            self._bank = min(self._bank + 1, self.config.snapshots)
             gram = observation.gram
             # Weights that are not finite can hide from the loss, but not from the bank.
             self._gram = gram if gram is not None and np.isfinite(gram).all() else None
+
+    def _step(
+        self, directive: Directive = FULL_STEP
+    ) -> Generator[Directive, Observation, Observation]:
+        """Take a full step, and average the weights where it is time to."""
+        weight = self._average.weight(self._taken + 1) if self.config.averaging else 0.0
+        observation = yield dataclasses.replace(directive, average=weight) if weight else directive
+        self.absorb(observation)
+        if weight and observation.applied:
+            self._average.add()
+        return observation
 
     def _predict(self) -> Turn:
         flight, interval = self._in_flight, self.config.correction_interval
@@ -292,10 +299,7 @@ class Controller:
             self.pace.wait = self.config.min_full_steps
             self._close_stretch(NAN, predicting=True)
             return True
-        if not usable(after):
-            self._reward(0.0)
-            return False
-        progress = math.log(before) - math.log(after)
+        progress = math.log(before) - math.log(after) if usable(after) else 0.0
         self._reward(progress)
         if progress > 0.0:
             self._close_stretch(math.log(after), predicting=True, progress=progress)
@@ -328,6 +332,7 @@ class Controller:
             "dynamics": self.dynamics.state_dict(),
             "rule": self.rule.state_dict(),
             "monitor": self.monitor.state_dict(),
+            "average": self._average.state_dict(),
             "flight": None if self._flight is None else dataclasses.asdict(self._flight),
             "gram": None if self._gram is None else self._gram.copy(),
             "rates": list(self._rates),
@@ -344,11 +349,9 @@ class Controller:
         self.dynamics.load_state_dict(state["dynamics"])
         self.rule.load_state_dict(state["rule"])
         self.monitor.load_state_dict(state["monitor"])
+        self._average.load_state_dict(state["average"])
         flight, gram = state["flight"], state["gram"]
-        if flight is not None:
-            jump = Jump(**{**flight["jump"], "scales": tuple(flight["jump"]["scales"])})
-            flight = Flight(**{**flight, "jump": jump, "context": tuple(flight["context"])})
-        self._flight = flight
+        self._flight = None if flight is None else Flight.from_dict(flight)
         self._gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
         self._taken, self._bank = int(state["taken"]), int(state["bank"])
@@ -374,6 +377,7 @@ class Controller:
         if event is Event.VALIDATED:
             # After a rollback the trend from before the jump holds again, so only here.
             self.dynamics.restart()
+            self._average.restart()
         logger.debug("%s: now %s", event.value, self.phase.name)
 
     @property

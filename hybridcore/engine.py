@@ -141,9 +141,9 @@ class Engine:
         return self._controller.prediction_error
 
     @property
-    def uses_snapshots(self) -> bool:
-        """True if the next step may take, read or write snapshots."""
-        return not self._quiet and self.phase is not Phase.WARMUP
+    def touches_weights(self) -> bool:
+        """True if the next step may copy, average or move the weights, beside training them."""
+        return not self._quiet
 
     @property
     def needs_batch(self) -> bool:

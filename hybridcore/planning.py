@@ -9,7 +9,7 @@ smooth it is exact. The test costs no forward pass, since the Gram matrix holds 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,12 @@ class Flight:
     arm: str = NO_PREDICTION
     context: tuple[float, ...] = ()
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Flight:
+        """Build from what ``dataclasses.asdict`` made of one, tuples as lists or not."""
+        jump = Jump(**{**fields["jump"], "scales": tuple(fields["jump"]["scales"])})
+        return cls(**{**fields, "jump": jump, "context": tuple(fields["context"])})
+
     def expected(self, share: float) -> float:
         """Log loss forecast for a `share` of the way."""
         return self.log_start + share * (self.log_target - self.log_start)
@@ -142,6 +148,14 @@ class Pace:
         self.worth = math.nan
         self.surprise = math.nan
         self.arm_values: dict[str, float] = {}
+
+    def until_snapshot(self, taken: int) -> int:
+        """Full steps after number `taken` of the phase until the one that ends in a snapshot.
+
+        Snapshots are spread over the last of the wait, and go on at the same distance after it.
+        """
+        lead, interval = self.wait - taken - 1, self._config.snapshot_interval
+        return max(lead % interval, lead - interval * (self._config.snapshots - 1))
 
     def back_off(self, least: int) -> int:
         """Full steps to wait before the next attempt: `least`, and twice as many each time."""

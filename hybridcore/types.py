@@ -50,6 +50,8 @@ class Directive:
         For ``FULL`` with `snapshot`: report the bank's Gram matrices.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
+    average : float
+        For ``FULL``: weight in [0, 1] of the weights after the step in their running average.
     """
 
     action: Action
@@ -58,6 +60,7 @@ class Directive:
     fresh_bank: bool = False
     gram: bool = False
     learning_rate_scale: float = 1.0
+    average: float = 0.0
 
 
 class Observation(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hybridcore import CheckpointError
+from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.groups import outside
 from hybridcore_torch.recovery import RecoveryPoint
 
@@ -23,6 +24,7 @@ KEYS = {
     "config",
     "engine",
     "bank",
+    "average",
     "recovery",
     "steps_since_recovery",
     "model",
@@ -36,13 +38,14 @@ KEYS = {
 
 def collect(trainer: HybridTrainer) -> dict[str, Any]:
     """Return all that `trainer` needs to go on as if it had not been interrupted."""
-    bank, recovery = trainer._bank, trainer._recovery
+    bank, average, recovery = trainer._bank, trainer._average, trainer._recovery
     scheduler, scaler = trainer.scheduler, trainer.scaler
     return {
         "hybridcore": VERSION,
         "config": trainer.config.to_dict(),
         "engine": to_tensors(trainer.engine.state_dict()),
         "bank": None if bank is None else bank.state_dict(),
+        "average": None if average is None else [v.clone() for v in average.values],
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
         "steps_since_recovery": trainer._steps_since_recovery,
         "model": trainer.model.state_dict(),
@@ -79,6 +82,10 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     trainer._bank = None
     if state["bank"] is not None:
         trainer._snapshots.load_state_dict(state["bank"])
+    trainer._average = None
+    if state["average"] is not None:
+        trainer._average = WeightAverage(trainer._parameters)
+        torch._foreach_copy_(trainer._average.values, state["average"])
     recovery = state["recovery"]
     trainer._recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
     trainer._steps_since_recovery = state["steps_since_recovery"]
@@ -117,6 +124,11 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     if state["bank"] is not None and not trainer._snapshots.takes(state["bank"]):
         raise CheckpointError(
             "state was saved with other layer groups: pass the same layer_groups to the trainer"
+        )
+    shapes_now = [p.shape for p in trainer._parameters]
+    if state["average"] is not None and [v.shape for v in state["average"]] != shapes_now:
+        raise CheckpointError(
+            "state is of another set of trainable parameters: freeze and order them likewise"
         )
 
 

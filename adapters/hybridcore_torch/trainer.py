@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -21,10 +21,13 @@ from hybridcore import (
     HybridTrainerConfig,
     Observation,
     Phase,
+    ProtocolError,
     StepResult,
     TrainingStatistics,
 )
 from hybridcore_torch import checkpoints
+from hybridcore_torch.averages import WeightAverage
+from hybridcore_torch.batches import length
 from hybridcore_torch.checks import check_arguments
 from hybridcore_torch.closures import Closure, Prober
 from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
@@ -105,6 +108,7 @@ class HybridTrainer:
         self._parameters = parameters
         self._structure = self._present_structure()
         self._bank: SnapshotBank | None = None
+        self._average: WeightAverage | None = None
         self._prober = Prober(model)
         self._stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm)
         self._recovery: RecoveryPoint | None = None
@@ -135,6 +139,7 @@ class HybridTrainer:
                 f"closure must be callable, got {type(closure).__name__}: pass a function that "
                 "computes the loss, for example lambda: loss_fn(model(x), y)"
             )
+        self._check_own_weights("step()")
         return self._step(closure)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -144,11 +149,11 @@ class HybridTrainer:
         length still makes for as many steps as it has batches, so that schedules by the epoch stay
         true: the batches at its end are left out, which a shuffled loader spreads evenly.
         """
-        most = _length(loader)
+        most = length(loader)
         iterator = iter(loader)
         taken = 0
         while taken < most:
-            if self.config.enabled and self.engine.uses_snapshots:
+            if self.config.enabled and self.engine.touches_weights:
                 self._check_structure()
             if self.config.enabled and not self.engine.needs_batch:
                 self._step(None)
@@ -159,6 +164,24 @@ class HybridTrainer:
                     return
                 yield batch
             taken += 1
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Put the running average of the weights into the model, for as long as the block lasts.
+
+        Evaluate and keep these weights where batches are noisy: the average of about the last
+        17th of the run has the loss that a decayed learning rate would have led to. On smooth
+        work it lags behind the weights themselves. Buffers stay as they are; a model with batch
+        normalisation is evaluated with the running statistics of the run's own weights::
+
+            with trainer.averaged():
+                accuracy = evaluate(model)
+                torch.save(model.state_dict(), "model.pt")
+
+        During a jump these are the weights from before it. Until there is an average, and with
+        ``enabled=False`` or ``averaging=False``, they are the run's own.
+        """
+        self._check_own_weights("averaged()")
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -173,7 +196,7 @@ class HybridTrainer:
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
-            if engine.uses_snapshots:
+            if engine.touches_weights:
                 self._check_structure()
             working = 0.0
             try:
@@ -223,6 +246,10 @@ class HybridTrainer:
             assert closure is not None
             observation = self._stepper.full(closure, directive.learning_rate_scale)
             self._steps_since_recovery += 1
+            if directive.average and observation.applied:
+                if self._average is None:
+                    self._average = WeightAverage(self._parameters)
+                self._average.add(directive.average)
             if directive.snapshot and observation.applied:
                 self._snapshots.take(fresh=directive.fresh_bank)
                 if directive.gram:
@@ -271,6 +298,13 @@ class HybridTrainer:
             if coefficients is not None:
                 self._snapshots.put_back()
 
+    def _check_own_weights(self, call: str) -> None:
+        if self._average is not None and self._average.shown:
+            raise ProtocolError(
+                f"{call} inside averaged(): the model holds the average there, so leave the with "
+                "block first"
+            )
+
     # -- structure --------------------------------------------------------------------------
 
     @property
@@ -307,7 +341,7 @@ class HybridTrainer:
             self._layer_groups = [group for group in groups if group]
         self._parameters = parameters
         self._structure = self._present_structure()
-        self._bank = self._recovery = None
+        self._bank = self._recovery = self._average = None
         self._stepper.refresh()
         self.engine.regroup()
 
@@ -320,6 +354,7 @@ class HybridTrainer:
         tensor, a number, a string or a container of those, so
         ``torch.load(..., weights_only=True)`` reads it back.
         """
+        self._check_own_weights("state_dict()")
         return checkpoints.collect(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -331,6 +366,7 @@ class HybridTrainer:
             If the state is of another version, model or optimizer, or was saved with or without a
             scheduler or scaler where this trainer differs.
         """
+        self._check_own_weights("load_state_dict()")
         checkpoints.restore(self, state)
 
     def save(self, path: str | Path) -> None:
@@ -357,12 +393,3 @@ class HybridTrainer:
         trainer = cls(model, optimizer, config, **arguments)
         trainer.load_state_dict(state)
         return trainer
-
-
-def _length(loader: Iterable[object]) -> float:
-    """Return the number of batches, infinite where the loader does not know it."""
-    if isinstance(loader, Sized):
-        # A DataLoader over a dataset without a length has the method, and raises.
-        with contextlib.suppress(TypeError):
-            return len(loader)
-    return math.inf

@@ -121,7 +121,7 @@ class Watched(Descent):
 
     def step(self, bad=False):
         engine, first = self.engine, len(self.directives)
-        needs_batch, uses_snapshots = engine.needs_batch, engine.uses_snapshots
+        needs_batch, touches_weights = engine.needs_batch, engine.touches_weights
         before = engine.counters.steps
         counted = super().step(bad)
         done = self.directives[first:]
@@ -130,7 +130,7 @@ class Watched(Descent):
         assert engine.counters.steps == before + 1
         if not needs_batch:
             assert set(actions) <= {Action.MOVE, Action.SKIP}
-        if not uses_snapshots:
+        if not touches_weights:
             assert actions == [Action.FULL]
             assert not done[0].snapshot
         return counted

@@ -21,6 +21,7 @@ BAD = {
     "dynamics": ["LINEAR", "", None, 1],
     "device": ["gpu", "cuda", None, 0],
     "group_correction": [0, 1, "yes", None],
+    "averaging": [0, 1, "yes", None],
     "on_divergence": ["ignore", None, True],
 }
 
@@ -196,8 +197,9 @@ def test_a_dictionary_round_trip_keeps_everything(chosen):
     assert config.horizon is not None
 
 
-def test_memory_saver_differs_in_two_settings():
-    assert HybridTrainerConfig.memory_saver() == HybridTrainerConfig(horizon=15, snapshots=4)
+def test_memory_saver_differs_in_three_settings():
+    saver = HybridTrainerConfig(horizon=15, snapshots=4, averaging=False)
+    assert HybridTrainerConfig.memory_saver() == saver
 
 
 def test_toml_without_settings_or_beside_others(tmp_path):

@@ -1,0 +1,61 @@
+"""The running average of the weights, on the parameters' own device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+
+class WeightAverage:
+    """One copy of the parameters that follows them; half precision is averaged in float32.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        What is averaged; the average starts where they are.
+
+    Attributes
+    ----------
+    values : list of Tensor
+        The average.
+    shown : bool
+        True while the parameters hold it.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._parameters: list[torch.Tensor] = list(parameters)
+        self.values = [_wide(p.detach(), copy=True) for p in parameters]
+        self.shown = False
+
+    @torch.no_grad()
+    def add(self, weight: float) -> None:
+        """Move the average towards the weights as they are, by `weight` in [0, 1] of the way."""
+        present = [_wide(p.detach()) for p in self._parameters]
+        if weight == 1.0:
+            torch._foreach_copy_(self.values, present)
+        else:
+            torch._foreach_lerp_(self.values, present, weight)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average into the parameters, and what was there back at the end."""
+        raw = [p.detach().clone() for p in self._parameters]
+        self._put(self.values)
+        self.shown = True
+        try:
+            yield
+        finally:
+            self._put(raw)
+            self.shown = False
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        torch._foreach_copy_(self._parameters, values)
+
+
+def _wide(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+    """Return `values` in float32 at least: half precision loses small weights of an average."""
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return values.to(torch.float32 if half else values.dtype, copy=copy)

@@ -1,0 +1,56 @@
+"""How much the present weights count in the running average of weights."""
+
+from __future__ import annotations
+
+# Full steps from one averaging to the next: neighbours are too alike to be worth the reading.
+INTERVAL = 5
+# The average is of about the last 1 / (DECAY + 1) of the run.
+DECAY = 16
+
+
+class Averaging:
+    """Polynomial-decay averaging (Shamir & Zhang 2013, section 4), which needs no run length.
+
+    The average follows the newest ``1 / (DECAY + 1)`` of the run, however long that is by now: the
+    noise of single steps cancels, as it would under a decayed learning rate, and the beginning is
+    forgotten. After a jump it starts over, uniformly, until it holds as much again.
+
+    Attributes
+    ----------
+    count : int
+        Averagings so far.
+    since : int
+        Averagings since the start or the last :meth:`restart`.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.since = 0
+
+    def weight(self, taken: int) -> float:
+        """Weight in [0, 1] of the weights after full step number `taken` of the phase; 0: none."""
+        if taken % INTERVAL:
+            return 0.0
+        polynomial = (DECAY + 1) / (self.count + 1 + DECAY)
+        return max(polynomial, 1.0 / (self.since + 1))
+
+    def add(self) -> None:
+        """Count an averaging that was done."""
+        self.count += 1
+        self.since += 1
+
+    def restart(self) -> None:
+        """Begin a new average: the weights are elsewhere now."""
+        self.since = 0
+
+    def until_due(self, taken: int) -> int:
+        """Full steps after number `taken` of the phase until the one that ends in an averaging."""
+        return (-taken - 1) % INTERVAL
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts."""
+        return {"count": self.count, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.count, self.since = int(state["count"]), int(state["since"])

@@ -1,0 +1,148 @@
+"""The running average of the weights, and the block that evaluates it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BRISK, digits, regression, weights
+from torch import nn
+
+from hybridcore import HybridTrainerConfig, ProtocolError
+from hybridcore.averaging import DECAY, INTERVAL
+from hybridcore_torch import HybridTrainer
+
+
+def noisy(seed=0, **arguments):
+    """A network on mini-batches of digits: trainer and the closure of a random batch."""
+    x, y = digits()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    generator = torch.Generator().manual_seed(seed)
+
+    def closure():
+        batch = torch.randint(0, 1200, (16,), generator=generator)
+        return F.cross_entropy(model(x[batch]), y[batch])
+
+    held_out = lambda: float(F.cross_entropy(model(x[1200:]), y[1200:]).detach())  # noqa: E731
+    return HybridTrainer(model, optimizer, **arguments), closure, held_out
+
+
+def test_it_is_the_polynomial_mean_of_what_the_loop_went_through():
+    trainer, closure, _ = noisy()
+    mean, count = None, 0
+    for step in range(1, 301):
+        trainer.step(closure)
+        if step % INTERVAL == 0:
+            count += 1
+            share = (DECAY + 1) / (DECAY + count)
+            now = [w.double() for w in weights(trainer.model)]
+            mean = (
+                now
+                if mean is None
+                else [m + share * (w - m) for m, w in zip(mean, now, strict=True)]
+            )
+    assert trainer.statistics().predicted_steps == 0
+    raw = weights(trainer.model)
+    with trainer.averaged():
+        for found, expected in zip(weights(trainer.model), mean, strict=True):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert all(map(torch.equal, raw, weights(trainer.model)))
+
+
+def test_noise_is_less_at_the_average():
+    ahead = []
+    for seed in range(5):
+        trainer, closure, held_out = noisy(seed)
+        for _ in range(600):
+            trainer.step(closure)
+        raw = held_out()
+        with trainer.averaged():
+            ahead.append(held_out() < 0.95 * raw)
+    assert sum(ahead) >= 4
+
+
+def test_the_run_is_the_same_with_and_without():
+    runs = []
+    for averaging in (True, False):
+        trainer, closure, _ = noisy(config=HybridTrainerConfig(averaging=averaging))
+        for step in range(300):
+            trainer.step(closure)
+            if step % 50 == 0:
+                with trainer.averaged():
+                    pass
+        runs.append(weights(trainer.model))
+    assert all(map(torch.equal, *runs))
+
+
+def test_an_error_inside_puts_the_weights_back():
+    trainer, closure, _ = noisy()
+    for _ in range(20):
+        trainer.step(closure)
+    raw = weights(trainer.model)
+    with pytest.raises(KeyboardInterrupt), trainer.averaged():
+        raise KeyboardInterrupt
+    assert all(map(torch.equal, raw, weights(trainer.model)))
+    trainer.step(closure)
+
+
+@pytest.mark.parametrize("call", ["step", "state_dict", "averaged"])
+def test_the_run_waits_until_its_own_weights_are_back(call):
+    trainer, closure, _ = noisy()
+    for _ in range(20):
+        trainer.step(closure)
+    arguments = (closure,) if call == "step" else ()
+    with trainer.averaged(), pytest.raises(ProtocolError, match="leave the with block"):
+        getattr(trainer, call)(*arguments)
+    assert trainer.statistics().steps == 20
+
+
+@pytest.mark.parametrize("settings", [{"averaging": False}, {"enabled": False}])
+def test_where_there_is_none_the_weights_are_the_run_s_own(settings):
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(**settings))
+    for _ in range(20):
+        trainer.step(closure)
+    raw = weights(trainer.model)
+    with trainer.averaged():
+        assert all(map(torch.equal, raw, weights(trainer.model)))
+
+
+def test_it_is_saved_and_resumed(tmp_path):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(203):
+        trainer.step(closure)
+    trainer.save(tmp_path / "run.pt")
+    other, fresh, again = regression(seed=1)
+    resumed = HybridTrainer.load(tmp_path / "run.pt", other, fresh)
+    for _ in range(100):
+        trainer.step(closure)
+        resumed.step(again)
+    with trainer.averaged(), resumed.averaged():
+        assert all(map(torch.equal, weights(model), weights(other)))
+
+
+def test_frozen_parameters_leave_it_and_it_starts_over():
+    trainer, closure, _ = noisy()
+    for _ in range(50):
+        trainer.step(closure)
+    for parameter in trainer.model[0].parameters():
+        parameter.requires_grad_(False)
+    for _ in range(INTERVAL):
+        trainer.step(closure)
+    raw = weights(trainer.model)
+    with trainer.averaged():
+        assert all(map(torch.equal, raw, weights(trainer.model)))
+
+
+def test_half_precision_is_averaged_in_single():
+    model = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
+    # Below a 256th of the weight bfloat16 stands still; its mean must not.
+    optimizer = torch.optim.SGD(model.parameters(), 2**-7)
+    trainer = HybridTrainer(model, optimizer)
+    for _ in range(90):
+        trainer.step(lambda: model.weight.sum())
+    values = torch.cat([value.flatten() for value in trainer._average.values])
+    assert values.dtype is torch.float32
+    lag = float(values[0] - model.weight.detach()[0, 0])
+    assert 0.0 < lag < 20 * 2**-7
