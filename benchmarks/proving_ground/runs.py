@@ -1,0 +1,200 @@
+"""Runs of the proving ground: one trial metered from outside, and all of them, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Any
+
+from benchmarks.proving_ground.methods import METHODS, Method, missing
+from hybridcore.cli.compare import SMOOTHING, Meter, forward_cost
+from hybridcore.cli.demo import environment
+from hybridcore.cli.workloads import Workload
+from hybridcore.metrics import finite
+
+RESULTS = Path(__file__).parents[1] / "results" / "proving_ground"
+BUDGETS = (0.35, 0.5, 0.7, 1.0, 1.4)
+Trial = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is run.
+
+    Attributes
+    ----------
+    seeds : int
+        Seeds, from 0.
+    budgets : tuple of float
+        Multiples of a workload's steps; 1 must be among them.
+    shrink : float
+        Factor on the steps of every workload.
+    rates : int
+        Learning rates of the grid that are tried, from the middle outwards.
+    """
+
+    seeds: int = 5
+    budgets: tuple[float, ...] = BUDGETS
+    shrink: float = 1.0
+    rates: int = 3
+
+
+QUICK = Plan(seeds=1, budgets=(0.5, 1.0), shrink=0.03, rates=1)
+
+
+def train(
+    workload: Workload, method: Method, rate: float, variant: str, seed: int, steps: int
+) -> Trial:
+    """Train once and return what it cost and what came out, as plain numbers.
+
+    Cost is in full steps but for forward passes alone, which are counted beside.
+    """
+    task = workload.build(seed)
+    loop = method.loop(task, workload, rate, variant, steps)
+    meter = Meter()
+    losses: list[float] = []
+    lowest = math.inf
+    cpu = wall = 0.0
+    for step in range(steps):
+        closure = meter.watch(task.closure(step))
+        began_cpu, began = process_time(), perf_counter()
+        loss = loop.step(closure)
+        wall += perf_counter() - began
+        cpu += process_time() - began_cpu
+        if loss is not None:
+            losses.append(loss)
+            if len(losses) >= SMOOTHING:
+                lowest = min(lowest, statistics.median(losses[-SMOOTHING:]))
+    with loop.shipped():
+        shipped = task.held_out()
+    summary = loop.statistics()
+    return {
+        "rate": rate,
+        "variant": variant,
+        "steps": steps,
+        "backward": meter.backward,
+        "forward_alone": meter.forward - meter.backward,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "score": shipped if workload.noisy else min(lowest, shipped),
+        "statistics": None if summary is None else summary.to_dict(),
+    }
+
+
+class Record:
+    """The file of one workload, method and seed: its trials, written after each."""
+
+    def __init__(self, folder: Path, workload: str, method: str, seed: int) -> None:
+        self.path = folder / f"{workload}-{method}-{seed}.json"
+        self.content: dict[str, Any] = {
+            **environment(),
+            "workload": workload,
+            "method": method,
+            "seed": seed,
+            "trials": [],
+        }
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def find(self, rate: float, variant: str, steps: int) -> Trial | None:
+        """Return the trial with these settings, None if it was not run."""
+        wanted = (rate, variant, steps)
+        for trial in self.content["trials"]:
+            if (trial["rate"], trial["variant"], trial["steps"]) == wanted:
+                return trial  # type: ignore[no-any-return]
+        return None
+
+    def add(self, trial: Trial) -> None:
+        """Append `trial`, and write the file in one move."""
+        self.content["trials"].append(finite(trial))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def best(trials: list[Trial]) -> Trial:
+    """Trial with the lowest score; one that ended in no number at all is the worst."""
+    return min(trials, key=lambda t: math.inf if t["score"] is None else t["score"])
+
+
+def sized(workload: Workload, plan: Plan) -> Workload:
+    """`workload` at the size of `plan`."""
+    middle = sorted(
+        workload.learning_rates,
+        key=lambda rate: abs(
+            workload.learning_rates.index(rate) - len(workload.learning_rates) // 2
+        ),
+    )
+    return replace(
+        workload,
+        steps=max(20, round(workload.steps * plan.shrink)),
+        learning_rates=tuple(sorted(middle[: plan.rates])),
+    )
+
+
+def run(
+    workloads: list[Workload], methods: list[Method], plan: Plan, folder: Path, say: Say
+) -> None:
+    """Run what is missing in `folder`: first the tuning of each method, then seeds and budgets."""
+    for workload in (sized(workload, plan) for workload in workloads):
+        try:
+            price = forward_cost(workload)
+        except ModuleNotFoundError as error:
+            say(f"{workload.name}: left out, {error}")
+            continue
+        for method in methods:
+            lack = missing(method)
+            if lack is not None:
+                say(f"{workload.name}, {method.name}: left out, {lack}")
+                continue
+            tuned = _tuning(workload, method, folder, price, say)
+            choice = best(list(tuned))
+            for seed in range(plan.seeds):
+                for budget in plan.budgets:
+                    steps = round(budget * workload.steps)
+                    settings = (choice["rate"], choice["variant"], steps)
+                    _trial(workload, method, *settings, seed, folder, price, say)
+
+
+def _tuning(
+    workload: Workload, method: Method, folder: Path, price: float, say: Say
+) -> Iterator[Trial]:
+    if method.trial_of is not None:
+        yield from _tuning(workload, METHODS[method.trial_of], folder, price, say)
+        return
+    for rate in workload.learning_rates:
+        for variant in method.variants:
+            yield _trial(workload, method, rate, variant, workload.steps, 0, folder, price, say)
+
+
+def _trial(
+    workload: Workload,
+    method: Method,
+    rate: float,
+    variant: str,
+    steps: int,
+    seed: int,
+    folder: Path,
+    price: float,
+    say: Say,
+) -> Trial:
+    record = Record(folder, workload.name, method.name, seed)
+    found = record.find(rate, variant, steps)
+    if found is None:
+        found = train(workload, method, rate, variant, seed, steps)
+        found["forward_cost"] = price
+        found["full_budget"] = workload.steps
+        record.add(found)
+        say(
+            f"{workload.name:14} {method.name:12} seed {seed}  rate {rate:<7g} {variant:9} "
+            f"{steps:5} steps  score {found['score']:.4g}  {found['wall_seconds']:.1f} s"
+        )
+    return found
