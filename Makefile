@@ -12,7 +12,7 @@ help: ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[torch,cli,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[torch,cli,bench,dev]'
 	@touch $@
 
 demo: $(STAMP) ## train one model with and without hybridcore and draw hybridcore-demo.png

@@ -1,0 +1,208 @@
+"""The proving ground: its arithmetic, its peers against plain NumPy, and that runs resume."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from benchmarks.proving_ground import methods, results, runs
+from benchmarks.proving_ground.results import Ground, Point, cost_to_target
+from benchmarks.proving_ground.workloads import GROUND
+from hybridcore.cli.workloads import Task, Workload
+
+COSTS = (100.0, 200.0, 400.0, 800.0)
+
+
+def valley(seed):
+    """A quadratic in five parameters, whose gradient NumPy can write down."""
+    torch.manual_seed(seed)
+    model = nn.Linear(5, 1, bias=False)
+    curvature = torch.linspace(0.1, 2.0, 5)
+
+    def loss():
+        return 0.5 * (curvature * model.weight.square()).sum()
+
+    return Task(model, lambda step: loss, lambda: float(loss().detach()))
+
+
+VALLEY = Workload(
+    "logistic",
+    "valley",
+    valley,
+    lambda model, rate: torch.optim.SGD(model.parameters(), rate),
+    (0.05, 0.1, 0.2),
+    "constant",
+    40,
+    noisy=False,
+)
+
+
+@pytest.mark.parametrize(("target", "expected"), [(0.1, 400.0), (0.2, 200.0), (0.125, 320.0)])
+def test_cost_to_target_follows_a_power_law_exactly(target, expected):
+    # score = 40 / cost, so the cost to a target is 40 / target.
+    points = [Point(cost, 40.0 / cost) for cost in COSTS]
+    assert cost_to_target(points, target).cost == pytest.approx(expected)
+    assert cost_to_target(points, target).bound == ""
+
+
+def test_bounds_are_marked():
+    points = [Point(cost, 40.0 / cost) for cost in COSTS]
+    assert cost_to_target(points, 0.01) == (800.0, ">")
+    assert cost_to_target(points, 1.0) == (100.0, "<")
+    with pytest.raises(ValueError, match="at least one run"):
+        cost_to_target([], 1.0)
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4), st.floats(1e-3, 1e3), st.floats(1.01, 9)
+)
+def test_a_harder_target_never_costs_less(scores, target, factor):
+    points = [Point(*pair) for pair in zip(COSTS, scores, strict=True)]
+    easy, hard = cost_to_target(points, target * factor), cost_to_target(points, target)
+    assert COSTS[0] <= easy.cost <= hard.cost * (1 + 1e-12)
+    assert hard.cost <= COSTS[-1]
+
+
+def test_cost_counts_passes_by_hand():
+    plain = runs.train(VALLEY, methods.METHODS["tuned"], 0.1, "constant", 0, 40)
+    assert (plain["backward"], plain["forward_alone"]) == (40, 0)
+    hybrid = runs.train(
+        dataclasses.replace(VALLEY, steps=600),
+        methods.METHODS["hybridcore"],
+        0.1,
+        "constant",
+        0,
+        600,
+    )
+    statistics = hybrid["statistics"]
+    assert hybrid["backward"] == statistics["backward_passes"] < 600
+    assert hybrid["forward_alone"] == statistics["probes"]
+    trial = {"backward": 40, "forward_alone": 6, "forward_cost": 0.25}
+    assert results.cost(trial) == 41.5
+
+
+def replay(name, steps, rate):
+    """The weights of the plain loop on the valley with a peer's rule, by NumPy."""
+    curvature = np.linspace(0.1, 2.0, 5)
+    x = valley(0).model.weight.detach().double().numpy()[0]
+    slow, velocity, mean = x.copy(), np.zeros(5), x.copy()
+    for step in range(1, steps + 1):
+        x = x - rate * curvature * x
+        if name == "ema":
+            # AveragedModel takes the first weights that it sees as they are.
+            mean = x.copy() if step == 1 else 0.99 * mean + 0.01 * x
+        if name == "lookahead" and step % 5 == 0:
+            x = slow = slow + 0.5 * (x - slow)
+        if name == "snoo" and step % 20 == 0:
+            velocity = 0.5 * velocity + (x - slow)
+            x = slow = slow + 0.8 * ((x - slow) + 0.5 * velocity)
+    return mean if name == "ema" else x
+
+
+@pytest.mark.parametrize("name", ["tuned", "ema", "lookahead", "snoo"])
+def test_peers_do_what_their_papers_say(name):
+    task = valley(0)
+    loop = methods.METHODS[name].loop(task, VALLEY, 0.1, "constant", 65)
+    for step in range(65):
+        loop.step(task.closure(step))
+    own = task.model.weight.detach().clone()
+    with loop.shipped():
+        shipped = task.model.weight.detach().numpy()[0].copy()
+    assert shipped == pytest.approx(replay(name, 65, 0.1), rel=1e-4)
+    assert torch.equal(task.model.weight, own)
+
+
+def test_runs_resume_where_they_were_stopped(tmp_path):
+    chosen = [methods.METHODS["tuned"], methods.METHODS["lookahead"]]
+    plan = runs.Plan(seeds=2, budgets=(0.5, 1.0))
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        if len(lines) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run([VALLEY], chosen, plan, tmp_path, stop)
+    kept = json.loads((tmp_path / "logistic-tuned-0.json").read_text())["trials"]
+    assert len(kept) == 5
+    runs.run([VALLEY], chosen, plan, tmp_path, lines.append)
+    # Three rates by three schedules, then seeds by budgets less what tuning had run already.
+    assert len(lines) == 2 * (9 + 3)
+    assert json.loads((tmp_path / "logistic-tuned-0.json").read_text())["trials"][:5] == kept
+    again = []
+    runs.run([VALLEY], chosen, plan, tmp_path, again.append)
+    assert again == []
+    assert not list(tmp_path.glob("*.part"))
+
+
+def record(folder, method, seed, scores, full=400):
+    trials = [
+        {
+            "rate": 0.1,
+            "variant": "constant",
+            "steps": round(cost),
+            "backward": round(cost),
+            "forward_alone": 0,
+            "forward_cost": 0.3,
+            "full_budget": full,
+            "score": score,
+            "cpu_seconds": cost / 100,
+            "statistics": {"measured_speedup_interval": [1.9, 2.1]},
+        }
+        for cost, score in zip(COSTS, scores, strict=True)
+    ]
+    content = {"workload": "logistic", "method": method, "seed": seed, "trials": trials}
+    (folder / f"logistic-{method}-{seed}.json").write_text(json.dumps(content))
+
+
+def test_it_can_say_that_hybridcore_won_and_that_it_lost(tmp_path):
+    tuned = [40.0 / cost for cost in COSTS]
+    for seed in range(3):
+        record(tmp_path, "tuned", seed, tuned)
+        record(tmp_path, "twin", seed, tuned)
+        record(tmp_path, "hybridcore", seed, [score / 2 for score in tuned])
+        record(tmp_path, "lookahead", seed, [score * 1.6 for score in tuned])
+        record(tmp_path, "snoo", seed, [9.0] * 4)
+    ground = Ground(tmp_path)
+    assert str(ground.speedup("logistic", "hybridcore", "tuned")) == "2.00 (2.00 to 2.00)"
+    assert ground.speedup("logistic", "lookahead", "tuned").middle == pytest.approx(1 / 1.6)
+    assert str(ground.speedup("logistic", "snoo", "tuned")).startswith("<0.50")
+    assert ground.speedup("logistic", "hybridcore", "written") is None
+    assert ground.backward_saved("logistic").middle == pytest.approx(0.5)
+    # The twin needs twice the cost for the score at 400: inside the interval that was stated.
+    assert ground.self_measured() == (3, 3)
+    text = results.tables(ground)
+    row = next(line for line in text.splitlines() if GROUND["logistic"].title in line)
+    assert "2.00 (2.00 to 2.00)" in row
+    assert "0.62" in row
+
+
+def test_runs_that_ended_in_no_number_are_the_worst():
+    trials = [{"score": None}, {"score": 3.0}, {"score": 2.0}]
+    assert runs.best(trials)["score"] == 2.0
+
+
+@pytest.mark.parametrize("name", list(GROUND))
+def test_workloads_are_seeded_and_train(name):
+    workload = GROUND[name]
+    try:
+        first, second = workload.build(3), workload.build(3)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert float(first.closure(7)().detach()) == float(second.closure(7)().detach())
+    optimizer = workload.optimizer(first.model, workload.learning_rates[1])
+    before = first.held_out()
+    for step in range(15):
+        optimizer.zero_grad()
+        first.closure(step)().backward()
+        optimizer.step()
+    assert first.held_out() < before
