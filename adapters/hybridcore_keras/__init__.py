@@ -1,0 +1,5 @@
+"""hybridcore inside Keras's ``fit``."""
+
+from hybridcore_keras.callback import HybridCallback
+
+__all__ = ["HybridCallback"]

@@ -1,0 +1,328 @@
+"""The callback: carries out the engine's directives on a Keras model, while ``fit`` runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from time import perf_counter
+from typing import Any
+
+import keras
+from keras import ops
+
+from hybridcore import (
+    Action,
+    Directive,
+    DivergenceError,
+    Engine,
+    HybridTrainerConfig,
+    Observation,
+    Phase,
+    TrainingStatistics,
+)
+from hybridcore_keras import saving
+from hybridcore_keras.checks import check_arguments, check_model
+from hybridcore_keras.groups import by_depth, by_user
+from hybridcore_keras.ports import Figures, Port, port_of
+from hybridcore_keras.snapshots import SnapshotBank
+
+NAN = float("nan")
+PHASES = list(Phase)
+
+
+class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Runs ``fit`` by real and predicted steps.
+
+    ::
+
+        model.fit(x, y, callbacks=[HybridCallback()])
+
+    One call of Keras's train function is one step: a batch, or as many batches as
+    ``steps_per_execution`` says. A full step is Keras's own, compiled as ever. A predicted step
+    takes its batch from the data and runs neither forward nor backward pass, but for a probe now
+    and then. ``optimizer.iterations`` counts full steps only; learning-rate schedules stand where
+    they would in plain ``fit``.
+
+    Used in a second ``fit`` of the same model and optimizer, it goes on where it was.
+
+    Parameters
+    ----------
+    config : HybridTrainerConfig, optional
+        Settings.
+    probe : tuple, optional
+        A fixed held-out batch, ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, on which jumps
+        are judged. Without it, probes use the batch of the step.
+    layer_groups : iterable of iterables of keras.Variable, optional
+        Layer groups; by default up to 8 by depth.
+
+    Raises
+    ------
+    ConfigError
+        If an argument has the wrong type.
+
+    Notes
+    -----
+    ``History`` and the ``logs`` of an epoch get ``hybrid_phase`` (position in
+    :class:`~hybridcore.Phase`, from 0), ``hybrid_measured_speedup`` and
+    ``hybrid_backward_reduction``; ``History`` gets the other statistics too. The loss of a
+    predicted step is its forecast, in the running mean of the epoch.
+    """
+
+    def __init__(
+        self,
+        config: HybridTrainerConfig | None = None,
+        probe: tuple[Any, ...] | None = None,
+        layer_groups: Iterable[Iterable[Any]] | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(config, probe, layer_groups)
+        self.config = HybridTrainerConfig() if config is None else config
+        self.probe = probe
+        self.layer_groups = None if layer_groups is None else [list(g) for g in layer_groups]
+        self.engine = Engine(self.config)
+        self._port: Port | None = None
+        self._bank: SnapshotBank | None = None
+        self._recovery: list[Any] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._trained: tuple[Any, Any] | None = None
+        self._probe_data: Any = None
+        self._logs: dict[str, Any] = {}
+        self._mean = _RunningMean()
+        self._began = 0.0
+
+    def statistics(self) -> TrainingStatistics:
+        """Return the summary of the run so far."""
+        return self.engine.statistics()
+
+    # -- what Keras calls -------------------------------------------------------------------
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Take over the model's train function.
+
+        Raises
+        ------
+        ModelError
+            If the model cannot be trained by predicted steps; nothing has been changed then.
+        """
+        if not self.config.enabled:
+            return
+        model = self.model
+        check_model(model)
+        # A fit that was interrupted did not give the model back.
+        interrupted = getattr(model.train_function, "__self__", None)
+        if isinstance(interrupted, HybridCallback):
+            interrupted._give_back()
+        if self._trained is None or self._trained != (model, model.optimizer):
+            self._start(model)
+        saving.apply_loaded(self)
+        assert self._port is not None
+        self._port.install()
+        model.train_function = self._train
+        vars(model)["_get_metrics_result_or_logs"] = self._epoch_logs
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Give the model back as it was."""
+        if self.config.enabled:
+            self._give_back()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Begin a new running mean of the loss."""
+        self._mean = _RunningMean()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Add the run's figures to `logs` and to ``History``."""
+        summary = self.statistics()
+        shown = {
+            "hybrid_phase": float(PHASES.index(self.engine.phase)),
+            "hybrid_measured_speedup": float(summary.measured_speedup),
+            "hybrid_backward_reduction": float(summary.backward_reduction),
+        }
+        if logs is not None:
+            logs.update(shown)
+        history = self._model.history.history
+        for name, value in summary.to_dict().items():
+            if f"hybrid_{name}" not in shown:
+                history.setdefault(f"hybrid_{name}", []).append(value)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Take the time of a batch of plain ``fit``."""
+        if not self.config.enabled:
+            self._began = perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count a batch of plain ``fit``."""
+        if not self.config.enabled:
+            seconds = perf_counter() - self._began
+            loss = float((logs or {}).get("loss", NAN))
+            self.engine.count_plain(Observation(loss=loss, seconds=seconds))
+            self.engine.count_time(Phase.FULL, seconds, 0.0)
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def _train(self, *arguments: Any) -> Any:
+        """Stand in for ``model.train_function``."""
+        start = perf_counter()
+        port, engine = self._live, self.engine
+        port.begin(*arguments)
+        working, figures = 0.0, Figures(NAN, NAN, NAN)
+        try:
+            while True:
+                directive = engine.next()
+                action = directive.action
+                if action is Action.FULL or action is Action.SKIP:
+                    phase, predicted = engine.phase, action is Action.SKIP
+                if action is Action.FULL:
+                    observation = self._full(directive)
+                    figures = Figures(*observation[:3])
+                    applied = observation.applied
+                else:
+                    observation = self._carry_out(directive)
+                working += observation.seconds
+                engine.observe(observation)
+                if engine.step_done:
+                    break
+        except BaseException:
+            engine.abandon()
+            port.abandon()
+            raise
+        if predicted:
+            self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
+        result = port.finish(self._logs)
+        seconds = perf_counter() - start
+        engine.count_time(phase, seconds, seconds - working)
+        if self.config.on_divergence == "raise" and not (predicted or applied):
+            raise DivergenceError(
+                f"loss {figures.loss:g} with gradient norm {figures.gradient_norm:g} in step "
+                f"{engine.counters.steps}: the batch was left out and the weights are as before; "
+                "lower the learning rate or check the data"
+            )
+        return result
+
+    def _full(self, directive: Directive) -> Observation:
+        start = perf_counter()
+        self._logs, figures = self._live.full(directive.learning_rate_scale)
+        seconds = perf_counter() - start
+        loss, norm, rate = figures
+        self._mean.full_steps += 1
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        gram = None
+        if directive.snapshot and applied:
+            self._snapshots.take(fresh=directive.fresh_bank)
+            if directive.gram:
+                gram = self._snapshots.gram()
+        return Observation(loss, norm, rate, seconds, gram, applied)
+
+    def _carry_out(self, directive: Directive) -> Observation:
+        port, action = self._live, directive.action
+        # First of all, because at the end of the data there is no step to take.
+        if self.probe is None or action is not Action.PROBE:
+            port.pull()
+        if action is Action.SKIP:
+            port.skip()
+        elif action is Action.PROBE:
+            return self._probe(directive)
+        elif action is Action.MOVE:
+            assert directive.coefficients is not None
+            self._snapshots.move(directive.coefficients)
+        elif action is Action.SAVE:
+            self._snapshots.save()
+            self._recovery = port.keep()
+        elif action is Action.ROLLBACK:
+            assert self._recovery is not None
+            self._snapshots.restore()
+            port.put_back(self._recovery)
+            self._recovery = None
+        return Observation()
+
+    def _probe(self, directive: Directive) -> Observation:
+        coefficients = directive.coefficients
+        if coefficients is not None:
+            self._snapshots.set_aside()
+        try:
+            if coefficients is not None:
+                self._snapshots.move(coefficients)
+            start = perf_counter()
+            if self.probe is not None and self._probe_data is None:
+                self._probe_data = tuple(
+                    keras.tree.map_structure(ops.convert_to_tensor, part) for part in self.probe
+                )
+            loss = self._live.probe(self._probe_data)
+            return Observation(loss=loss, seconds=perf_counter() - start)
+        finally:
+            if coefficients is not None:
+                self._snapshots.put_back()
+
+    # -- the model --------------------------------------------------------------------------
+
+    def _start(self, model: Any) -> None:
+        """Begin a run with a model or an optimizer that is new here."""
+        if self._trained is not None:
+            self.engine = Engine(self.config)
+        self._bank = self._recovery = None
+        self._port = port_of(model)
+        self._trained = (model, model.optimizer)
+        if self.layer_groups is not None and model.built:
+            by_user(self.layer_groups, self._port.variables)
+
+    def _give_back(self) -> None:
+        if self._port is not None and self._trained is not None:
+            vars(self._trained[0]).pop("_get_metrics_result_or_logs", None)
+            self._port.remove()
+
+    def _epoch_logs(self, logs: Any) -> Any:
+        """Stand in for the model's method, which knows nothing of predicted steps."""
+        if logs is self._logs and self._mean.forecasts:
+            return logs
+        return type(self._model)._get_metrics_result_or_logs(self._model, logs)
+
+    @property
+    def _live(self) -> Port:
+        assert self._port is not None
+        return self._port
+
+    @property
+    def _snapshots(self) -> SnapshotBank:
+        if self._bank is None:
+            variables = self._live.variables
+            if self.layer_groups is None:
+                groups = by_depth([math.prod(v.shape) for v in variables])
+            else:
+                groups = by_user(self.layer_groups, variables)
+            self._bank = SnapshotBank(groups, self.config.snapshots, self._live)
+        return self._bank
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback knows, as numbers, strings, lists and NumPy arrays.
+
+        Weights and optimizer are Keras's to save, at the same moment.
+        """
+        return saving.collect(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned, at once or when ``fit`` begins.
+
+        Raises
+        ------
+        CheckpointError
+            If the state is of another version or was saved with other settings.
+        """
+        saving.restore(self, state)
+
+
+class _RunningMean:
+    """Mean of an epoch's losses, forecasts of predicted steps among them."""
+
+    def __init__(self) -> None:
+        self.full_steps = 0
+        self.forecasts: list[float] = []
+
+    def with_forecast(self, logs: dict[str, Any], forecast: float) -> dict[str, Any]:
+        """Return `logs` with `forecast` taken into the mean that they hold."""
+        if not math.isfinite(forecast):
+            return dict(logs)
+        steps = self.full_steps + len(self.forecasts)
+        before = float(logs["loss"]) * steps if steps else 0.0
+        self.forecasts.append(forecast)
+        return {**logs, "loss": (before + forecast) / (steps + 1)}

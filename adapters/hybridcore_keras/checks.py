@@ -1,0 +1,47 @@
+"""Arguments of the callback and the model it is used with, checked before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from hybridcore import ConfigError, HybridTrainerConfig, ModelError
+
+
+def check_arguments(config: object, probe: object, layer_groups: object) -> None:
+    """Raise an error that names the argument, the value and the fix."""
+    if config is not None and not isinstance(config, HybridTrainerConfig):
+        raise ConfigError(
+            f"config must be a HybridTrainerConfig, got {type(config).__name__}: for a dictionary "
+            "use HybridTrainerConfig.from_dict"
+        )
+    if probe is not None and not (isinstance(probe, tuple) and 1 <= len(probe) <= 3):
+        raise ConfigError(
+            f"probe must be a held-out batch (x,), (x, y) or (x, y, sample_weight), got "
+            f"{type(probe).__name__}: pass the arrays of one batch as a tuple"
+        )
+    if layer_groups is not None and not hasattr(layer_groups, "__iter__"):
+        raise ConfigError(
+            f"layer_groups must be lists of variables, got {type(layer_groups).__name__}"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise :class:`~hybridcore.ModelError` where a model cannot be trained by predicted steps."""
+    optimizer = model.optimizer
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ModelError(
+            f"model.optimizer must be a Keras optimizer, got {type(optimizer).__name__}: pass one "
+            "to compile()"
+        )
+    if type(optimizer).__name__ == "MultiOptimizer":
+        raise ModelError(
+            "MultiOptimizer keeps several counts of iterations and learning rates, which cannot be "
+            "kept in step with predicted batches: use one optimizer for the whole model"
+        )
+    if model.built and not model.trainable_variables:
+        raise ModelError(
+            "model has no trainable variable (all layers have trainable=False or none has "
+            "weights): unfreeze at least one and compile again"
+        )

@@ -1,0 +1,100 @@
+"""The port of the TensorFlow backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+import tensorflow as tf
+
+from hybridcore_keras.ports import Figures
+from hybridcore_keras.stateful import FIGURES, StatefulPort
+
+
+class TensorFlowPort(StatefulPort):
+    """See :class:`~hybridcore_keras.ports.Port`.
+
+    A full step passes ``fit``'s iterator on, so that Keras takes the batch inside its graph. Where
+    a probe needed the batch first, it is fed again through an iterator of the same type, for which
+    nothing is traced anew.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.strategy = model.distribute_strategy
+        with self.strategy.scope():
+            super().__init__(model)
+        self._iterator: Any = None
+        self._probe_function: Any = None
+        self._writer: Any = None
+        self._again: tuple[Any, Any] | None = None
+
+    def begin(self, iterator: Any) -> None:
+        """Take the iterator of ``fit``."""
+        self._iterator = iterator
+
+    def pull(self) -> None:
+        """Take the batches of one execution out of the iterator."""
+        if self._batches is None:
+            batches = list(islice(self._iterator, self.model.steps_per_execution))
+            if not batches:
+                raise StopIteration
+            self._batches = batches
+
+    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
+        self._set_rates(scale)
+        iterator = self._iterator if self._batches is None else self._iterator_again()
+        logs = self._function(iterator)
+        return logs, self._figures(logs)
+
+    def probe(self, data: Any) -> float:
+        """Loss of `data`, or of the batch where it is None; leaves no trace."""
+        if data is None:
+            self.pull()
+            assert self._batches is not None
+            data = self._batches[0]
+        if self._probe_function is None:
+            self._probe_function = self.model._make_function(self._train_step)
+        self._probing = True
+        try:
+            return float(self._probe_function(iter([data]))[FIGURES])
+        finally:
+            self._probing = False
+
+    def _iterator_again(self) -> Any:
+        spec = getattr(self._iterator, "element_spec", None)
+        if not isinstance(self._iterator, tf.data.Iterator):
+            return iter(self._batches or ())
+        if self._again is None or self._again[0] != spec:
+            dataset = tf.data.Dataset.from_generator(
+                lambda: iter(self._batches or ()), output_signature=spec
+            )
+            self._again = spec, dataset
+        return iter(self._again[1])
+
+    def _read(self, variable: Any) -> Any:
+        # The buffer is shared until the variable is written; TensorFlow copies it then.
+        return tf.identity(variable.value)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of tensors."""
+        return tf.function(function, autograph=False)  # type: ignore[no-any-return]
+
+    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
+        """Compile a function of the weights; what it returns shares no memory with them."""
+        variables = self.variables
+        return self.compiled(lambda: function([tf.identity(v.value) for v in variables]))
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Put the weights at `values`, one for each of `variables`."""
+        if self._writer is None:
+            variables = self.variables
+
+            def write(new: Sequence[Any]) -> None:
+                for variable, value in zip(variables, new, strict=True):
+                    variable.assign(value)
+
+            self._writer = self.compiled(write)
+        with self.strategy.scope():
+            self._writer(list(values))

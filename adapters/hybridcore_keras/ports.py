@@ -1,0 +1,112 @@
+"""What the callback needs of a backend, and which one Keras runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import keras
+
+from hybridcore import ModelError
+
+
+class Figures(NamedTuple):
+    """What a full step tells: loss and gradient norm of its last batch, and the rate it used."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+
+
+class Port(Protocol):
+    """One batch of ``fit`` on one backend, and the model's state.
+
+    Between :meth:`begin` and :meth:`finish` the port holds the batch that ``fit`` asked for.
+
+    Attributes
+    ----------
+    variables : list of keras.Variable
+        Trainable variables, in the order of the model.
+    skipped : int
+        Batches that ``optimizer.iterations`` does not count.
+    """
+
+    variables: list[Any]
+    skipped: int
+
+    def install(self) -> None:
+        """Have Keras build its train function around the watched step; once for a ``compile``."""
+        ...
+
+    def remove(self) -> None:
+        """Give model and optimizer back as they were."""
+        ...
+
+    def begin(self, *arguments: Any) -> None:
+        """Take what ``fit`` passed to the train function."""
+        ...
+
+    def pull(self) -> None:
+        """Take the batch out of the iterator; ``StopIteration`` where there is none."""
+        ...
+
+    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
+        ...
+
+    def probe(self, data: Any) -> float:
+        """Loss of `data`, or of the batch where it is None; leaves no trace."""
+        ...
+
+    def skip(self) -> None:
+        """Count the batch for the schedule without training on it."""
+        ...
+
+    def finish(self, logs: dict[str, Any]) -> Any:
+        """Return what ``fit`` expects of a train function."""
+        ...
+
+    def abandon(self) -> None:
+        """Let go of the batch, because something raised."""
+        ...
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of tensors."""
+        ...
+
+    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
+        """Compile a function of the weights; what it returns shares no memory with them."""
+        ...
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Put the weights at `values`, one for each of `variables`."""
+        ...
+
+    def keep(self) -> list[Any]:
+        """Copy all training state but the weights and the user's learning rate."""
+        ...
+
+    def put_back(self, kept: Sequence[Any]) -> None:
+        """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
+        ...
+
+
+def port_of(model: Any) -> Port:
+    """Build the port of Keras's present backend."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from hybridcore_keras.on_tensorflow import TensorFlowPort
+
+        return TensorFlowPort(model)
+    if backend == "torch":
+        from hybridcore_keras.on_torch import TorchPort
+
+        return TorchPort(model)
+    if backend == "jax":
+        from hybridcore_keras.on_jax import JAXPort
+
+        return JAXPort(model)
+    raise ModelError(
+        f"Keras backend {backend!r} is not supported: set KERAS_BACKEND to tensorflow, torch or "
+        "jax before keras is imported"
+    )

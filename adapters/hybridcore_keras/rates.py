@@ -1,0 +1,65 @@
+"""Learning rates: where the schedule stands, and the factor of a settling step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from keras.optimizers.schedules import LearningRateSchedule
+
+
+class Rates:
+    """Replaces how an optimizer looks up its learning rate.
+
+    A ``LearningRateSchedule`` is a function of ``optimizer.iterations``, which counts the steps
+    that Keras itself took. Predicted steps are added to it here, so that a schedule stands where
+    it would in plain ``fit`` after as many batches.
+
+    Parameters
+    ----------
+    optimizer : keras.optimizers.Optimizer
+        Optimizer of the model; of a ``LossScaleOptimizer`` the inner one is meant.
+
+    Attributes
+    ----------
+    offset : integer variable, tensor or int
+        Batches that the optimizer does not count: predicted, or rolled back.
+    scale : float variable or tensor
+        Factor on every learning rate inside a step.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        self._plain = self.optimizer._get_current_learning_rate
+        self._inside = False
+        self.offset: Any = 0
+        self.scale: Any = 1.0
+
+    def install(self) -> None:
+        """Take over the optimizer's look-up."""
+        vars(self.optimizer)["_get_current_learning_rate"] = self._current
+
+    def remove(self) -> None:
+        """Give it back."""
+        vars(self.optimizer).pop("_get_current_learning_rate", None)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """While a step runs or is traced, rates are scaled; elsewhere the user sees his own."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def unscaled(self) -> Any:
+        """Learning rate as the user set it."""
+        rate = self.optimizer._learning_rate
+        if isinstance(rate, LearningRateSchedule):
+            return rate(self.optimizer._iterations + self.offset)
+        return self._plain()
+
+    def _current(self) -> Any:
+        rate = self.unscaled()
+        return rate * self.scale if self._inside else rate

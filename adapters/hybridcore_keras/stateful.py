@@ -1,0 +1,220 @@
+"""The watched step where variables are changed in place: TensorFlow and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from hybridcore_keras.gradients import gradient_norm
+from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
+from hybridcore_keras.ports import Figures
+from hybridcore_keras.rates import Rates
+
+FIGURES = "hybrid_figures"
+
+
+class StatefulPort:
+    """What the ports of TensorFlow and torch share; see :class:`~hybridcore_keras.ports.Port`.
+
+    ``model.train_step`` and ``optimizer.apply`` are replaced on the two instances, and Keras then
+    compiles its train function as ever: loss, gradient norm and the decision to leave a bad batch
+    out are part of the one compiled step.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.optimizer = model.optimizer
+        self.skipped = 0
+        self.rates = Rates(self.optimizer)
+        self.rates.scale = keras.Variable(
+            1.0, trainable=False, dtype="float32", aggregation="only_first_replica"
+        )
+        self.rates.offset = keras.Variable(
+            0, trainable=False, dtype="int", aggregation="only_first_replica"
+        )
+        self._plain_step = model.train_step
+        self._plain_apply = self.optimizer.apply
+        self._plain_function: Any = None
+        self._function: Any = None
+        self._scale = 1.0
+        self._offset = 0
+        self._probing = False
+        self._norm: Any = None
+        self._trackers: list[Any] = []
+        self._batches: list[Any] | None = None
+
+    @property
+    def variables(self) -> list[Any]:
+        """Trainable variables, in the order of the model."""
+        return list(self.model.trainable_variables)
+
+    # -- taking over ------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Have Keras build its train function around the watched step; once for a ``compile``."""
+        model = self.model
+        self.rates.install()
+        vars(self.optimizer)["apply"] = self._apply
+        vars(model)["train_step"] = self._train_step
+        if self._function is None or model.train_function is not self._plain_function:
+            self._plain_function = model.train_function
+            model.make_train_function(force=True)
+            self._function = model.train_function
+
+    def remove(self) -> None:
+        """Give model and optimizer back as they were."""
+        vars(self.model).pop("train_step", None)
+        vars(self.optimizer).pop("apply", None)
+        self.rates.remove()
+        self.model.train_function = self._plain_function
+
+    # -- inside the compiled step -----------------------------------------------------------
+
+    def _train_step(self, data: Any) -> dict[str, Any]:
+        if self._probing:
+            return {FIGURES: self._probed_loss(data)}
+        model = self.model
+        self._trackers = trackers = loss_trackers(model)
+        running = [(self._read(t.total), self._read(t.count)) for t in trackers]
+        guarded = self._guarded(trackers)
+        kept = [self._read(variable) for variable in guarded]
+        for tracker in trackers:
+            tracker.reset_state()
+        self._norm = ops.zeros((), "float32")
+        rate = ops.cast(self.rates.unscaled(), "float32")
+        with self.rates.inside():
+            logs = self._plain_step(data)
+        check_reports_loss(model, logs)
+        logs = dict(logs)
+        totals = [self._read(tracker.total) for tracker in trackers]
+        counts = [self._read(tracker.count) for tracker in trackers]
+        loss = batch_loss(totals, counts, logs)
+        good = ops.logical_and(ops.isfinite(loss), ops.isfinite(self._norm))
+        self._put_back_unless(good, guarded, kept)
+        for tracker, before, total, count in zip(trackers, running, totals, counts, strict=True):
+            tracker.total.assign(before[0] + ops.where(good, total, ops.zeros_like(total)))
+            tracker.count.assign(before[1] + ops.where(good, count, ops.zeros_like(count)))
+        if trackers and "loss" in logs:
+            used = ops.not_equal(sum(counts), 0.0)
+            total, count = sum(t.total.value for t in trackers), sum(t.count for t in trackers)
+            mean = ops.divide_no_nan(total, count)
+            logs["loss"] = ops.where(used, mean, ops.cast(logs["loss"], mean.dtype))
+        logs[FIGURES] = ops.stack([loss, ops.cast(self._norm, "float32"), rate])
+        return logs
+
+    def _probed_loss(self, data: Any) -> Any:
+        """Loss of a step that applies no gradient; the compiler drops what would compute them."""
+        trackers = loss_trackers(self.model)
+        variables = [*self._guarded([]), *(v for t in trackers for v in t.variables)]
+        kept = [self._read(variable) for variable in variables]
+        for tracker in trackers:
+            tracker.reset_state()
+        logs = self._plain_step(data)
+        check_reports_loss(self.model, logs)
+        totals = [self._read(tracker.total) for tracker in trackers]
+        counts = [self._read(tracker.count) for tracker in trackers]
+        loss = batch_loss(totals, counts, logs)
+        for variable, value in zip(variables, kept, strict=True):
+            variable.assign(value)
+        return loss
+
+    def _apply(self, gradients: Any, variables: Any = None) -> None:
+        if self._probing:
+            return
+        gradients = list(gradients)
+        variables = None if variables is None else list(variables)
+        optimizer = self.optimizer
+        if not optimizer.built:
+            # Variables cannot be made in a branch.
+            with keras.name_scope(optimizer.name):
+                optimizer.build(variables)
+        self._norm = self._unscale(gradient_norm(gradients))
+        if hasattr(optimizer, "inner_optimizer"):
+            # It leaves bad gradients out by itself, and learns from them.
+            self._plain_apply(gradients, variables)
+            return
+        good = ops.isfinite(self._norm)
+        for tracker in self._trackers:
+            good = ops.logical_and(good, ops.isfinite(tracker.total))
+        self._apply_if(good, gradients, variables)
+
+    def _apply_if(self, good: Any, gradients: list[Any], variables: list[Any] | None) -> None:
+        def apply() -> None:
+            self._plain_apply(gradients, variables)
+
+        ops.cond(good, apply, lambda: None)
+
+    def _unscale(self, norm: Any) -> Any:
+        if hasattr(self.optimizer, "inner_optimizer"):
+            return norm / self.optimizer.dynamic_scale
+        factor = self.optimizer.loss_scale_factor
+        return norm if factor is None else norm / factor
+
+    def _guarded(self, trackers: Sequence[Any]) -> list[Any]:
+        """Variables that a step changes besides the weights, but for those of `trackers`."""
+        tracked = {id(v) for tracker in trackers for v in tracker.variables}
+        found = [*self.model.non_trainable_variables, *self.model.metrics_variables]
+        return list({id(v): v for v in found if id(v) not in tracked}.values())
+
+    def _put_back_unless(self, good: Any, guarded: list[Any], kept: list[Any]) -> None:
+        def put_back() -> None:
+            for variable, value in zip(guarded, kept, strict=True):
+                variable.assign(value)
+
+        if guarded:
+            ops.cond(good, lambda: None, put_back)
+
+    def _read(self, variable: Any) -> Any:
+        """Value of `variable` now, whatever is done to it later."""
+        raise NotImplementedError
+
+    # -- around it --------------------------------------------------------------------------
+
+    def _set_rates(self, scale: float) -> None:
+        if scale != self._scale:
+            self.rates.scale.assign(scale)
+            self._scale = scale
+        if self.skipped != self._offset:
+            self.rates.offset.assign(self.skipped)
+            self._offset = self.skipped
+
+    def skip(self) -> None:
+        """Count the batch for the schedule without training on it."""
+        assert self._batches is not None
+        self.skipped += len(self._batches)
+        # At once, because other callbacks may look at the learning rate.
+        self._set_rates(self._scale)
+
+    def finish(self, logs: dict[str, Any]) -> Any:
+        """Return what ``fit`` expects of a train function."""
+        self._batches = None
+        return logs
+
+    def abandon(self) -> None:
+        """Let go of the batch, because something raised."""
+        self._batches = None
+
+    def _figures(self, logs: dict[str, Any]) -> Figures:
+        return Figures(*ops.convert_to_numpy(logs.pop(FIGURES)).tolist())
+
+    def _others(self) -> list[Any]:
+        """Variables that a rollback restores besides the weights."""
+        rate = self.rates.optimizer._learning_rate
+        found = [*self.model.non_trainable_variables, *self.optimizer.variables]
+        return [variable for variable in found if variable is not rate]
+
+    def keep(self) -> list[Any]:
+        """Copy all training state but the weights and the user's learning rate."""
+        return [self._read(variable) for variable in self._others()]
+
+    def put_back(self, kept: Sequence[Any]) -> None:
+        """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
+        iterations = self.rates.optimizer._iterations
+        before = int(ops.convert_to_numpy(iterations.value))
+        for variable, value in zip(self._others(), kept, strict=True):
+            variable.assign(value)
+        self.skipped += before - int(ops.convert_to_numpy(iterations.value))
+        self._set_rates(self._scale)
