@@ -141,7 +141,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             logs.update(shown)
         history = self._model.history.history
         for name, value in summary.to_dict().items():
-            if f"hybrid_{name}" not in shown:
+            if f"hybrid_{name}" not in shown and not isinstance(value, dict | list):
                 history.setdefault(f"hybrid_{name}", []).append(value)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:

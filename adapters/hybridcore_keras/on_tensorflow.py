@@ -77,6 +77,9 @@ class TensorFlowPort(StatefulPort):
         # The buffer is shared until the variable is written; TensorFlow copies it then.
         return tf.identity(variable.value)
 
+    def _sum_of_squares(self, values: Any) -> Any:
+        return 2.0 * tf.nn.l2_loss(values)
+
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of tensors."""
         return tf.function(function, autograph=False)  # type: ignore[no-any-return]

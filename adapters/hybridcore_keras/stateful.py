@@ -131,7 +131,7 @@ class StatefulPort:
             # Variables cannot be made in a branch.
             with keras.name_scope(optimizer.name):
                 optimizer.build(variables)
-        self._norm = self._unscale(gradient_norm(gradients))
+        self._norm = self._unscale(gradient_norm(gradients, self._sum_of_squares))
         if hasattr(optimizer, "inner_optimizer"):
             # It leaves bad gradients out by itself, and learns from them.
             self._plain_apply(gradients, variables)
@@ -169,6 +169,10 @@ class StatefulPort:
 
     def _read(self, variable: Any) -> Any:
         """Value of `variable` now, whatever is done to it later."""
+        raise NotImplementedError
+
+    def _sum_of_squares(self, values: Any) -> Any:
+        """Sum of the squares of a float32 tensor."""
         raise NotImplementedError
 
     # -- around it --------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""The port of the torch backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+
+from hybridcore_keras.ports import Figures
+from hybridcore_keras.stateful import FIGURES, StatefulPort
+
+
+class TorchPort(StatefulPort):
+    """See :class:`~hybridcore_keras.ports.Port`.
+
+    Here nothing is compiled, and a custom ``train_step`` cannot be run without its backward pass:
+    its probes then cost about a full step, which the measured cost of a probe shows.
+    """
+
+    def begin(self, data: Any) -> None:
+        """Take the batch, which ``fit`` has loaded already."""
+        self._batches = data
+
+    def pull(self) -> None:
+        """Do nothing: the batch is here."""
+
+    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
+        self._set_rates(scale)
+        logs = self._function(self._batches)
+        return logs, self._figures(logs)
+
+    def probe(self, data: Any) -> float:
+        """Loss of `data`, or of the batch where it is None; leaves no trace."""
+        if data is None:
+            assert self._batches is not None
+            data = self._batches[0]
+        self._probing = True
+        try:
+            return float(self._train_step(data)[FIGURES])
+        finally:
+            self._probing = False
+
+    def _probed_loss(self, data: Any) -> Any:
+        if type(self.model).train_step is not keras.Model.train_step:
+            return super()._probed_loss(data)
+        model = self.model
+        variables = self._guarded([])
+        with torch.no_grad():
+            kept = [self._read(variable) for variable in variables]
+            x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+            predicted = model(x, training=True) if model._call_has_training_arg else model(x)
+            loss = model._compute_loss(
+                x=x, y=y, y_pred=predicted, sample_weight=weight, training=True
+            )
+            for variable, value in zip(variables, kept, strict=True):
+                variable.assign(value)
+        return loss
+
+    def _read(self, variable: Any) -> Any:
+        return variable.value.detach().clone()
+
+    def _sum_of_squares(self, values: Any) -> Any:
+        flat = values.reshape(-1)
+        return torch.dot(flat, flat)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Run a function of tensors without a graph."""
+        return torch.no_grad()(function)
+
+    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
+        """Return `function` of the weights; what it returns shares no memory with them."""
+        variables = self.variables
+        return self.compiled(lambda: function([v.value for v in variables]))
+
+    def assign(self, values: Sequence[Any]) -> None:
+        """Put the weights at `values`, one for each of `variables`."""
+        with torch.no_grad():
+            for variable, value in zip(self.variables, values, strict=True):
+                variable.assign(value)

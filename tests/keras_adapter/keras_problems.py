@@ -1,0 +1,73 @@
+"""Small real problems that the Keras adapter's tests train on."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+from hybridcore import HybridTrainerConfig
+
+# Short phases, so that a few hundred steps hold several jumps.
+BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def digits():
+    data = load_digits()
+    return (data.data / 16.0).astype("float32"), data.target.astype("int64")
+
+
+def forever(count=None):
+    """All digits at once, again and again: as smooth as training gets."""
+    x, y = digits()
+    return tf.data.Dataset.from_tensors((x[:count], y[:count])).repeat()
+
+
+def compiled(model, optimizer=None, **arguments):
+    optimizer = keras.optimizers.Adam(1e-2) if optimizer is None else optimizer
+    model.compile(optimizer, arguments.pop("loss", CROSS_ENTROPY), **arguments)
+    return model
+
+
+def regression(optimizer=None, seed=0, **arguments):
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    return compiled(model, optimizer, **arguments)
+
+
+def perceptron(optimizer=None, seed=0, layers=(), **arguments):
+    keras.utils.set_random_seed(seed)
+    hidden = [keras.layers.Dense(16, activation="tanh"), *layers]
+    model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
+    return compiled(model, optimizer, **arguments)
+
+
+def train(model, steps, *callbacks, data=None, **arguments):
+    """Fit in epochs of one step, whose logs are those of the step."""
+    data = forever() if data is None else data
+    arguments = {"epochs": steps, "steps_per_epoch": 1, "verbose": 0} | arguments
+    return model.fit(data, callbacks=list(callbacks), shuffle=False, **arguments).history
+
+
+def weights(model):
+    return [np.array(w) for w in model.get_weights()]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class Watch(keras.callbacks.Callback):
+    """Records phase, loss and the optimizer's iterations of each batch."""
+
+    def __init__(self, hybrid):
+        super().__init__()
+        self.hybrid = hybrid
+        self.phases, self.losses, self.iterations = [], [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.phases.append(self.hybrid.engine.phase)
+        self.losses.append(logs["loss"])
+        optimizer = self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        self.iterations.append(int(optimizer._iterations))

@@ -1,0 +1,262 @@
+"""The promises of the Keras adapter, on real problems."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_problems import BRISK, Watch, digits, perceptron, regression, same, train
+from keras_problems import weights as weights_of
+
+from hybridcore import ConfigError, DivergenceError, HybridTrainerConfig, ModelError, Phase
+from hybridcore_keras import HybridCallback
+
+
+def test_one_core_two_skins():
+    torch = pytest.importorskip("torch")
+    from hybridcore_torch import HybridTrainer
+
+    torch.set_num_threads(1)
+    x, y = digits()
+    model = regression(keras.optimizers.Adam(1e-2, epsilon=1e-8))
+    kernel, bias = model.get_weights()
+    hybrid = HybridCallback(BRISK)
+    watch = Watch(hybrid)
+    train(model, 500, hybrid, watch)
+
+    twin = torch.nn.Linear(64, 10)
+    with torch.no_grad():
+        twin.weight.copy_(torch.from_numpy(kernel.T.copy()))
+        twin.bias.copy_(torch.from_numpy(bias))
+    optimizer = torch.optim.Adam(twin.parameters(), 1e-2)
+    trainer = HybridTrainer(twin, optimizer, BRISK)
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    closure = lambda: torch.nn.functional.cross_entropy(twin(inputs), labels)  # noqa: E731
+    phases, losses = [], []
+    for _ in range(500):
+        losses.append(trainer.step(closure).loss)
+        phases.append(trainer.engine.phase)
+    assert phases == watch.phases
+    assert phases.count(Phase.PREDICT) > 100
+    np.testing.assert_allclose(watch.losses, losses, rtol=1e-2)
+    ours, theirs = hybrid.statistics(), trainer.statistics()
+    for name in ("full_steps", "predicted_steps", "probes", "rollbacks"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_disabled_is_plain_fit_bit_for_bit():
+    def run(*callbacks):
+        model = perceptron(layers=[keras.layers.BatchNormalization(), keras.layers.Dropout(0.1)])
+        x, y = digits()
+        model.fit(x, y, batch_size=64, epochs=5, verbose=0, callbacks=list(callbacks))
+        return weights_of(model)
+
+    off = HybridCallback(HybridTrainerConfig(enabled=False))
+    assert same(run(), run(off))
+    assert off.statistics().backward_passes == 5 * 29
+    assert off.statistics().predicted_steps == 0
+
+
+def test_full_steps_are_those_of_plain_fit_bit_for_bit():
+    def run(*callbacks):
+        model = perceptron(
+            keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(1e-2, 100), 0.01),
+            layers=[keras.layers.BatchNormalization(), keras.layers.Dropout(0.1)],
+            metrics=["accuracy"],
+        )
+        x, y = digits()
+        history = model.fit(x, y, batch_size=64, epochs=3, verbose=0, callbacks=list(callbacks))
+        return weights_of(model), history.history["loss"], history.history["accuracy"]
+
+    plain, hybrid = run(), run(HybridCallback(HybridTrainerConfig(warmup_steps=1000)))
+    assert same(plain[0], hybrid[0])
+    assert plain[1:] == hybrid[1:]
+
+
+def test_two_runs_are_the_same_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        model, hybrid = regression(), HybridCallback(BRISK)
+        watch = Watch(hybrid)
+        train(model, 250, hybrid, watch)
+        runs.append((watch.losses, watch.phases, weights_of(model)))
+    assert runs[0][:2] == runs[1][:2]
+    assert same(runs[0][2], runs[1][2])
+
+
+def test_predicted_steps_run_no_backward_pass():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    watch = Watch(hybrid)
+    train(model, 400, hybrid, watch)
+    statistics = hybrid.statistics()
+    assert statistics.steps == 400
+    assert statistics.predicted_steps >= 100
+    assert statistics.rollbacks == 0
+    assert watch.iterations[-1] == 400 - statistics.predicted_steps
+    assert watch.iterations[-1] == round(400 * (1 - statistics.backward_reduction))
+
+
+def test_nothing_is_traced_again():
+    traces = 0
+
+    class Counted(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(10)
+
+        def call(self, x):
+            nonlocal traces
+            traces += 1
+            return self.dense(x)
+
+    def run(*callbacks, fits=1):
+        nonlocal traces
+        traces = 0
+        keras.utils.set_random_seed(0)
+        model = Counted()
+        model.compile(
+            keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(True)
+        )
+        model(np.zeros((1, 64), "float32"))
+        for _ in range(fits):
+            train(model, 150, *callbacks)
+        return traces
+
+    plain = run()
+    hybrid = HybridCallback(BRISK)
+    # One more for the probe's function, and none in a second fit.
+    assert run(hybrid, fits=2) == plain + 1
+    assert hybrid.statistics().probes > 0
+    assert hybrid.statistics().steps == 300
+
+
+def test_full_batch_regression_is_reached_for_less():
+    target = train(regression(), 800)["loss"][-1]
+    hybrid = HybridCallback()
+    watch = Watch(hybrid)
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            predicted = hybrid.engine.phase is Phase.PREDICT
+            self.model.stop_training = not predicted and logs["loss"] <= target
+
+    train(regression(), 1600, hybrid, watch, Stop())
+    statistics = hybrid.statistics()
+    assert watch.losses[-1] <= target
+    assert statistics.backward_passes + statistics.probes / 3 < 0.75 * 800
+
+
+def test_noisy_training_is_left_alone():
+    x, y = digits()
+    model, hybrid = perceptron(), HybridCallback()
+    model.fit(x, y, batch_size=32, epochs=14, verbose=0, callbacks=[hybrid])
+    statistics = hybrid.statistics()
+    assert statistics.steps == 14 * 57
+    assert statistics.predicted_steps <= 0.05 * statistics.steps
+    assert statistics.probes <= 0.02 * statistics.steps
+
+
+def spoiled(victim, value):
+    """All digits, again and again, the batch number `victim` of them multiplied by `value`."""
+    x, y = digits()
+    factor = tf.data.Dataset.range(10_000).map(
+        lambda i: tf.where(i == victim, tf.constant(value), tf.constant(1.0))
+    )
+    return factor.map(lambda f: (x * f, y))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_batch_costs_itself_and_nothing_else(bad):
+    for victim in (0, 30, 52, 71):
+        model = perceptron(layers=[keras.layers.BatchNormalization()], metrics=["mse"])
+        hybrid = HybridCallback(BRISK)
+        kept = []
+        keep = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs, m=model, k=kept: k.append(weights_of(m))
+        )
+        history = train(model, 90, hybrid, keep, data=spoiled(victim, bad))
+        assert all(np.isfinite(w).all() for step in kept for w in step)
+        assert np.isfinite(history["loss"][-1])
+        statistics = hybrid.statistics()
+        assert statistics.steps == 90
+        if statistics.divergences:
+            assert same(kept[victim], kept[victim - 1]) or victim == 0
+
+
+def test_a_bad_batch_leaves_all_state_as_it_was():
+    model = perceptron(layers=[keras.layers.BatchNormalization()], metrics=["mse"])
+    hybrid = HybridCallback(BRISK)
+    state = []
+    variables = lambda: [  # noqa: E731
+        np.array(v) for v in (*model.variables, *model.optimizer.variables)
+    ]
+    keep = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: state.append((variables(), logs))
+    )
+    x, y = digits()
+    parts = np.array_split(np.arange(len(x)), 10)
+    x[parts[6]] = np.nan
+    data = tf.data.Dataset.from_generator(
+        lambda: ((x[p], y[p]) for p in parts),
+        output_signature=(tf.TensorSpec((None, 64)), tf.TensorSpec((None,), tf.int64)),
+    )
+    train(model, 1, hybrid, keep, data=data, steps_per_epoch=10)
+    assert same(state[5][0], state[6][0])
+    assert not same(state[6][0], state[7][0])
+    assert state[5][1] == state[6][1]
+    assert all(np.isfinite(v).all() for values, _ in state for v in values)
+    assert hybrid.statistics().divergences == 1
+
+
+def test_a_bad_batch_can_raise():
+    hybrid = HybridCallback(HybridTrainerConfig(on_divergence="raise"))
+    model = regression()
+    with pytest.raises(DivergenceError, match="left out"):
+        train(model, 10, hybrid, data=spoiled(4, np.nan))
+    assert hybrid.statistics().steps == 5
+    # The model is as good as new for whoever comes next.
+    other = HybridCallback(BRISK)
+    assert np.isfinite(train(model, 10, other)["loss"]).all()
+    assert other.statistics().full_steps == 10
+    assert np.isfinite(train(model, 10)["loss"]).all()
+
+
+def test_the_figures_of_the_run_are_logged():
+    seen = []
+    spy = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(dict(logs)))
+    history = train(regression(), 120, HybridCallback(BRISK), spy)
+    for name in ("hybrid_phase", "hybrid_measured_speedup", "hybrid_backward_reduction"):
+        assert len(history[name]) == 120
+        assert name in seen[-1]
+    assert set(history["hybrid_phase"]) == {0.0, 1.0, 2.0, 3.0}
+    assert history["hybrid_steps"] == list(range(1, 121))
+    assert history["hybrid_full_steps"][-1] + history["hybrid_predicted_steps"][-1] == 120
+
+
+def test_the_progress_bar_shows_what_it_always_did(capsys):
+    train(regression(), 1, HybridCallback(BRISK), steps_per_epoch=60, verbose=2)
+    assert "loss:" in capsys.readouterr().out
+
+
+def test_arguments_that_do_not_fit_are_named():
+    with pytest.raises(ConfigError, match="from_dict"):
+        HybridCallback({"horizon": 3})
+    with pytest.raises(ConfigError, match="probe must be"):
+        HybridCallback(probe=lambda: 1.0)
+    model = regression()
+    with pytest.raises(ModelError, match="layer_groups"):
+        train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))
+    frozen = regression()
+    frozen.trainable = False
+    frozen.compile("adam", "mse")
+    with pytest.raises(ModelError, match="no trainable variable"):
+        train(frozen, 1, HybridCallback())
+
+
+def test_the_users_probe_and_layer_groups_are_used():
+    x, y = digits()
+    model = perceptron()
+    groups = [model.layers[1].trainable_variables, model.layers[0].trainable_variables]
+    hybrid = HybridCallback(BRISK, probe=(x[:200], y[:200]), layer_groups=groups)
+    train(model, 150, hybrid)
+    assert hybrid.statistics().probes > 0
+    assert hybrid._snapshots.groups == [[2, 3], [0, 1]]
