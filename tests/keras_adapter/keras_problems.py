@@ -35,9 +35,9 @@ def regression(optimizer=None, seed=0, **arguments):
     return compiled(model, optimizer, **arguments)
 
 
-def perceptron(optimizer=None, seed=0, layers=(), **arguments):
+def perceptron(optimizer=None, seed=0, layers=list, **arguments):
     keras.utils.set_random_seed(seed)
-    hidden = [keras.layers.Dense(16, activation="tanh"), *layers]
+    hidden = [keras.layers.Dense(16, activation="tanh"), *layers()]
     model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
     return compiled(model, optimizer, **arguments)
 

@@ -1,0 +1,384 @@
+"""What else people use in `fit`: each thing with predicted steps beside it."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_problems import (
+    BRISK,
+    CROSS_ENTROPY,
+    Watch,
+    compiled,
+    digits,
+    forever,
+    perceptron,
+    regression,
+    same,
+    train,
+    weights,
+)
+
+from hybridcore import HybridTrainerConfig, ModelError, Phase
+from hybridcore_keras import HybridCallback
+
+
+def predicts(model, steps=150, *callbacks, config=BRISK, **arguments):
+    """Train, check that steps were predicted and counted, and that the loss fell; the callback."""
+    hybrid = HybridCallback(config)
+    watch = Watch(hybrid)
+    history = train(model, steps, hybrid, watch, *callbacks, **arguments)
+    statistics = hybrid.statistics()
+    assert statistics.predicted_steps > 0
+    assert statistics.steps == steps
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    lost = 0 if statistics.rollbacks else statistics.full_steps - watch.iterations[-1]
+    assert lost == 0
+    return hybrid
+
+
+def test_steps_per_execution():
+    model, hybrid = regression(steps_per_execution=5), HybridCallback(BRISK)
+    train(model, 4, hybrid, steps_per_epoch=200)
+    statistics = hybrid.statistics()
+    assert statistics.steps == 4 * 40
+    assert statistics.predicted_steps > 20
+    assert int(model.optimizer.iterations) == 5 * statistics.full_steps
+
+
+def test_several_epochs_with_validation_data():
+    x, y = digits()
+    model, hybrid = regression(metrics=["accuracy"]), HybridCallback(BRISK)
+    history = model.fit(
+        x, y, batch_size=len(x), epochs=150, verbose=0, validation_data=(x, y), callbacks=[hybrid]
+    ).history
+    assert hybrid.statistics().predicted_steps > 0
+    assert len(history["val_loss"]) == 150
+    # An epoch of predicted steps alone keeps the last accuracy, and its loss is the forecast.
+    assert min(history["accuracy"][50:]) > 0.5
+    assert min(history["loss"]) > 0.05
+    assert history["val_accuracy"][-1] > 0.9
+
+
+def test_a_dataset_without_repeat():
+    x, y = digits()
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(900)
+    model, hybrid = regression(), HybridCallback(BRISK)
+    model.fit(data, epochs=90, verbose=0, shuffle=False, callbacks=[hybrid])
+    assert hybrid.statistics().steps == 180
+    assert hybrid.statistics().predicted_steps > 0
+
+
+def test_a_generator_that_ends_early():
+    x, y = digits()
+
+    def batches():
+        for _ in range(133):
+            yield x, y
+
+    model, hybrid = regression(), HybridCallback(BRISK)
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model.fit(batches(), epochs=1, verbose=0, callbacks=[hybrid], shuffle=False)
+    assert hybrid.statistics().steps == 133
+    assert hybrid.statistics().predicted_steps > 0
+
+
+def test_a_schedule_stands_where_it_would_in_plain_fit():
+    schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 300, 1e-4)
+    model = regression(keras.optimizers.Adam(schedule))
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(model.optimizer.learning_rate))
+    )
+    predicts(model, 200, note)
+    expected = [float(schedule(step + 1)) for step in range(200)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+
+
+def test_a_schedule_survives_a_rollback():
+    schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 300, 1e-4)
+    model, hybrid = regression(keras.optimizers.Adam(schedule)), HybridCallback(BRISK)
+    moments = {}
+
+    class Spoil(keras.callbacks.Callback):
+        """Put the settling steps where no step leads back from."""
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if hybrid.engine.phase is Phase.FULL:
+                moments["before"] = [v.numpy() for v in model.optimizer.variables]
+                moments["weights"] = weights(model)
+            spoil = hybrid.engine.phase is Phase.CORRECT and not hybrid.statistics().rollbacks
+            if spoil:
+                model.set_weights([w + 5.0 for w in model.get_weights()])
+
+        def on_train_batch_end(self, batch, logs=None):
+            if hybrid.statistics().rollbacks == 1 and "after" not in moments:
+                moments["after"] = [v.numpy() for v in model.optimizer.variables]
+                moments["restored"] = weights(model)
+                moments["rate"] = float(model.optimizer.learning_rate)
+                moments["steps"] = hybrid.statistics().steps
+
+    train(model, 120, hybrid, Spoil())
+    assert hybrid.statistics().rollbacks >= 1
+    assert moments["rate"] == pytest.approx(float(schedule(moments["steps"])), rel=1e-5)
+    assert int(model.optimizer.iterations) < hybrid.statistics().full_steps
+
+
+def test_learning_rate_scheduler_and_reduce_on_plateau():
+    model = regression()
+    predicts(
+        model,
+        150,
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: 1e-2 * 0.995**epoch),
+        keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1000),
+    )
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-2 * 0.995**149, rel=1e-5)
+
+
+def test_early_stopping():
+    stop = keras.callbacks.EarlyStopping(monitor="loss", patience=400, restore_best_weights=True)
+    predicts(regression(), 150, stop)
+    x, y = digits()
+    model, hybrid = regression(), HybridCallback(BRISK)
+    stop = keras.callbacks.EarlyStopping(monitor="loss", baseline=1.0, patience=3)
+    train(model, 200, stop, hybrid)
+    assert hybrid.statistics().steps < 200
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_model_checkpoint(tmp_path):
+    model = regression()
+    path = tmp_path / "best.keras"
+    predicts(model, 150, keras.callbacks.ModelCheckpoint(path, monitor="loss"))
+    x, y = digits()
+    again = keras.models.load_model(path)
+    assert same(weights(again), weights(model))
+    assert int(again.optimizer.iterations) == int(model.optimizer.iterations)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_backup_and_restore_with_the_callbacks_state(tmp_path):
+    whole, hybrid = regression(), HybridCallback(BRISK)
+    expected = train(whole, 160, hybrid)["loss"]
+    for stop in (60, 85, 110):
+        first = HybridCallback(BRISK)
+        halt = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs, s=stop, f=first: setattr(
+                f.model, "stop_training", epoch + 1 == s
+            )
+        )
+        place = str(tmp_path / str(stop))
+        backup = keras.callbacks.BackupAndRestore(place, delete_checkpoint=False)
+        train(regression(), 160, first, backup, halt)
+        state = json.loads(json.dumps(first.state_dict(), default=lambda a: a.tolist()))
+        second = HybridCallback(BRISK)
+        second.load_state_dict(state)
+        model = regression(seed=9)
+        backup = keras.callbacks.BackupAndRestore(place, delete_checkpoint=False)
+        rest = train(model, 160, backup, second)["loss"]
+        assert rest == expected[stop:]
+        assert same(weights(model), weights(whole))
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="the TensorBoard callback needs tensorboard")
+    predicts(regression(), 120, keras.callbacks.TensorBoard(tmp_path))
+    assert list(tmp_path.rglob("events*"))
+
+
+@pytest.mark.parametrize("loss_scaling", [True, False])
+def test_mixed_precision(loss_scaling):
+    policy = "mixed_float16" if loss_scaling else "mixed_bfloat16"
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((64,)),
+            keras.layers.Dense(32, activation="tanh", dtype=policy),
+            keras.layers.Dense(10, dtype="float32"),
+        ]
+    )
+    optimizer = keras.optimizers.Adam(3e-3)
+    if loss_scaling:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    predicts(compiled(model, optimizer), 200)
+
+
+def test_jit_compile():
+    predicts(regression(jit_compile=True))
+
+
+def test_run_eagerly():
+    predicts(regression(run_eagerly=True), 80)
+
+
+class Custom(keras.Model):
+    """Subclassed, with a train step of its own that computes its loss by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(16, activation="tanh")
+        self.last = keras.layers.Dense(10)
+        self.mean = keras.metrics.Mean(name="loss")
+
+    def call(self, x):
+        return self.last(self.hidden(x))
+
+    @property
+    def metrics(self):
+        return [self.mean]
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = CROSS_ENTROPY(y, self(x, training=True))
+        found = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(found, self.trainable_variables, strict=True))
+        self.mean.update_state(loss)
+        return {"loss": self.mean.result()}
+
+
+def test_a_subclassed_model_with_a_custom_train_step():
+    keras.utils.set_random_seed(0)
+    model = Custom()
+    model.compile(keras.optimizers.Adam(1e-2))
+    predicts(model)
+
+
+def test_a_train_step_that_reports_its_loss_and_one_that_does_not():
+    class Reports(Custom):
+        metrics = []
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = CROSS_ENTROPY(y, self(x, training=True))
+            found = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(found, self.trainable_variables)
+            return {self.label: loss}
+
+    for label in ("loss", "energy"):
+        keras.utils.set_random_seed(0)
+        model = Reports()
+        model.label = label
+        model.compile(keras.optimizers.Adam(1e-2))
+        model._loss_tracker = None
+        if label == "loss":
+            predicts(model)
+        else:
+            with pytest.raises(ModelError, match="key 'loss'"):
+                train(model, 1, HybridCallback(BRISK))
+
+
+def test_a_functional_model_with_two_outputs_and_batch_norm_and_dropout():
+    x, y = digits()
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    hidden = keras.layers.Dense(32, activation="relu")(inputs)
+    hidden = keras.layers.Dropout(0.02)(keras.layers.BatchNormalization()(hidden))
+    outputs = {"label": keras.layers.Dense(10, name="label")(hidden)}
+    outputs["mean"] = keras.layers.Dense(1, name="mean")(hidden)
+    model = keras.Model(inputs, outputs)
+    loss = {"label": CROSS_ENTROPY, "mean": "mse"}
+    compiled(model, keras.optimizers.Adam(1e-3), loss=loss, metrics={"label": "accuracy"})
+    labels = {"label": y, "mean": x.mean(1, keepdims=True)}
+    data = tf.data.Dataset.from_tensors((x, labels)).repeat()
+    config = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, confidence_threshold=0.2)
+    hybrid = predicts(model, 250, config=config, data=data)
+    assert hybrid.statistics().probes > 0
+
+
+def test_probes_leave_no_trace():
+    layers = lambda: [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]  # noqa: E731
+    model, hybrid = perceptron(layers=layers, metrics=["accuracy"]), HybridCallback(BRISK)
+    losses = []
+
+    class Probe(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            before = [v.numpy() for v in model.variables + model.metrics_variables]
+            x, y = digits()
+            data = tf.constant(x), tf.constant(y)
+            losses.extend(hybrid._port.probe(data) for _ in range(2))
+            after = [v.numpy() for v in model.variables + model.metrics_variables]
+            assert same(before, after)
+
+    train(model, 3, hybrid, Probe())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_frozen_layers_stay_where_they_are():
+    model = perceptron()
+    model.layers[0].trainable = False
+    compiled(model)
+    before = weights(model)
+    hybrid = predicts(model)
+    assert same(before[:2], weights(model)[:2])
+    assert len(hybrid._port.variables) == 2
+
+
+def test_constraints_hold_after_a_jump():
+    keras.utils.set_random_seed(0)
+    dense = keras.layers.Dense(10, kernel_constraint=keras.constraints.NonNeg())
+    model = compiled(keras.Sequential([keras.Input((64,)), dense]))
+    least = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: least.append(weights(model)[0].min())
+    )
+    predicts(model, 150, note)
+    assert min(least) >= 0.0
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9),
+        keras.optimizers.Adam(1e-2, global_clipnorm=0.5),
+        keras.optimizers.SGD(0.5, momentum=0.9, gradient_accumulation_steps=2),
+        keras.optimizers.SGD(1.0, loss_scale_factor=8.0),
+    ],
+    ids=["ema", "clipped", "accumulating", "loss scale factor"],
+)
+def test_optimizers(optimizer):
+    hybrid = HybridCallback(BRISK)
+    model = regression(optimizer)
+    history = train(model, 200, hybrid)
+    assert history["loss"][-1] < 0.3 * history["loss"][0]
+    assert hybrid.statistics().predicted_steps > 0
+
+
+def test_the_gradient_norm_is_that_of_the_whole_unscaled_gradient():
+    x, y = digits()
+    for optimizer in (
+        keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
+        keras.optimizers.SGD(0.1, global_clipnorm=1e-3),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    ):
+        model, hybrid = perceptron(optimizer), HybridCallback()
+        with tf.GradientTape() as tape:
+            loss = CROSS_ENTROPY(y, model(x))
+        expected = tf.linalg.global_norm(tape.gradient(loss, model.trainable_variables))
+        train(model, 1, hybrid)
+        (seen,) = hybrid.engine._unread
+        assert seen.gradient_norm == pytest.approx(float(expected), rel=1e-4)
+        assert seen.loss == pytest.approx(float(loss), rel=1e-5)
+        assert seen.learning_rate == pytest.approx(0.1)
+
+
+def test_several_optimizers_in_one_are_refused():
+    multi = getattr(keras.optimizers, "MultiOptimizer", None)
+    if multi is None:
+        pytest.skip("this Keras has no MultiOptimizer")
+    model = regression()
+    model.optimizer = multi.__new__(multi)
+    with pytest.raises(ModelError, match="MultiOptimizer"):
+        train(model, 1, HybridCallback())
+
+
+def test_mirrored_strategy():
+    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
+    strategy = tf.distribute.MirroredStrategy(devices)
+    assert strategy.num_replicas_in_sync == 2
+    with strategy.scope():
+        model = perceptron(layers=lambda: [keras.layers.BatchNormalization()])
+    predicts(model, 150, data=forever(1796))
