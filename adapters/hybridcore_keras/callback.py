@@ -206,7 +206,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._mean.full_steps += 1
         applied = math.isfinite(loss) and math.isfinite(norm)
         gram = None
-        if directive.snapshot and applied:
+        if not applied:
+            self._live.skip(1)
+        elif directive.snapshot:
             self._snapshots.take(fresh=directive.fresh_bank)
             if directive.gram:
                 gram = self._snapshots.gram()
@@ -215,10 +217,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _carry_out(self, directive: Directive) -> Observation:
         port, action = self._live, directive.action
         # First of all, because at the end of the data there is no step to take.
+        batches = 0
         if self.probe is None or action is not Action.PROBE:
-            port.pull()
+            batches = port.pull()
         if action is Action.SKIP:
-            port.skip()
+            port.skip(batches)
         elif action is Action.PROBE:
             return self._probe(directive)
         elif action is Action.MOVE:

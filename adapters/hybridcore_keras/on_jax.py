@@ -144,13 +144,14 @@ class JAXPort:
         """Take the state and the iterator of ``fit``."""
         self._state, self._iterator = list(state), iterator
 
-    def pull(self) -> None:
-        """Take the batches of one execution out of the iterator."""
+    def pull(self) -> int:
+        """Take the batches of one execution out of the iterator, and return how many."""
         if self._batches is None:
             batches = list(islice(self._iterator, self.model.steps_per_execution))
             if not batches:
                 raise StopIteration
             self._batches = batches
+        return len(self._batches)
 
     def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures."""
@@ -175,10 +176,9 @@ class JAXPort:
         finally:
             self._probing = False
 
-    def skip(self) -> None:
-        """Count the batch for the schedule without training on it."""
-        assert self._batches is not None
-        self.skipped += len(self._batches)
+    def skip(self, batches: int) -> None:
+        """Count `batches` for the schedule without training on them."""
+        self.skipped += batches
         self.rates.offset = self.skipped
 
     def finish(self, logs: dict[str, Any]) -> Any:

@@ -33,13 +33,14 @@ class TensorFlowPort(StatefulPort):
         """Take the iterator of ``fit``."""
         self._iterator = iterator
 
-    def pull(self) -> None:
-        """Take the batches of one execution out of the iterator."""
+    def pull(self) -> int:
+        """Take the batches of one execution out of the iterator, and return how many."""
         if self._batches is None:
             batches = list(islice(self._iterator, self.model.steps_per_execution))
             if not batches:
                 raise StopIteration
             self._batches = batches
+        return len(self._batches)
 
     def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures."""
@@ -76,6 +77,44 @@ class TensorFlowPort(StatefulPort):
     def _read(self, variable: Any) -> Any:
         # The buffer is shared until the variable is written; TensorFlow copies it then.
         return tf.identity(variable.value)
+
+    # -- several replicas ---------------------------------------------------------------------
+
+    @property
+    def _alone(self) -> bool:
+        return not isinstance(self.strategy, tf.distribute.MirroredStrategy)
+
+    def _norm_of(self, gradients: list[Any]) -> Any:
+        if self._alone:
+            return super()._norm_of(gradients)
+        context = tf.distribute.get_replica_context()
+        present = [g for g in gradients if g is not None]
+        return super()._norm_of(context.all_reduce(tf.distribute.ReduceOp.SUM, present))
+
+    def _apply_if(self, good: Any, gradients: list[Any], variables: list[Any] | None) -> None:
+        if self._alone:
+            super()._apply_if(good, gradients, variables)
+            return
+
+        def across(strategy: Any, good: Any, gradients: Any, variables: Any) -> None:
+            def apply() -> None:
+                strategy.extended.call_for_each_replica(
+                    self._plain_apply, args=(gradients, variables)
+                )
+
+            all_good = tf.reduce_all(tf.stack(strategy.experimental_local_results(good)))
+            tf.cond(all_good, apply, lambda: None)
+
+        # A branch inside one replica could not wait for the others.
+        context = tf.distribute.get_replica_context()
+        context.merge_call(across, args=(good, gradients, variables))
+
+    def _put_back_unless(self, good: Any, guarded: list[Any], kept: list[Any]) -> None:
+        if self._alone:
+            super()._put_back_unless(good, guarded, kept)
+            return
+        for variable, value in zip(guarded, kept, strict=True):
+            variable.assign(tf.where(good, tf.identity(variable.value), value))
 
     def _sum_of_squares(self, values: Any) -> Any:
         return 2.0 * tf.nn.l2_loss(values)

@@ -23,8 +23,9 @@ class TorchPort(StatefulPort):
         """Take the batch, which ``fit`` has loaded already."""
         self._batches = data
 
-    def pull(self) -> None:
-        """Do nothing: the batch is here."""
+    def pull(self) -> int:
+        """Return 1: the batch is here."""
+        return 1
 
     def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures."""

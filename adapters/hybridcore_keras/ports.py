@@ -46,8 +46,14 @@ class Port(Protocol):
         """Take what ``fit`` passed to the train function."""
         ...
 
-    def pull(self) -> None:
-        """Take the batch out of the iterator; ``StopIteration`` where there is none."""
+    def pull(self) -> int:
+        """Take one execution's batches out of the iterator, and return how many.
+
+        Raises
+        ------
+        StopIteration
+            Where there is none.
+        """
         ...
 
     def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
@@ -58,8 +64,8 @@ class Port(Protocol):
         """Loss of `data`, or of the batch where it is None; leaves no trace."""
         ...
 
-    def skip(self) -> None:
-        """Count the batch for the schedule without training on it."""
+    def skip(self, batches: int) -> None:
+        """Count `batches` for the schedule without training on them."""
         ...
 
     def finish(self, logs: dict[str, Any]) -> Any:

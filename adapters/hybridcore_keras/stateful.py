@@ -131,7 +131,7 @@ class StatefulPort:
             # Variables cannot be made in a branch.
             with keras.name_scope(optimizer.name):
                 optimizer.build(variables)
-        self._norm = self._unscale(gradient_norm(gradients, self._sum_of_squares))
+        self._norm = self._unscale(self._norm_of(gradients))
         if hasattr(optimizer, "inner_optimizer"):
             # It leaves bad gradients out by itself, and learns from them.
             self._plain_apply(gradients, variables)
@@ -140,6 +140,9 @@ class StatefulPort:
         for tracker in self._trackers:
             good = ops.logical_and(good, ops.isfinite(tracker.total))
         self._apply_if(good, gradients, variables)
+
+    def _norm_of(self, gradients: list[Any]) -> Any:
+        return gradient_norm(gradients, self._sum_of_squares)
 
     def _apply_if(self, good: Any, gradients: list[Any], variables: list[Any] | None) -> None:
         def apply() -> None:
@@ -185,10 +188,9 @@ class StatefulPort:
             self.rates.offset.assign(self.skipped)
             self._offset = self.skipped
 
-    def skip(self) -> None:
-        """Count the batch for the schedule without training on it."""
-        assert self._batches is not None
-        self.skipped += len(self._batches)
+    def skip(self, batches: int) -> None:
+        """Count `batches` for the schedule without training on them."""
+        self.skipped += batches
         # At once, because other callbacks may look at the learning rate.
         self._set_rates(self._scale)
 

@@ -23,6 +23,16 @@ def forever(count=None):
     return tf.data.Dataset.from_tensors((x[:count], y[:count])).repeat()
 
 
+def spoiled(victims, value):
+    """All digits, again and again, the batches of the numbers `victims` multiplied by `value`."""
+    x, y = digits()
+    bad = tf.constant(victims, tf.int64)
+    factors = tf.data.Dataset.range(10_000).map(
+        lambda i: tf.where(tf.reduce_any(bad == i), tf.constant(value), tf.constant(1.0))
+    )
+    return factors.map(lambda factor: (x * factor, y))
+
+
 def compiled(model, optimizer=None, **arguments):
     optimizer = keras.optimizers.Adam(1e-2) if optimizer is None else optimizer
     model.compile(optimizer, arguments.pop("loss", CROSS_ENTROPY), **arguments)
@@ -70,4 +80,4 @@ class Watch(keras.callbacks.Callback):
         self.losses.append(logs["loss"])
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        self.iterations.append(int(optimizer._iterations))
+        self.iterations.append(int(keras.ops.convert_to_numpy(optimizer._iterations)))

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_problems import BRISK, Watch, digits, perceptron, regression, same, train
+from keras_problems import BRISK, Watch, digits, perceptron, regression, same, spoiled, train
 from keras_problems import weights as weights_of
 
 from hybridcore import ConfigError, DivergenceError, HybridTrainerConfig, ModelError, Phase
@@ -168,15 +168,6 @@ def test_noisy_training_is_left_alone():
     assert statistics.probes <= 0.02 * statistics.steps
 
 
-def spoiled(victim, value):
-    """All digits, again and again, the batch number `victim` of them multiplied by `value`."""
-    x, y = digits()
-    factor = tf.data.Dataset.range(10_000).map(
-        lambda i: tf.where(i == victim, tf.constant(value), tf.constant(1.0))
-    )
-    return factor.map(lambda f: (x * f, y))
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_batch_costs_itself_and_nothing_else(bad):
     for victim in (0, 30, 52, 71):
@@ -186,7 +177,7 @@ def test_a_bad_batch_costs_itself_and_nothing_else(bad):
         keep = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs, m=model, k=kept: k.append(weights_of(m))
         )
-        history = train(model, 90, hybrid, keep, data=spoiled(victim, bad))
+        history = train(model, 90, hybrid, keep, data=spoiled([victim], bad))
         assert all(np.isfinite(w).all() for step in kept for w in step)
         assert np.isfinite(history["loss"][-1])
         statistics = hybrid.statistics()
@@ -224,7 +215,7 @@ def test_a_bad_batch_can_raise():
     hybrid = HybridCallback(HybridTrainerConfig(on_divergence="raise"))
     model = regression()
     with pytest.raises(DivergenceError, match="left out"):
-        train(model, 10, hybrid, data=spoiled(4, np.nan))
+        train(model, 10, hybrid, data=spoiled([4], np.nan))
     assert hybrid.statistics().steps == 5
     # The model is as good as new for whoever comes next.
     other = HybridCallback(BRISK)

@@ -1,0 +1,87 @@
+"""One short run on the backend that KERAS_BACKEND names, in a process of its own."""
+
+import os
+import sys
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+
+from hybridcore import HybridTrainerConfig
+from hybridcore_keras import HybridCallback
+
+BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
+backend = sys.argv[1]
+assert keras.backend.backend() == backend == os.environ["KERAS_BACKEND"]
+data = load_digits()
+x, y = (data.data / 16.0).astype("float32"), data.target.astype("int32")
+
+
+def build(optimizer, *hidden):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    return model
+
+
+def fit(model, *callbacks, epochs=150, inputs=x, batch_size=len(x)):
+    return model.fit(
+        inputs, y, batch_size=batch_size, epochs=epochs, verbose=0, callbacks=list(callbacks)
+    ).history
+
+
+# Predicted steps, with a schedule, normalisation and a probe of the user's.
+schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 400, 1e-3)
+model = build(keras.optimizers.Adam(schedule))
+hybrid = HybridCallback(BRISK, probe=(x[:300], y[:300]))
+history = fit(model, hybrid)
+statistics = hybrid.statistics()
+assert statistics.predicted_steps > 20, statistics
+assert statistics.steps == 150
+if not statistics.rollbacks:
+    assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == statistics.full_steps
+assert history["loss"][-1] < 0.3 * history["loss"][0]
+assert min(history["accuracy"][40:]) > 0.5
+hybrid._port.install()
+rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+hybrid._port.remove()
+assert abs(rate / float(schedule(150)) - 1) < 1e-4, rate
+
+# Off is plain fit, bit for bit; on, full steps are those of plain fit.
+finals = []
+for config in (None, HybridTrainerConfig(enabled=False), HybridTrainerConfig(warmup_steps=999)):
+    model = build(keras.optimizers.AdamW(1e-2), keras.layers.BatchNormalization())
+    callbacks = [] if config is None else [HybridCallback(config)]
+    fit(model, *callbacks, epochs=3, batch_size=64)
+    finals.append(model.get_weights())
+assert all(np.array_equal(a, b) for a, b in zip(finals[0], finals[1], strict=True))
+assert all(np.allclose(a, b, 1e-3, 1e-5) for a, b in zip(finals[0], finals[2], strict=True))
+
+# A bad batch costs itself, a resumed run goes on bit for bit.
+model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
+hybrid = HybridCallback(BRISK)
+fit(model, hybrid, epochs=10)
+before = model.get_weights() + [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
+before = [np.array(value) for value in before]
+fit(model, hybrid, epochs=1, inputs=x * np.float32("nan"))
+after = model.get_weights() + [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
+assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+assert hybrid.statistics().divergences == 1
+
+model = build(keras.optimizers.Adam(1e-2))
+hybrid = HybridCallback(BRISK)
+fit(model, hybrid, epochs=75)
+state, values = hybrid.state_dict(), [np.array(w) for w in model.get_weights()]
+moments = [np.array(keras.ops.convert_to_numpy(v)) for v in model.optimizer.variables]
+expected = fit(model, hybrid, epochs=60)["loss"]
+again = build(keras.optimizers.Adam(1e-2))
+again.optimizer.build(again.trainable_variables)
+again.set_weights(values)
+for variable, value in zip(again.optimizer.variables, moments, strict=True):
+    variable.assign(value)
+resumed = HybridCallback(BRISK)
+resumed.load_state_dict(state)
+# The order of a full batch's rows is drawn anew, which only rounds differently.
+assert np.allclose(fit(again, resumed, epochs=60)["loss"], expected, rtol=0.05)
+print(statistics)
