@@ -115,10 +115,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._trained is None or self._trained != (model, model.optimizer):
             self._start(model)
         saving.apply_loaded(self)
-        assert self._port is not None
-        self._port.install()
+        self._live.install()
+        self._check_structure()
         model.train_function = self._train
-        vars(model)["_get_metrics_result_or_logs"] = self._epoch_logs
+        model.__dict__["_get_metrics_result_or_logs"] = self._epoch_logs
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Give the model back as it was."""
@@ -181,9 +181,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 engine.observe(observation)
                 if engine.step_done:
                     break
-        except BaseException:
+        except BaseException as error:
             engine.abandon()
             port.abandon()
+            if not _ends_the_data(error):
+                self._give_back()
             raise
         if predicted:
             self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
@@ -191,6 +193,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         if self.config.on_divergence == "raise" and not (predicted or applied):
+            self._give_back()
             raise DivergenceError(
                 f"loss {figures.loss:g} with gradient norm {figures.gradient_norm:g} in step "
                 f"{engine.counters.steps}: the batch was left out and the weights are as before; "
@@ -267,9 +270,16 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self.layer_groups is not None and model.built:
             by_user(self.layer_groups, self._port.variables)
 
+    def _check_structure(self) -> None:
+        """Start over with snapshots if layers were frozen or thawed since the last ``fit``."""
+        present = [id(variable) for variable in self._live.variables]
+        if self._bank is not None and present != self._bank.identities:
+            self._bank = self._recovery = None
+            self.engine.regroup()
+
     def _give_back(self) -> None:
         if self._port is not None and self._trained is not None:
-            vars(self._trained[0]).pop("_get_metrics_result_or_logs", None)
+            self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
             self._port.remove()
 
     def _epoch_logs(self, logs: Any) -> Any:
@@ -312,6 +322,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             If the state is of another version or was saved with other settings.
         """
         saving.restore(self, state)
+
+
+def _ends_the_data(error: BaseException) -> bool:
+    """Whether an epoch of unknown length just found its end; TensorFlow has a name of its own."""
+    return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 
 class _RunningMean:

@@ -36,7 +36,7 @@ class JAXPort:
             )
         self.model = model
         self.optimizer = model.optimizer
-        self.variables = list(model.trainable_variables)
+        self.variables: list[Any] = list(model.trainable_variables)
         self.skipped = 0
         self.rates = Rates(self.optimizer)
         self._plain_step = model.train_step
@@ -62,6 +62,8 @@ class JAXPort:
             self._plain_function = model.train_function
             model.make_train_function(force=True)
             self._function = model.train_function
+            self._probe_function = None
+            self.variables = list(model.trainable_variables)
 
     def remove(self) -> None:
         """Give model and optimizer back as they were."""
@@ -193,7 +195,7 @@ class JAXPort:
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of tensors."""
-        return jax.jit(function)
+        return jax.jit(function)  # type: ignore[no-any-return]
 
     def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
         """Compile a function of the weights; what it returns shares no memory with them."""

@@ -29,6 +29,9 @@ class TensorFlowPort(StatefulPort):
         self._writer: Any = None
         self._again: tuple[Any, Any] | None = None
 
+    def _renew(self) -> None:
+        self._probe_function = self._writer = None
+
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
         self._iterator = iterator

@@ -25,14 +25,16 @@ class Port(Protocol):
 
     Attributes
     ----------
-    variables : list of keras.Variable
-        Trainable variables, in the order of the model.
     skipped : int
         Batches that ``optimizer.iterations`` does not count.
     """
 
-    variables: list[Any]
     skipped: int
+
+    @property
+    def variables(self) -> list[Any]:
+        """Trainable variables, in the order of the model."""
+        ...
 
     def install(self) -> None:
         """Have Keras build its train function around the watched step; once for a ``compile``."""

@@ -56,6 +56,11 @@ class SnapshotBank:
         self._parts = port.compiled(self._split)
 
     @property
+    def identities(self) -> list[int]:
+        """Which variables are kept."""
+        return [id(variable) for variable in self._variables]
+
+    @property
     def count(self) -> int:
         """Snapshots in the bank."""
         return len(self._rows)

@@ -63,6 +63,10 @@ class StatefulPort:
             self._plain_function = model.train_function
             model.make_train_function(force=True)
             self._function = model.train_function
+            self._renew()
+
+    def _renew(self) -> None:
+        """Forget what was compiled before."""
 
     def remove(self) -> None:
         """Give model and optimizer back as they were."""

@@ -126,9 +126,7 @@ def test_nothing_is_traced_again():
         traces = 0
         keras.utils.set_random_seed(0)
         model = Counted()
-        model.compile(
-            keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(True)
-        )
+        model.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(True))
         model(np.zeros((1, 64), "float32"))
         for _ in range(fits):
             train(model, 150, *callbacks)
@@ -170,18 +168,18 @@ def test_noisy_training_is_left_alone():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_batch_costs_itself_and_nothing_else(bad):
-    for victim in (0, 30, 52, 71):
+    for victim in (0, 30, 46):
         model = perceptron(layers=normalised, metrics=["sparse_categorical_crossentropy"])
         hybrid = HybridCallback(BRISK)
         kept = []
         keep = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda batch, logs, m=model, k=kept: k.append(weights_of(m))
         )
-        history = train(model, 90, hybrid, keep, data=spoiled([victim], bad))
+        history = train(model, 60, hybrid, keep, data=spoiled([victim], bad))
         assert all(np.isfinite(w).all() for step in kept for w in step)
         assert np.isfinite(history["loss"][-1])
         statistics = hybrid.statistics()
-        assert statistics.steps == 90
+        assert statistics.steps == 60
         if statistics.divergences:
             assert same(kept[victim], kept[victim - 1]) or victim == 0
 
@@ -216,6 +214,8 @@ def test_a_bad_batch_can_raise():
     model = regression()
     with pytest.raises(DivergenceError, match="left out"):
         train(model, 10, hybrid, data=spoiled([4], np.nan))
+    assert hybrid.statistics().steps == 5
+    assert np.isfinite(train(model, 10)["loss"]).all()
     assert hybrid.statistics().steps == 5
     # The model is as good as new for whoever comes next.
     other = HybridCallback(BRISK)
