@@ -10,6 +10,9 @@ from keras_problems import weights as weights_of
 from hybridcore import ConfigError, DivergenceError, HybridTrainerConfig, ModelError, Phase
 from hybridcore_keras import HybridCallback
 
+# What Keras does to TensorFlow's tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def normalised():
     return [keras.layers.BatchNormalization()]
