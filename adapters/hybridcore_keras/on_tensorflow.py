@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -124,7 +125,8 @@ class TensorFlowPort(StatefulPort):
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of tensors."""
-        return tf.function(function, autograph=False)  # type: ignore[no-any-return]
+        # Of its own identity, or TensorFlow takes the banks of several runs for one that retraces.
+        return tf.function(partial(function), autograph=False)  # type: ignore[no-any-return]
 
     def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
         """Compile a function of the weights; what it returns shares no memory with them."""
