@@ -23,6 +23,7 @@ from hybridcore import (
 from hybridcore_keras import saving
 from hybridcore_keras.checks import check_arguments, check_model
 from hybridcore_keras.groups import by_depth, by_user
+from hybridcore_keras.losses import RunningMean
 from hybridcore_keras.ports import Figures, Port, port_of
 from hybridcore_keras.snapshots import SnapshotBank
 
@@ -87,7 +88,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._trained: tuple[Any, Any] | None = None
         self._probe_data: Any = None
         self._logs: dict[str, Any] = {}
-        self._mean = _RunningMean()
+        self._mean = RunningMean()
         self._began = 0.0
 
     def statistics(self) -> TrainingStatistics:
@@ -127,7 +128,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin a new running mean of the loss."""
-        self._mean = _RunningMean()
+        self._mean = RunningMean()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the run's figures to `logs` and to ``History``."""
@@ -327,20 +328,3 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 def _ends_the_data(error: BaseException) -> bool:
     """Whether an epoch of unknown length just found its end; TensorFlow has a name of its own."""
     return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
-
-
-class _RunningMean:
-    """Mean of an epoch's losses, forecasts of predicted steps among them."""
-
-    def __init__(self) -> None:
-        self.full_steps = 0
-        self.forecasts: list[float] = []
-
-    def with_forecast(self, logs: dict[str, Any], forecast: float) -> dict[str, Any]:
-        """Return `logs` with `forecast` taken into the mean that they hold."""
-        if not math.isfinite(forecast):
-            return dict(logs)
-        steps = self.full_steps + len(self.forecasts)
-        before = float(logs["loss"]) * steps if steps else 0.0
-        self.forecasts.append(forecast)
-        return {**logs, "loss": (before + forecast) / (steps + 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -40,3 +41,20 @@ def check_reports_loss(model: Any, logs: Any) -> None:
             "train_step must return a dictionary with the key 'loss', or update a "
             "keras.metrics.Mean named 'loss': the loss is what HybridCallback decides by"
         )
+
+
+class RunningMean:
+    """Mean of an epoch's losses, forecasts of predicted steps among them."""
+
+    def __init__(self) -> None:
+        self.full_steps = 0
+        self.forecasts: list[float] = []
+
+    def with_forecast(self, logs: dict[str, Any], forecast: float) -> dict[str, Any]:
+        """Return `logs` with `forecast` taken into the mean that they hold."""
+        if not math.isfinite(forecast):
+            return dict(logs)
+        steps = self.full_steps + len(self.forecasts)
+        before = float(logs["loss"]) * steps if steps else 0.0
+        self.forecasts.append(forecast)
+        return {**logs, "loss": (before + forecast) / (steps + 1)}

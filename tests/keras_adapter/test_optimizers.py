@@ -1,0 +1,68 @@
+"""Optimizers that do something of their own to gradients or weights."""
+
+import keras
+import pytest
+import tensorflow as tf
+from keras_problems import BRISK, CROSS_ENTROPY, digits, perceptron, regression, train
+
+from hybridcore import ModelError
+from hybridcore_keras import HybridCallback
+
+# What Keras does to TensorFlow's tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.9),
+        keras.optimizers.Adam(1e-2, global_clipnorm=0.5),
+        keras.optimizers.SGD(0.5, momentum=0.9, gradient_accumulation_steps=2),
+        keras.optimizers.SGD(1.0, loss_scale_factor=8.0),
+    ],
+    ids=["ema", "clipped", "accumulating", "loss scale factor"],
+)
+def test_optimizers(optimizer):
+    hybrid = HybridCallback(BRISK)
+    model = regression(optimizer)
+    history = train(model, 200, hybrid)
+    assert history["loss"][-1] < 0.3 * history["loss"][0]
+    assert hybrid.statistics().predicted_steps > 0
+
+
+def spy(observe, observations):
+    def observed(seen):
+        observations.append(seen)
+        observe(seen)
+
+    return observed
+
+
+def test_the_gradient_norm_is_that_of_the_whole_unscaled_gradient():
+    x, y = digits()
+    for optimizer in (
+        keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
+        keras.optimizers.SGD(0.1, global_clipnorm=1e-3),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    ):
+        model, hybrid = perceptron(optimizer), HybridCallback()
+        with tf.GradientTape() as tape:
+            loss = CROSS_ENTROPY(y, model(x))
+        expected = tf.linalg.global_norm(tape.gradient(loss, model.trainable_variables))
+        observations = []
+        hybrid.engine.observe = spy(hybrid.engine.observe, observations)
+        train(model, 1, hybrid)
+        (seen,) = observations
+        assert seen.gradient_norm == pytest.approx(float(expected), rel=1e-4)
+        assert seen.loss == pytest.approx(float(loss), rel=1e-5)
+        assert seen.learning_rate == pytest.approx(0.1)
+
+
+def test_several_optimizers_in_one_are_refused():
+    multi = getattr(keras.optimizers, "MultiOptimizer", None)
+    if multi is None:
+        pytest.skip("this Keras has no MultiOptimizer")
+    model = regression()
+    model.optimizer = multi.__new__(multi)
+    with pytest.raises(ModelError, match="MultiOptimizer"):
+        train(model, 1, HybridCallback())
