@@ -35,7 +35,9 @@ def images():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="batches of 64 to train on")
-    steps = parser.parse_args().steps
+    parser.add_argument("--quick", action="store_true", help="300 steps, to see that it works")
+    arguments = parser.parse_args()
+    steps = 300 if arguments.quick else arguments.steps
 
     x, y = images()
     rows = np.random.default_rng(0).integers(0, len(x), 64 * steps)

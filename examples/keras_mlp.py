@@ -18,7 +18,9 @@ from hybridcore_keras import HybridCallback
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps to train, one an epoch")
-    steps = parser.parse_args().steps
+    parser.add_argument("--quick", action="store_true", help="200 steps, to see that it works")
+    arguments = parser.parse_args()
+    steps = 200 if arguments.quick else arguments.steps
 
     data = load_digits()
     x, y = (data.data / 16.0).astype("float32"), data.target.astype("int32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from time import perf_counter
@@ -18,9 +19,11 @@ from hybridcore import (
     HybridTrainerConfig,
     Observation,
     Phase,
+    ProtocolError,
     TrainingStatistics,
 )
 from hybridcore_keras import saving
+from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.checks import check_arguments, check_model
 from hybridcore_keras.groups import by_depth, by_user
 from hybridcore_keras.losses import RunningMean
@@ -83,6 +86,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine = Engine(self.config)
         self._port: Port | None = None
         self._bank: SnapshotBank | None = None
+        self._average: WeightAverage | None = None
+        self._fitting = False
         self._recovery: list[Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._trained: tuple[Any, Any] | None = None
@@ -94,6 +99,23 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
         return self.engine.statistics()
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Put the running average of the weights into the model, for as long as the block lasts.
+
+        For use between two calls of ``fit``; evaluate and save these weights where batches are
+        noisy. See ``hybridcore_torch.HybridTrainer.averaged``.
+
+        Raises
+        ------
+        ProtocolError
+            While ``fit`` runs, or inside another such block.
+        """
+        if self._fitting:
+            raise ProtocolError("averaged() while fit runs: call it after fit has returned")
+        if self._average is not None and self._average.shown:
+            raise ProtocolError("averaged() inside averaged(): leave the with block first")
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     # -- what Keras calls -------------------------------------------------------------------
 
@@ -107,6 +129,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """
         if not self.config.enabled:
             return
+        if self._average is not None and self._average.shown:
+            raise ProtocolError("fit() inside averaged(): leave the with block first")
         model = self.model
         check_model(model)
         # A fit that was interrupted did not give the model back.
@@ -118,6 +142,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         saving.apply_loaded(self)
         self._live.install()
         self._check_structure()
+        self._fitting = True
         model.train_function = self._train
         model.__dict__["_get_metrics_result_or_logs"] = self._epoch_logs
 
@@ -212,7 +237,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         gram = None
         if not applied:
             self._live.skip(1)
-        elif directive.snapshot:
+        elif directive.average:
+            if self._average is None:
+                self._average = WeightAverage(self._live)
+            self._average.add(directive.average)
+        if applied and directive.snapshot:
             self._snapshots.take(fresh=directive.fresh_bank)
             if directive.gram:
                 gram = self._snapshots.gram()
@@ -265,7 +294,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Begin a run with a model or an optimizer that is new here."""
         if self._trained is not None:
             self.engine = Engine(self.config)
-        self._bank = self._recovery = None
+        self._bank = self._average = self._recovery = None
         self._port = port_of(model)
         self._trained = (model, model.optimizer)
         if self.layer_groups is not None and model.built:
@@ -274,11 +303,13 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _check_structure(self) -> None:
         """Start over with snapshots if layers were frozen or thawed since the last ``fit``."""
         present = [id(variable) for variable in self._live.variables]
-        if self._bank is not None and present != self._bank.identities:
-            self._bank = self._recovery = None
+        kept = self._bank or self._average
+        if kept is not None and present != kept.identities:
+            self._bank = self._average = self._recovery = None
             self.engine.regroup()
 
     def _give_back(self) -> None:
+        self._fitting = False
         if self._port is not None and self._trained is not None:
             self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
             self._port.remove()

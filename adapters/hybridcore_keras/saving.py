@@ -8,12 +8,13 @@ import numpy as np
 from keras import ops
 
 from hybridcore import CheckpointError
+from hybridcore_keras.averages import WeightAverage
 
 if TYPE_CHECKING:
     from hybridcore_keras.callback import HybridCallback
 
 VERSION = 1
-KEYS = {"config", "engine", "bank", "recovery", "skipped"}
+KEYS = {"config", "engine", "bank", "average", "recovery", "skipped"}
 
 
 def collect(callback: HybridCallback) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def collect(callback: HybridCallback) -> dict[str, Any]:
         "config": callback.config.to_dict(),
         "engine": callback.engine.state_dict(),
         "bank": None if bank is None else bank.state_dict(),
+        "average": None if callback._average is None else callback._average.state_dict(),
         "recovery": kept,
         "skipped": 0 if port is None else port.skipped,
     }
@@ -65,6 +67,8 @@ def apply_loaded(callback: HybridCallback) -> None:
     if state is None:
         return
     assert callback._port is not None
+    if state["average"] is not None and not WeightAverage(callback._port).takes(state["average"]):
+        raise CheckpointError("state is of another model: build the one that it was saved with")
     if state["bank"] is not None:
         if not callback._snapshots.takes(state["bank"]):
             callback._bank = None
@@ -72,6 +76,10 @@ def apply_loaded(callback: HybridCallback) -> None:
                 "state is of another model or of other layer groups: build the same ones"
             )
         callback._snapshots.load_state_dict(state["bank"])
+    callback._average = None
+    if state["average"] is not None:
+        callback._average = WeightAverage(callback._port)
+        callback._average.load_state_dict(state["average"])
     callback.engine.load_state_dict(state["engine"])
     recovery = state["recovery"]
     callback._recovery = (

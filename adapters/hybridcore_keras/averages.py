@@ -1,0 +1,81 @@
+"""The running average of the weights, on the model's own device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from hybridcore_keras.ports import Port
+
+
+class WeightAverage:
+    """One copy of the trainable variables that follows them; half precision in float32.
+
+    Parameters
+    ----------
+    port : Port
+        Reads the weights while ``fit`` runs.
+    """
+
+    def __init__(self, port: Port) -> None:
+        self._variables = port.variables
+        self._read = port.reader(lambda values: [_wide(value) for value in values])
+        self._towards = port.compiled(_towards)
+        self._values: list[Any] = []
+        self.shown = False
+
+    @property
+    def identities(self) -> list[int]:
+        """Which variables are averaged."""
+        return [id(variable) for variable in self._variables]
+
+    def add(self, weight: float) -> None:
+        """Move the average towards the weights as they are, by `weight` in [0, 1] of the way."""
+        present = self._read()
+        if weight < 1.0 and self._values:
+            share = ops.convert_to_tensor(weight, "float32")
+            present = self._towards(self._values, present, share)
+        self._values = list(present)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the average into the variables, and what was there back; not while ``fit`` runs."""
+        raw = [ops.copy(variable.value) for variable in self._variables]
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(ops.cast(value, variable.dtype))
+        self.shown = True
+        try:
+            yield
+        finally:
+            for variable, value in zip(self._variables, raw, strict=True):
+                variable.assign(value)
+            self.shown = False
+
+    def state_dict(self) -> list[NDArray[Any]]:
+        """Return the average as NumPy arrays."""
+        return [np.array(ops.convert_to_numpy(value)) for value in self._values]
+
+    def takes(self, state: Sequence[NDArray[Any]]) -> bool:
+        """Whether `state` has the shapes of the variables."""
+        return [np.shape(v) for v in state] == [tuple(v.shape) for v in self._variables]
+
+    def load_state_dict(self, state: Sequence[NDArray[Any]]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._values = [ops.convert_to_tensor(value) for value in state]
+
+
+def _wide(value: Any) -> Any:
+    half = "float16" in str(value.dtype)
+    return ops.cast(value, "float32") if half else value
+
+
+def _towards(values: Sequence[Any], present: Sequence[Any], share: Any) -> list[Any]:
+    return [
+        value + ops.cast(share, value.dtype) * (now - value)
+        for value, now in zip(values, present, strict=True)
+    ]

@@ -1,0 +1,97 @@
+"""The running average of the weights, between two fits."""
+
+import keras
+import numpy as np
+import pytest
+from keras_problems import digits, perceptron, same, weights
+
+from hybridcore import HybridTrainerConfig, ProtocolError
+from hybridcore.averaging import DECAY, INTERVAL
+from hybridcore_keras import HybridCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def noisy(hybrid, *callbacks, epochs=4):
+    x, y = digits()
+    model = perceptron()
+    model.fit(
+        x[:1200], y[:1200], batch_size=16, epochs=epochs, verbose=0, callbacks=[hybrid, *callbacks]
+    )
+    return model
+
+
+class Weights(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append([np.array(w, np.float64) for w in self.model.get_weights()])
+
+
+def test_it_is_the_polynomial_mean_of_what_fit_went_through():
+    hybrid, watch = HybridCallback(), Weights()
+    model = noisy(hybrid, watch)
+    assert hybrid.statistics().predicted_steps == 0
+    mean = watch.seen[INTERVAL - 1]
+    for count, now in enumerate(watch.seen[INTERVAL - 1 :: INTERVAL], start=1):
+        share = (DECAY + 1) / (DECAY + count)
+        mean = [m + share * (w - m) for m, w in zip(mean, now, strict=True)]
+    raw = weights(model)
+    with hybrid.averaged():
+        for found, expected in zip(weights(model), mean, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ProtocolError, match="leave the with block"):
+            model.fit(*digits(), verbose=0, callbacks=[hybrid])
+    assert same(raw, weights(model))
+
+
+def test_noise_is_less_at_the_average():
+    x, y = digits()
+    hybrid = HybridCallback()
+    model = noisy(hybrid, epochs=8)
+    raw = model.evaluate(x[1200:], y[1200:], verbose=0)
+    with hybrid.averaged():
+        assert model.evaluate(x[1200:], y[1200:], verbose=0) < raw
+
+
+def test_it_waits_until_fit_has_returned():
+    hybrid, errors = HybridCallback(), []
+
+    class Eager(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with pytest.raises(ProtocolError, match="after fit") as caught:
+                hybrid.averaged()
+            errors.append(caught)
+
+    noisy(hybrid, Eager(), epochs=2)
+    assert len(errors) == 2
+
+
+@pytest.mark.parametrize("settings", [{"averaging": False}, {"enabled": False}])
+def test_where_there_is_none_the_weights_are_the_run_s_own(settings):
+    hybrid = HybridCallback(HybridTrainerConfig(**settings))
+    model = noisy(hybrid, epochs=1)
+    raw = weights(model)
+    with hybrid.averaged():
+        assert same(raw, weights(model))
+
+
+def test_it_goes_on_where_it_was_saved():
+    x, y = digits()
+
+    def resumed(stop):
+        hybrid = HybridCallback()
+        model = perceptron()
+        for _ in range(2):
+            model.fit(x, y, batch_size=16, shuffle=False, verbose=0, callbacks=[hybrid])
+            if stop:
+                state, hybrid = hybrid.state_dict(), HybridCallback()
+                hybrid.load_state_dict(state)
+        # A loaded state is taken up when fit begins.
+        model.fit(x, y, batch_size=16, steps_per_epoch=9, verbose=0, callbacks=[hybrid])
+        with hybrid.averaged():
+            return weights(model)
+
+    assert same(resumed(stop=False), resumed(stop=True))
