@@ -268,7 +268,7 @@ class Controller:
             if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
                 self._bank = 0
-                self.pace.wait = self._taken + self.pace.back_off(config.min_full_steps)
+                self.pace.look_later(self._taken)
             return None
         here = (yield _PROBE).loss
         averaged = (yield probe_average(len(gram))).loss

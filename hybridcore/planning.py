@@ -29,6 +29,9 @@ BACKTEST_INTERVALS = (1, 2)
 WORTHLESS_ERROR = 0.5
 MOST_REACH = 8
 MOST_PATIENCE = 16
+# Looking at the path again costs no forward pass, so that a path which has become regular, as it
+# does when a learning rate falls, is not overlooked for long.
+MOST_PATIENCE_TO_LOOK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,13 @@ class Pace:
         """
         lead, interval = self.wait - taken - 1, self._config.snapshot_interval
         return max(lead % interval, lead - interval * (self._config.snapshots - 1))
+
+    def look_later(self, taken: int) -> None:
+        """Wait, after full step number `taken` of the phase, for the path to become regular."""
+        self.wait = taken + min(
+            self.back_off(self._config.min_full_steps),
+            self._config.min_full_steps * MOST_PATIENCE_TO_LOOK,
+        )
 
     def back_off(self, least: int) -> int:
         """Full steps to wait before the next attempt: `least`, and twice as many each time."""

@@ -16,6 +16,8 @@ from hybridcore.planning import ARMS, MOST_REACH, Jump
 from hybridcore.types import Action, Directive, Observation
 
 AVERAGED_SNAPSHOTS = 2
+# A reach that differs by less, as a share, is not worth a probe.
+LEAST_CHANGE = 0.1
 
 
 class Trial(NamedTuple):
@@ -37,7 +39,7 @@ def arm_names() -> tuple[str, ...]:
 def search(
     gram: NDArray[np.float64], arms: Sequence[str], reach: float, here: float
 ) -> Generator[Directive, Observation, list[Trial]]:
-    """Probe each arm at `reach`, then the best one further and further while that helps.
+    """Probe each arm at `reach`, then the best one further while that helps, then in between.
 
     Parameters
     ----------
@@ -59,19 +61,39 @@ def search(
     for name in arms:
         trials.append((yield from probe_jump(gram, Jump(name, reach), f"{name} x1")))
     best = min(trials, key=lambda trial: trial.loss, default=None)
-    multiple = 2
     # Only a forecast has a further: the others name one point at any reach.
-    while best is not None and best.loss < here and best.jump.extrapolator in FORECASTERS:
-        if multiple > MOST_REACH:
-            break
-        name = best.jump.extrapolator
+    if best is None or not best.loss < here or best.jump.extrapolator not in FORECASTERS:
+        return trials
+    name, nearer, multiple = best.jump.extrapolator, (0.0, here), 2
+    while multiple <= MOST_REACH:
         jump = Jump(name, multiple * reach)
         further = yield from probe_jump(gram, jump, f"{name} x{multiple}")
         trials.append(further)
         if not further.loss < best.loss:
+            between = _vertex(nearer, (best.jump.reach, best.loss), (jump.reach, further.loss))
+            if abs(between - best.jump.reach) > LEAST_CHANGE * best.jump.reach:
+                trials.append((yield from probe_jump(gram, Jump(name, between), best.arm)))
             break
-        best, multiple = further, 2 * multiple
+        nearer, best, multiple = (best.jump.reach, best.loss), further, 2 * multiple
     return trials
+
+
+def _vertex(
+    nearer: tuple[float, float], best: tuple[float, float], further: tuple[float, float]
+) -> float:
+    """Reach at the vertex of the parabola through three points (reach, log loss).
+
+    The loss at `best` is the least of the three. Brent 1973, chapter 5.
+    """
+    if not math.isfinite(further[1]):
+        return best[0]
+    (a, b, c), (low, middle, high) = zip(nearer, best, further, strict=True)
+    left, right = math.log(low / middle), math.log(high / middle)
+    # Slopes of the two chords; both point up, away from the middle.
+    left, right = left / (b - a), right / (c - b)
+    if left + right <= 0.0:
+        return b
+    return b + 0.5 * ((c - b) * left - (b - a) * right) / (left + right)
 
 
 def probe_jump(

@@ -166,10 +166,11 @@ def test_the_corrected_jump_is_taken_only_where_its_probe_is_lower():
 
         def losses(number, _, gain=gain, seen=seen):
             seen.append(0.7 if number == 0 else 0.8)
-            return seen[-1] if number <= len(ARMS) else 0.7 + gain
+            return seen[-1] if number <= len(ARMS) + 1 else 0.7 + gain
 
         flight, tried = choose(rule, losses)
-        assert len(tried) == len(ARMS) + 2  # one doubling in vain, and the corrected jump
+        # One doubling in vain, one in between, and the corrected jump.
+        assert len(tried) == len(ARMS) + 3
         assert flight.jump.scales == (tuple(expected.tolist()) if corrected else ())
         assert flight.log_target == pytest.approx(math.log(min(0.7, 0.7 + gain)))
 

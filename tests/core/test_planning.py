@@ -258,6 +258,14 @@ def test_each_attempt_in_vain_doubles_the_wait_up_to_a_limit():
     assert pace.back_off(50) == 800
 
 
+def test_a_path_that_stays_irregular_is_looked_at_every_200_steps():
+    pace, waits = Pace(HybridTrainerConfig()), []
+    for _ in range(5):
+        pace.look_later(taken=10)
+        waits.append(pace.wait)
+    assert waits == [60, 110, 210, 210, 210]
+
+
 def test_a_horizon_shorter_than_the_interval_wins():
     config = HybridTrainerConfig(horizon=5, correction_interval=15)
     assert horizon(Pace(config)) == 5
