@@ -11,10 +11,16 @@ import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks.proving_ground.results import Ground, tables  # noqa: E402
+from benchmarks.proving_ground.runs import RESULTS  # noqa: E402
+
 README = HERE.parent / "README.md"
 SMOOTH = {"siren": "SIREN fits china.jpg", "burgers": "PINN, viscous Burgers equation"}
 NOISY = {"fashion": "MLP, Fashion-MNIST, batches of 64"}
@@ -119,6 +125,7 @@ def main() -> None:
         ("moments", moments()),
         ("parts", parts()),
         ("models", models()),
+        ("ground", tables(Ground(RESULTS))),
     ):
         print(content + "\n")
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

@@ -28,8 +28,11 @@ class Averaging:
         self.since = 0
 
     def weight(self, taken: int) -> float:
-        """Weight in [0, 1] of the weights after full step number `taken` of the phase; 0: none."""
-        if taken % INTERVAL:
+        """Weight in [0, 1] of the weights after full step number `taken` of the phase; 0: none.
+
+        A new average begins with the next step, whatever its number.
+        """
+        if self.since and taken % INTERVAL:
             return 0.0
         polynomial = (DECAY + 1) / (self.count + 1 + DECAY)
         return max(polynomial, 1.0 / (self.since + 1))
@@ -45,7 +48,7 @@ class Averaging:
 
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` of the phase until the one that ends in an averaging."""
-        return (-taken - 1) % INTERVAL
+        return (-taken - 1) % INTERVAL if self.since else 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts."""

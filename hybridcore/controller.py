@@ -241,7 +241,8 @@ class Controller:
             return
         # The fast directions that a jump excites fall back within a few steps, or never.
         if self._taken >= PATIENT_STEPS and usable(observation.loss):
-            rise = math.log(observation.loss) - self._in_flight.log_start
+            # The trend from before the jump: a probe's loss may be of other data.
+            rise = math.log(observation.loss) - self.dynamics.forecast(0.0).mean
             if rise > ABORT_RISE + self._margin:
                 yield from self._give_up()
 
@@ -259,8 +260,7 @@ class Controller:
         ahead = learning_rate_ahead(self._rates, config.horizon)
         context = self.rule.context(in_path, in_loss, slope, ahead)
         self.rule.learn(gram, path, context)
-        retry = config.snapshot_interval
-        self.pace.wait = self._taken + retry
+        self.pace.wait = self._taken + config.snapshot_interval
         action = self.monitor.action()
         if action not in (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON):
             return None
@@ -282,7 +282,7 @@ class Controller:
         if flight is not None:
             return flight
         # Probing costs a step or two: where it finds nothing, not again soon.
-        self.pace.wait = self._taken + self.pace.back_off(2 * retry)
+        self.pace.wait = self._taken + self.pace.back_off(2 * config.snapshot_interval)
         return None
 
     def _validate(self) -> Generator[Directive, Observation, bool]:

@@ -110,6 +110,7 @@ class Engine:
     def count_plain(self, observation: Observation) -> None:
         """Count a step of a run with ``enabled=False``, about which there is nothing to decide."""
         self._account(FULL_STEP, observation)
+        self._read()
 
     def count_time(self, phase: Phase, seconds: float, overhead: float) -> None:
         """Take the wall-clock time of a whole step, and what of it was neither training nor probe.

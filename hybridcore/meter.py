@@ -2,15 +2,14 @@
 
 Between two probes at averaged weights the log loss falls by some progress, at some cost. The
 stretch from the start of a jump to the end of its settling steps is *predicting*, the stretch from
-there to the next decision is *full steps only*. A jump pays as far as the whole run makes more
-progress per cost than its own full-step stretches do:
+there to the next decision is *full steps only*. A jump stands for as many full steps as would have
+made its progress at the slope of the full-step stretches next to it:
 
-``speedup = (progress / cost of all stretches) / (progress / full steps of the full stretches)``,
+``speedup = (full steps outside of jumps + full steps that jumps stand for) / cost of the run``.
 
-where the decisions' probes are part of the cost of the run, but not of plain training.
-
-Both halves come from the same stretch of training, so a loss that gets harder to lower, or a
-decaying learning rate, falls on both. Cost is in full steps. A forward pass counts by its measured
+Just before a jump plain training is faster than it would have been by the jump's end, and just
+after it slower than it would have been at its start: the mean of the two slopes gives the estimate,
+and each alone an end of the interval. Cost is in full steps. A forward pass counts by its measured
 time, and so does what hybridcore itself does.
 """
 
@@ -18,22 +17,43 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 NOMINAL_PROBE_COST = 1.0 / 3.0
-LEVEL = 0.90
-_RESAMPLES = 400
+# What the ends of the interval leave out: times are measured, and a slope is not constant.
+MARGIN = 0.05
+# No jump stands for more full steps, however little the full steps beside it achieved.
+MOST_STEPS = 600.0
 
 
 class Interval(NamedTuple):
-    """Lower and upper end of a 90 % interval."""
+    """Lower and upper end of an interval meant to hold the truth in 9 of 10 runs."""
 
     low: float
     high: float
+
+
+class Stretch(NamedTuple):
+    """A finished stretch of the run.
+
+    Attributes
+    ----------
+    progress : float
+        Decrease of the log loss at averaged weights.
+    full_steps : int
+        Full steps that it took.
+    predicting : bool
+        Whether it was a jump with its settling steps.
+    """
+
+    progress: float
+    full_steps: int
+    predicting: bool
 
 
 @dataclass(slots=True)
@@ -42,8 +62,8 @@ class Meter:
 
     Attributes
     ----------
-    predicting, full : list of (progress, full steps, probes)
-        Finished stretches: decrease of the log loss and what it took.
+    stretches : list of Stretch
+        Finished stretches, oldest first.
     full_seconds, probe_seconds : deque of float
         The newest wall-clock times; their medians give the cost of a probe.
     overhead_seconds : float
@@ -52,8 +72,7 @@ class Meter:
         Where the present stretch began; NaN while there is no such point.
     """
 
-    predicting: list[tuple[float, int, int]] = field(default_factory=list)
-    full: list[tuple[float, int, int]] = field(default_factory=list)
+    stretches: list[Stretch] = field(default_factory=list)
     full_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     probe_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
     overhead_seconds: float = 0.0
@@ -87,9 +106,9 @@ class Meter:
         """
         if progress is None:
             progress = self.mark[0] - log_loss
-        stretch = (progress, *self.spent(full_steps, probes))
-        if math.isfinite(progress) and stretch[1] > 0:
-            (self.predicting if predicting else self.full).append(stretch)
+        taken = full_steps - self.mark[1]
+        if math.isfinite(progress) and taken > 0:
+            self.stretches.append(Stretch(progress, taken, predicting))
         self.mark = (log_loss, full_steps, probes)
 
     @property
@@ -121,47 +140,39 @@ class Meter:
         Returns
         -------
         (float, Interval)
-            Progress per cost of the run over that of its full-step stretches. Where nothing was
-            predicted it is what the run's own work cost, a little below 1. The interval comes from
-            a bootstrap over stretches and is infinitely wide while there are fewer than two of each
-            kind.
+            Full steps that the run stands for, by what it cost. Where nothing was predicted that is
+            what its own work cost, a little below 1. The interval is open above while no jump has
+            a full-step stretch beside it.
         """
-        total = self.cost(full_steps, probes)
-        burden = 1.0 if total <= 0.0 else total / (total + self.overhead)
-        if not self.predicting:
-            plain = full_steps / total if total > 0.0 else 1.0
-            return plain * burden, Interval(plain * burden, plain * burden)
-        if not self.full:
-            return burden, Interval(0.0, math.inf)
-        predicting, full = self._table(self.predicting), self._table(self.full)
-        # Plain training, with which the run is compared, would not have probed.
-        estimate = _ratio(predicting.sum(0), full.sum(0)) * burden
-        if len(predicting) < 2 or len(full) < 2:
-            return estimate, Interval(0.0, math.inf)
-        # A generator of its own: asking for statistics must not change what the run does next.
-        random = np.random.default_rng(0)
-        ratios = [
-            _ratio(
-                predicting[random.integers(len(predicting), size=len(predicting))].sum(0),
-                full[random.integers(len(full), size=len(full))].sum(0),
-            )
-            for _ in range(_RESAMPLES)
-        ]
-        # Order statistics: ratios may be infinite, and between those nothing can be interpolated.
-        ratios.sort()
-        tail = round(_RESAMPLES * (1.0 - LEVEL) / 2.0)
-        low, high = ratios[tail] * burden, ratios[-1 - tail] * burden
-        return estimate, Interval(min(low, estimate), max(high, estimate))
+        total = self.cost(full_steps, probes) + self.overhead
+        if total <= 0.0:
+            return 1.0, Interval(1.0, 1.0)
+        outside = full_steps - sum(s.full_steps for s in self.stretches if s.predicting)
+        stands = np.array([self._stands_for(i) for i in range(len(self.stretches))]).reshape(-1, 3)
+        low, middle, high = (outside + stands.sum(axis=0)) / total
+        return float(middle), Interval(float(low) * (1 - MARGIN), float(high) * (1 + MARGIN))
 
-    def _table(self, stretches: list[tuple[float, int, int]]) -> NDArray[np.float64]:
-        """Progress, full steps and cost of each stretch, shape (n, 3)."""
-        return np.array([(p, steps, self.cost(steps, probes)) for p, steps, probes in stretches])
+    def _stands_for(self, index: int) -> tuple[float, float, float]:
+        """Full steps that a stretch stands for if it is a jump: at least, probably, at most."""
+        jump = self.stretches[index]
+        if not jump.predicting or jump.progress <= 0.0:
+            return 0.0, 0.0, 0.0
+        before = self._first_of_full_steps(range(index - 1, -1, -1))
+        after = self._first_of_full_steps(range(index + 1, len(self.stretches)))
+        if not before and not after:
+            return 0.0, 0.0, math.inf
+        worths = [_worth(jump.progress, beside) for beside in (before, after) if beside]
+        middle = _worth(jump.progress, before + after)
+        return min(*worths, middle), middle, max(*worths, middle)
+
+    def _first_of_full_steps(self, indices: range) -> list[Stretch]:
+        found = (self.stretches[i] for i in indices if not self.stretches[i].predicting)
+        return list(islice(found, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as lists and numbers."""
         return {
-            "predicting": [list(s) for s in self.predicting],
-            "full": [list(s) for s in self.full],
+            "stretches": [list(s) for s in self.stretches],
             "full_seconds": list(self.full_seconds),
             "probe_seconds": list(self.probe_seconds),
             "overhead_seconds": self.overhead_seconds,
@@ -170,8 +181,7 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self.predicting = [(float(p), int(s), int(n)) for p, s, n in state["predicting"]]
-        self.full = [(float(p), int(s), int(n)) for p, s, n in state["full"]]
+        self.stretches = [Stretch(float(p), int(n), bool(b)) for p, n, b in state["stretches"]]
         self.full_seconds = deque(state["full_seconds"], maxlen=101)
         self.probe_seconds = deque(state["probe_seconds"], maxlen=101)
         self.overhead_seconds = float(state["overhead_seconds"])
@@ -179,10 +189,9 @@ class Meter:
         self.mark = (float(log_loss), int(full_steps), int(probes))
 
 
-def _ratio(predicting: NDArray[np.float64], full: NDArray[np.float64]) -> float:
-    both = predicting + full
-    plain = full[0] / full[1]
-    # Full steps that lower nothing: any progress at all is without comparison.
-    if plain <= 0.0:
-        return math.inf if both[0] > 0.0 else 1.0
-    return float(max(0.0, both[0] / both[2] / plain))
+def _worth(progress: float, beside: Sequence[Stretch]) -> float:
+    """Full steps that would have made `progress` at the slope of the stretches `beside`."""
+    made = sum(stretch.progress for stretch in beside)
+    if made <= 0.0:
+        return MOST_STEPS
+    return min(progress * sum(s.full_steps for s in beside) / made, MOST_STEPS)

@@ -67,11 +67,11 @@ class TrainingStatistics:
     overhead_seconds : float
         Time that hybridcore itself took: snapshots, decisions, moves.
     cost : float
-        Work done, in full steps: full steps, probes and overhead.
+        Work done, in full steps: full steps, probes and overhead, by their measured times.
     measured_speedup : float
-        Progress per cost against this run's own stretches of full steps.
+        Full steps that the run stands for, by what it cost.
     measured_speedup_interval : (float, float)
-        Its 90 % interval.
+        Interval meant to hold the truth in 9 of 10 runs; open above while it is not known.
     arm_values : dict of str to float
         By extrapolator, how many full steps its last jumps gained, net.
     confidence : float
@@ -134,13 +134,15 @@ class TrainingStatistics:
     def __str__(self) -> str:
         low, high = self.measured_speedup_interval
         speedup = f"{self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
-        if not math.isfinite(high):
+        if self.predicted_steps == 0:
+            speedup = "none, nothing was predicted"
+        elif not math.isfinite(high):
             speedup = "not known yet"
         return (
             f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
             f"({self.backward_reduction:.0%} fewer backward passes), {self.probes} probes, "
             f"{self.rollbacks} rollbacks, {self.divergences} bad batches; "
-            f"cost {self.cost:.0f} full steps; "
+            f"cost {self.cost:.0f} full steps, its own time included; "
             f"measured speed-up {speedup}"
         )
 

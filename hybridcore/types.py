@@ -97,8 +97,8 @@ class StepResult(NamedTuple):
     Attributes
     ----------
     loss : float
-        Loss of the batch; in a predicted step the forecast, or the probe's loss where there was
-        one; NaN after a bad batch.
+        Loss of the batch, which is what it was where the batch was bad; in a predicted step the
+        forecast, or the probe's loss where there was one.
     phase : Phase
         Phase in which the step was taken.
     was_predicted : bool

@@ -13,6 +13,7 @@ from keras import ops
 
 from hybridcore import (
     Action,
+    ConfigError,
     Directive,
     DivergenceError,
     Engine,
@@ -108,9 +109,16 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
         Raises
         ------
+        ConfigError
+            With ``averaging=False``.
         ProtocolError
             While ``fit`` runs, or inside another such block.
         """
+        if not self.config.averaging:
+            raise ConfigError(
+                "averaged() needs the setting averaging=True, got False: build the callback with "
+                "it, which costs one copy of the weights"
+            )
         if self._fitting:
             raise ProtocolError("averaged() while fit runs: call it after fit has returned")
         if self._average is not None and self._average.shown:

@@ -1,5 +1,6 @@
 """hybridcore inside PyTorch loops."""
 
+from hybridcore import HybridTrainerConfig, Phase
 from hybridcore_torch.trainer import HybridTrainer
 
-__all__ = ["HybridTrainer"]
+__all__ = ["HybridTrainer", "HybridTrainerConfig", "Phase"]

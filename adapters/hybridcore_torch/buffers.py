@@ -17,7 +17,8 @@ def keep(modules: Iterable[nn.Module]) -> Kept:
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        # What was expanded shares its memory with itself, and cannot be written in place.
+        if buffer is not None and (0 not in buffer.stride() or buffer.numel() < 2)
     ]
 
 

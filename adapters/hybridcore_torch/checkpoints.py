@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import pickle
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,8 @@ KEYS = {
     "outside",
     "optimizer_class",
     "optimizer",
+    "max_grad_norm",
+    "scheduler_class",
     "scheduler",
     "scaler",
 }
@@ -52,6 +53,8 @@ def collect(trainer: HybridTrainer) -> dict[str, Any]:
         "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
         "optimizer_class": type(trainer.optimizer).__name__,
         "optimizer": to_tensors(trainer.optimizer.state_dict()),
+        "max_grad_norm": trainer.max_grad_norm,
+        "scheduler_class": None if scheduler is None else type(scheduler).__name__,
         "scheduler": None if scheduler is None else to_tensors(scheduler.state_dict()),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
@@ -67,18 +70,20 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     """
     check(state)
     _check_fits(trainer, state)
+    engine = from_tensors(state["engine"])
     trainer.model.load_state_dict(state["model"])
     with torch.no_grad():
         for p, saved in zip(
             outside(trainer.model, trainer.optimizer), state["outside"], strict=True
         ):
             p.copy_(saved)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    # A copy: an optimizer may keep the very tensors that it is given, and train on them.
+    trainer.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     if trainer.scheduler is not None:
         trainer.scheduler.load_state_dict(state["scheduler"])
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.engine.load_state_dict(from_tensors(state["engine"]))
+    trainer.engine.load_state_dict(engine)
     trainer._bank = None
     if state["bank"] is not None:
         trainer._snapshots.load_state_dict(state["bank"])
@@ -101,6 +106,17 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         if (getattr(trainer, name) is None) != (state[name] is None):
             has = "without" if state[name] is None else "with"
             raise CheckpointError(f"state was saved {has} a {name}: build the trainer likewise")
+    if state["max_grad_norm"] != trainer.max_grad_norm:
+        raise CheckpointError(
+            f"state was saved with max_grad_norm={state['max_grad_norm']}, this trainer has "
+            f"{trainer.max_grad_norm}: pass the same one"
+        )
+    scheduler = None if trainer.scheduler is None else type(trainer.scheduler).__name__
+    if scheduler != state["scheduler_class"]:
+        raise CheckpointError(
+            f"state was saved with scheduler {state['scheduler_class']}, this trainer has "
+            f"{scheduler}: build the same one"
+        )
     shapes, saved = _shapes(trainer.model.state_dict()), _shapes(state["model"])
     if shapes != saved:
         differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
@@ -139,15 +155,15 @@ def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def write(state: dict[str, Any], path: str | Path) -> None:
     """Write `state` to `path` in one move: the file is whole, or as it was before."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -161,7 +177,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    # What a damaged file makes of itself is anything: the reader's errors are of many kinds.
+    except Exception as error:
         raise CheckpointError(
             f"{path} is damaged or no checkpoint: use an earlier one ({error})"
         ) from error
@@ -189,7 +208,8 @@ def to_tensors(value: Any) -> Any:
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, dict):
+    # A dict of another kind, as the Counter of MultiStepLR, has to stay of its kind.
+    if type(value) is dict:
         return {key: to_tensors(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [to_tensors(item) for item in value]
@@ -200,7 +220,7 @@ def to_tensors(value: Any) -> Any:
 def from_tensors(value: Any) -> Any:
     """Undo :func:`to_tensors`."""
     if isinstance(value, torch.Tensor):
-        return value.numpy()
+        return value.cpu().numpy()
     if isinstance(value, dict):
         return {key: from_tensors(item) for key, item in value.items()}
     return value

@@ -33,7 +33,19 @@ def check_arguments(
             "optimizer LBFGS calls the closure by itself and cannot be stepped from outside: use "
             "a first-order optimizer such as Adam or SGD"
         )
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if not isinstance(rate, int | float | torch.Tensor):
+            raise ModelError(
+                f"optimizer {type(optimizer).__name__} has learning rate {rate!r} in a parameter "
+                "group: give it a number, which settling after a jump scales"
+            )
     if config is not None and not isinstance(config, HybridTrainerConfig):
+        if callable(getattr(config, "step", None)):
+            raise ConfigError(
+                f"config must be a HybridTrainerConfig, got {type(config).__name__}: pass it as "
+                "scheduler="
+            )
         raise ConfigError(
             f"config must be a HybridTrainerConfig, got {type(config).__name__}: for a dictionary "
             "use HybridTrainerConfig.from_dict"

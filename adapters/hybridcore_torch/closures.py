@@ -46,24 +46,17 @@ class Prober:
 
     def loss(self, closure: Closure, name: str) -> float:
         """Loss of `closure` at the present weights; `name` is what an error calls it."""
-        with self._no_trace():
-            if not self._needs_graph:
-                try:
-                    with torch.no_grad():
-                        value = closure()
-                        _check_scalar(value, name)
-                    return float(value)
-                except RuntimeError:
-                    self._needs_graph = True
+        if not self._needs_graph:
             try:
-                with torch.enable_grad():
-                    value = closure()
+                with self._no_trace(), torch.no_grad():
+                    return _value(closure(), name)
             except RuntimeError:
-                # It fails either way, so it was not for want of a graph.
-                self._needs_graph = False
-                raise
-            _check_scalar(value, name)
-            return float(value.detach())
+                pass
+        # From the state that the first attempt began with, so that both see the same data.
+        with self._no_trace(), torch.enable_grad():
+            value = _value(closure(), name)
+        self._needs_graph = True
+        return value
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
@@ -74,6 +67,11 @@ class Prober:
                 yield
             finally:
                 buffers.put_back(kept)
+
+
+def _value(loss: torch.Tensor, name: str) -> float:
+    _check_scalar(loss, name)
+    return float(loss.detach())
 
 
 def _check_scalar(loss: object, name: str) -> None:

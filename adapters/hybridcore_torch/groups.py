@@ -39,7 +39,8 @@ def trainable_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     # Parameters outside the model, of a learned loss for instance, move with the rest.
     others = [p for p in outside(model, optimizer) if p.requires_grad]
     for module in model.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if sparse and id(module.weight) in held:
             raise ModelError(
                 f"{type(module).__name__}(sparse=True) makes sparse gradients, which cannot be "
                 "watched: build it with sparse=False and use a dense optimizer"

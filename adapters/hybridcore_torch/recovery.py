@@ -25,7 +25,7 @@ class RecoveryPoint:
         scheduler: Any | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        self._buffers = [b.detach().clone() for b in model.buffers()]
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self._optimizer = copy.deepcopy(optimizer.state_dict())
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
@@ -47,8 +47,12 @@ class RecoveryPoint:
             Steps that the schedule has taken since. The steps of the user's loop are not undone by
             a rollback, so a schedule that is restored is advanced by as many.
         """
-        for buffer, saved in zip(model.buffers(), self._buffers, strict=True):
-            buffer.copy_(saved)
+        for name, buffer in model.named_buffers():
+            # A cache that has grown or is new since is not of the weights: it may stay.
+            saved = self._buffers.get(name)
+            written = 0 not in buffer.stride() or buffer.numel() < 2
+            if written and saved is not None and saved.shape == buffer.shape:
+                buffer.copy_(saved)
         state = copy.deepcopy(self._optimizer)
         if scheduler is None:
             # Rates then belong to the user alone, who may have changed them since.
@@ -64,7 +68,7 @@ class RecoveryPoint:
     def state_dict(self) -> dict[str, Any]:
         """Return the copies as tensors, numbers and dictionaries."""
         return {
-            "buffers": list(self._buffers),
+            "buffers": dict(self._buffers),
             "optimizer": self._optimizer,
             "scheduler": self._scheduler,
             "scaler": self._scaler,
@@ -74,7 +78,7 @@ class RecoveryPoint:
     def from_state_dict(cls, state: dict[str, Any]) -> RecoveryPoint:
         """Build from what :meth:`state_dict` returned."""
         point = cls.__new__(cls)
-        point._buffers = list(state["buffers"])
+        point._buffers = dict(state["buffers"])
         point._optimizer = state["optimizer"]
         point._scheduler = state["scheduler"]
         point._scaler = state["scaler"]

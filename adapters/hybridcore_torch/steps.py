@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridcore import Observation
+from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closure, training_loss
 from hybridcore_torch.gradients import gradient_norm
@@ -47,8 +47,6 @@ class Stepper:
     def refresh(self) -> None:
         """Look at the model and the optimizer again, after parameters were added or removed."""
         self._modules = list(self._model.modules())
-        # Parameters outside the model, of a learned loss for instance, are clipped with the rest.
-        self._clipped = list(self._model.parameters()) + outside(self._model, self._optimizer)
 
     @property
     def learning_rate(self) -> float:
@@ -64,7 +62,7 @@ class Stepper:
         """Do what the plain loop does, and nothing else."""
         start = perf_counter()
         self._optimizer.zero_grad()
-        loss = training_loss(closure)
+        loss = self._loss(closure)
         self._backward(loss)
         norm = NAN
         if self._max_grad_norm is not None:
@@ -90,7 +88,11 @@ class Stepper:
         kept = buffers.keep(self._modules)
         start = perf_counter()
         self._optimizer.zero_grad()
-        loss = training_loss(closure)
+        try:
+            loss = self._loss(closure)
+        except BaseException:
+            buffers.put_back(kept)
+            raise
         value, rate, norm = loss.item(), self.learning_rate, NAN
         self._watching = 0.0
         if math.isfinite(value):
@@ -98,7 +100,9 @@ class Stepper:
             if math.isfinite(norm):
                 self._update_scaled(scale)
             else:
-                self._optimizer.zero_grad()
+                # All of them, or a norm that is not finite would stay so for every later batch.
+                for parameter in self._clipped():
+                    parameter.grad = None
             if self._scaler is not None:
                 self._scaler.update()
         self.advance_schedule()
@@ -109,12 +113,27 @@ class Stepper:
         seconds = perf_counter() - start - self._watching
         return Observation(value, norm, rate, seconds, applied=applied)
 
+    def _loss(self, closure: Closure) -> torch.Tensor:
+        loss = training_loss(closure)
+        if any(p.grad is not None for p in self._optimizer.param_groups[0]["params"][:1]):
+            self._optimizer.zero_grad()
+            raise ClosureError(
+                "closure called backward(), which the trainer does: leave backward(), zero_grad() "
+                "and step() out, and only compute and return the loss"
+            )
+        return loss
+
     def _backward(self, loss: torch.Tensor) -> None:
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self, most: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self._clipped, most))
+        return float(nn.utils.clip_grad_norm_(self._clipped(), most))
+
+    def _clipped(self) -> list[torch.nn.Parameter]:
+        # Parameters outside the model, of a learned loss for instance, are clipped with the rest.
+        # Looked up each time: a layer that was added may train before the structure is looked at.
+        return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
     def _watched_backward(self, loss: torch.Tensor) -> float:
         """Compute gradients, clip them, and return their norm before clipping."""
@@ -125,7 +144,9 @@ class Stepper:
             return self._clip(self._max_grad_norm)
         start = perf_counter()
         norm = gradient_norm(self._optimizer)
-        self._watching = perf_counter() - start
+        # Elsewhere the norm waits for the backward pass, which is not watching.
+        if loss.is_cpu:
+            self._watching = perf_counter() - start
         return norm
 
     def _update(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from hybridcore import (
     Action,
     ClosureError,
+    ConfigError,
     Directive,
     DivergenceError,
     Engine,
@@ -27,15 +28,13 @@ from hybridcore import (
 )
 from hybridcore_torch import checkpoints
 from hybridcore_torch.averages import WeightAverage
-from hybridcore_torch.batches import length
+from hybridcore_torch.batches import Batch, Batches
 from hybridcore_torch.checks import check_arguments
 from hybridcore_torch.closures import Closure, Prober
 from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
 from hybridcore_torch.steps import Stepper
-
-Batch = TypeVar("Batch")
 
 
 class HybridTrainer:
@@ -122,9 +121,8 @@ class HybridTrainer:
         Parameters
         ----------
         closure : callable
-            Computes and returns the loss of the present batch, a scalar tensor with its graph. It
-            is called once in a full step, not at all in most predicted ones, and several times,
-            without gradients, where a jump is chosen or checked.
+            Returns the loss of the present batch, a scalar tensor with its graph. Called once in a
+            full step, not in most predicted ones, and several times where a jump is chosen.
 
         Raises
         ------
@@ -142,45 +140,50 @@ class HybridTrainer:
         self._check_own_weights("step()")
         return self._step(closure)
 
-    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of `loader` that will be used; call :meth:`step` for each of them.
+    def batches(self, loader: Iterable[Batch]) -> Batches[Batch]:
+        """Return the batches of `loader` that will be used; call :meth:`step` for each of them.
 
         Predicted steps that need no data are taken here, without loading a batch. A loader with a
-        length still makes for as many steps as it has batches, so that schedules by the epoch stay
-        true: the batches at its end are left out, which a shuffled loader spreads evenly.
+        length makes for as many steps as it has batches: those at its end are left out.
         """
-        most = length(loader)
-        iterator = iter(loader)
-        taken = 0
-        while taken < most:
-            if self.config.enabled and self.engine.touches_weights:
-                self._check_structure()
-            if self.config.enabled and not self.engine.needs_batch:
-                self._step(None)
-            else:
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-                yield batch
-            taken += 1
+        return Batches(loader, self._skip)
+
+    def _skip(self) -> bool:
+        self._check_own_weights("batches()")
+        if not self.config.enabled:
+            return False
+        if self.engine.touches_weights:
+            self._check_structure()
+        if self.engine.needs_batch:
+            return False
+        self._step(None)
+        return True
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Put the running average of the weights into the model, for as long as the block lasts.
 
-        Evaluate and keep these weights where batches are noisy: the average of about the last
-        17th of the run has the loss that a decayed learning rate would have led to. On smooth
-        work it lags behind the weights themselves. Buffers stay as they are; a model with batch
-        normalisation is evaluated with the running statistics of the run's own weights::
+        Keep these weights where batches are noisy and the rate does not decay; on smooth work they
+        lag behind. The average is of about the last 17th of the run. Buffers are the run's own::
 
             with trainer.averaged():
                 accuracy = evaluate(model)
                 torch.save(model.state_dict(), "model.pt")
 
-        During a jump these are the weights from before it. Until there is an average, and with
-        ``enabled=False`` or ``averaging=False``, they are the run's own.
+        During a jump these are the weights from before it; with ``enabled=False`` the run's own.
+
+        Raises
+        ------
+        ConfigError
+            With ``averaging=False``.
         """
+        if not self.config.averaging:
+            raise ConfigError(
+                "averaged() needs the setting averaging=True, got False: build the trainer with "
+                "it, which costs one copy of the weights"
+            )
         self._check_own_weights("averaged()")
+        if self.config.enabled:
+            self._check_structure()
         return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def statistics(self) -> TrainingStatistics:
@@ -216,6 +219,8 @@ class HybridTrainer:
                 raise
             if not predicted:
                 observation = last_full
+        if self._recovery is not None and engine.phase is Phase.FULL:
+            self._recovery = None
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(
@@ -319,7 +324,7 @@ class HybridTrainer:
 
     def _present_structure(self) -> tuple[object, ...]:
         return tuple(
-            (id(p), p.requires_grad, p.shape)
+            (id(p), p.requires_grad, p.shape, p.dtype, p.device)
             for group in self.optimizer.param_groups
             for p in group["params"]
         )
@@ -327,8 +332,7 @@ class HybridTrainer:
     def _check_structure(self) -> None:
         """Start over with snapshots if parameters were added, frozen or resized.
 
-        Weights stay as they are, a jump under way included: what the user froze or replaced must
-        not move any more.
+        Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
         if self._present_structure() == self._structure:
             return
@@ -350,11 +354,13 @@ class HybridTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Return all that training needs to go on as if it had not been interrupted.
 
-        Model, optimizer, scheduler and scaler are included, random states are not. Everything is a
-        tensor, a number, a string or a container of those, so
-        ``torch.load(..., weights_only=True)`` reads it back.
+        Model, optimizer, scheduler and scaler are included, random states are not. ``torch.load``
+        reads all of it back with ``weights_only=True``. As in torch, the tensors of model and
+        optimizer are the live ones: clone them to keep them while training goes on.
         """
         self._check_own_weights("state_dict()")
+        if self.config.enabled:
+            self._check_structure()
         return checkpoints.collect(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -363,8 +369,7 @@ class HybridTrainer:
         Raises
         ------
         CheckpointError
-            If the state is of another version, model or optimizer, or was saved with or without a
-            scheduler or scaler where this trainer differs.
+            If the state is of another version, model, optimizer, scheduler, scaler or clipping.
         """
         self._check_own_weights("load_state_dict()")
         checkpoints.restore(self, state)
@@ -386,7 +391,7 @@ class HybridTrainer:
         model, optimizer
             Built as for the run that was saved; their state is overwritten.
         **arguments
-            Further arguments of the constructor, but for ``config``, which is the saved one.
+            Further arguments of the constructor as they were; ``config`` is the saved one.
         """
         state = checkpoints.read(path)
         config = HybridTrainerConfig.from_dict(state["config"])

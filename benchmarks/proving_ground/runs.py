@@ -113,7 +113,7 @@ class Record:
 
     def add(self, trial: Trial) -> None:
         """Append `trial`, and write the file in one move."""
-        self.content["trials"].append(finite(trial))
+        self.content["trials"].append(trial)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
@@ -189,12 +189,13 @@ def _trial(
     record = Record(folder, workload.name, method.name, seed)
     found = record.find(rate, variant, steps)
     if found is None:
-        found = train(workload, method, rate, variant, seed, steps)
+        found = finite(train(workload, method, rate, variant, seed, steps))
         found["forward_cost"] = price
         found["full_budget"] = workload.steps
         record.add(found)
+        shown = "-" if found["score"] is None else f"{found['score']:.4g}"
         say(
             f"{workload.name:14} {method.name:12} seed {seed}  rate {rate:<7g} {variant:9} "
-            f"{steps:5} steps  score {found['score']:.4g}  {found['wall_seconds']:.1f} s"
+            f"{steps:5} steps  score {shown}  {found['wall_seconds']:.1f} s"
         )
     return found

@@ -89,7 +89,7 @@ def _standardised(values: np.ndarray) -> torch.Tensor:
 
 @functools.cache
 def _flights() -> Tensors:
-    """Arrival delay, clipped at three hours and standardised, from what is known at departure."""
+    """Arrival delay, clipped at three hours and standardised, from what is known of the flight."""
     columns = ["month", "hour", "dep_delay", "distance", "air_time", "arr_delay"]
     values = _columns("flights.csv.zip", columns, 60_000)
     values = values[np.random.default_rng(0).permutation(len(values))]
@@ -101,10 +101,18 @@ def _flights() -> Tensors:
 
 @functools.cache
 def _weather() -> torch.Tensor:
-    """Hourly temperature, dew point, humidity, wind and pressure of one airport, (hours, 5)."""
-    return _standardised(
-        _columns("weather.csv", ["temp", "dewp", "humid", "wind_speed", "pressure"])
-    )
+    """Temperature, dew point, humidity, wind and pressure at JFK by the hour, (hours, 5).
+
+    Gaps, a tenth of the hours, are filled along the line between their ends.
+    """
+    import pandas
+
+    columns = ["temp", "dewp", "humid", "wind_speed", "pressure"]
+    frame = pandas.read_csv(_table("weather.csv"))
+    hourly = frame[frame["origin"] == "JFK"].set_index("time_hour")[columns]
+    hourly.index = pandas.to_datetime(hourly.index)
+    hourly = hourly[~hourly.index.duplicated()].asfreq("h").interpolate().bfill()
+    return _standardised(hourly.to_numpy(np.float64))
 
 
 @functools.cache

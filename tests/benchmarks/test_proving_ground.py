@@ -154,7 +154,11 @@ def record(folder, method, seed, scores, full=400):
             "full_budget": full,
             "score": score,
             "cpu_seconds": cost / 100,
-            "statistics": {"measured_speedup_interval": [1.9, 2.1]},
+            "statistics": {
+                "measured_speedup_interval": [1.9, 2.1],
+                "predicted_steps": 9,
+                "cost": cost,
+            },
         }
         for cost, score in zip(COSTS, scores, strict=True)
     ]
@@ -175,7 +179,7 @@ def test_it_can_say_that_hybridcore_won_and_that_it_lost(tmp_path):
     assert ground.speedup("logistic", "lookahead", "tuned").middle == pytest.approx(1 / 1.6)
     assert str(ground.speedup("logistic", "snoo", "tuned")).startswith("<0.50")
     assert ground.speedup("logistic", "hybridcore", "written") is None
-    assert ground.backward_saved("logistic").middle == pytest.approx(0.5)
+    assert ground.backward_saved("logistic").middle == pytest.approx(2.0)
     # The twin needs twice the cost for the score at 400: inside the interval that was stated.
     assert ground.self_measured() == (3, 3)
     text = results.tables(ground)
@@ -206,3 +210,18 @@ def test_workloads_are_seeded_and_train(name):
         first.closure(step)().backward()
         optimizer.step()
     assert first.held_out() < before
+
+
+def test_an_identical_run_gains_nothing_and_one_that_diverged_is_not_left_out(tmp_path):
+    # The baseline was better at a smaller budget: nobody gains by that alone.
+    scores = [0.40, 0.35, 0.36, 0.38]
+    for seed in range(3):
+        record(tmp_path, "tuned", seed, scores)
+        record(tmp_path, "ema", seed, scores)
+        record(tmp_path, "snoo", seed, [None] * 4 if seed else scores)
+    ground = Ground(tmp_path)
+    assert str(ground.speedup("logistic", "ema", "tuned")) == "1.00 (1.00 to 1.00)"
+    diverged = ground.speedup("logistic", "snoo", "tuned")
+    assert diverged.middle < 0.5
+    assert str(diverged).startswith("<")
+    assert "hybridcore" in results.tables(ground)

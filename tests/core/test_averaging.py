@@ -54,6 +54,9 @@ def test_weights_are_shares_and_a_constant_stays(restarts):
 @given(st.integers(0, 10**6))
 def test_it_is_due_after_the_steps_that_it_says(taken):
     averaging = Averaging()
+    assert averaging.until_due(taken) == 0
+    assert averaging.weight(taken + 1) == 1.0
+    averaging.add()
     until = averaging.until_due(taken)
     assert [averaging.weight(taken + 1 + i) > 0 for i in range(until + 1)] == [False] * until + [
         True
@@ -90,4 +93,4 @@ def test_a_bad_batch_is_not_averaged():
         engine.observe(Observation(loss=1.0, gradient_norm=1.0, applied=not bad))
     assert engine.phase is Phase.WARMUP
     state = engine.state_dict()["controller"]
-    assert state["average"]["count"] == state["taken"] // INTERVAL
+    assert state["average"]["count"] == 1 + state["taken"] // INTERVAL

@@ -109,7 +109,7 @@ def test_failed_probes_while_validating_keep_the_jump_and_claim_nothing(late):
     while deaf.step() is not Phase.CORRECT:
         pass
     deaf.deaf_in, deaf.failures = Phase.CORRECT, 1
-    stretches = len(deaf.engine.meter.full)
+    stretches = len(deaf.engine.meter.stretches)
     phases = deaf.run(100)
     assert deaf.engine.counters.rollbacks == 0
     assert set(phases[: BRISK.snapshot_interval - 1]) == {Phase.CORRECT}
@@ -117,8 +117,9 @@ def test_failed_probes_while_validating_keep_the_jump_and_claim_nothing(late):
     wait = phases.index(Phase.PREDICT) - landed
     assert BRISK.min_full_steps <= wait <= 2 * BRISK.min_full_steps
     # What the jump gained is known to nobody: it must not pass for the work of full steps either.
-    assert len(deaf.engine.meter.predicting) <= 1
-    assert all(steps <= wait for _, steps, _ in deaf.engine.meter.full[stretches:])
+    newer = deaf.engine.meter.stretches[stretches:]
+    assert sum(stretch.predicting for stretch in newer) <= 1
+    assert all(s.full_steps <= wait for s in newer if not s.predicting)
 
 
 def test_a_bad_batch_is_critical_for_a_while():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras_problems import digits, perceptron, same, weights
 
-from hybridcore import HybridTrainerConfig, ProtocolError
+from hybridcore import ConfigError, HybridTrainerConfig, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
 from hybridcore_keras import HybridCallback
 
@@ -34,8 +34,8 @@ def test_it_is_the_polynomial_mean_of_what_fit_went_through():
     hybrid, watch = HybridCallback(), Weights()
     model = noisy(hybrid, watch)
     assert hybrid.statistics().predicted_steps == 0
-    mean = watch.seen[INTERVAL - 1]
-    for count, now in enumerate(watch.seen[INTERVAL - 1 :: INTERVAL], start=1):
+    mean = watch.seen[0]
+    for count, now in enumerate(watch.seen[INTERVAL - 1 :: INTERVAL], start=2):
         share = (DECAY + 1) / (DECAY + count)
         mean = [m + share * (w - m) for m, w in zip(mean, now, strict=True)]
     raw = weights(model)
@@ -69,13 +69,17 @@ def test_it_waits_until_fit_has_returned():
     assert len(errors) == 2
 
 
-@pytest.mark.parametrize("settings", [{"averaging": False}, {"enabled": False}])
-def test_where_there_is_none_the_weights_are_the_run_s_own(settings):
-    hybrid = HybridCallback(HybridTrainerConfig(**settings))
+def test_with_hybridcore_off_the_weights_are_the_run_s_own():
+    hybrid = HybridCallback(HybridTrainerConfig(enabled=False))
     model = noisy(hybrid, epochs=1)
     raw = weights(model)
     with hybrid.averaged():
         assert same(raw, weights(model))
+
+
+def test_without_the_setting_there_is_none():
+    with pytest.raises(ConfigError, match="averaging=True, got False"):
+        HybridCallback(HybridTrainerConfig(averaging=False)).averaged()
 
 
 def test_it_goes_on_where_it_was_saved():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from problems import BRISK, digits, regression, weights
 from torch import nn
 
-from hybridcore import HybridTrainerConfig, ProtocolError
+from hybridcore import ConfigError, HybridTrainerConfig, Phase, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
 from hybridcore_torch import HybridTrainer
 
@@ -32,7 +32,7 @@ def test_it_is_the_polynomial_mean_of_what_the_loop_went_through():
     mean, count = None, 0
     for step in range(1, 301):
         trainer.step(closure)
-        if step % INTERVAL == 0:
+        if step == 1 or step % INTERVAL == 0:
             count += 1
             share = (DECAY + 1) / (DECAY + count)
             now = [w.double() for w in weights(trainer.model)]
@@ -67,7 +67,7 @@ def test_the_run_is_the_same_with_and_without():
         trainer, closure, _ = noisy(config=HybridTrainerConfig(averaging=averaging))
         for step in range(300):
             trainer.step(closure)
-            if step % 50 == 0:
+            if averaging and step % 50 == 0:
                 with trainer.averaged():
                     pass
         runs.append(weights(trainer.model))
@@ -96,9 +96,8 @@ def test_the_run_waits_until_its_own_weights_are_back(call):
     assert trainer.statistics().steps == 20
 
 
-@pytest.mark.parametrize("settings", [{"averaging": False}, {"enabled": False}])
-def test_where_there_is_none_the_weights_are_the_run_s_own(settings):
-    trainer, closure, _ = noisy(config=HybridTrainerConfig(**settings))
+def test_with_hybridcore_off_the_weights_are_the_run_s_own():
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(enabled=False))
     for _ in range(20):
         trainer.step(closure)
     raw = weights(trainer.model)
@@ -146,3 +145,34 @@ def test_half_precision_is_averaged_in_single():
     assert values.dtype is torch.float32
     lag = float(values[0] - model.weight.detach()[0, 0])
     assert 0.0 < lag < 20 * 2**-7
+
+
+def test_without_the_setting_there_is_none():
+    trainer, _, _ = noisy(config=HybridTrainerConfig.memory_saver())
+    with pytest.raises(ConfigError, match="averaging=True, got False"):
+        trainer.averaged()
+
+
+def test_after_a_jump_it_begins_with_the_next_step():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    before, jumps = Phase.WARMUP, 0
+    for _ in range(300):
+        phase = trainer.step(closure).phase
+        if (before, phase) == (Phase.CORRECT, Phase.FULL):
+            jumps += 1
+            raw = weights(model)
+            with trainer.averaged():
+                assert all(map(torch.equal, raw, weights(model)))
+        before = phase
+    assert jumps > 2
+    assert trainer.statistics().rollbacks == 0
+
+
+def test_batches_wait_for_the_run_s_own_weights_too():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.engine.phase is not Phase.PREDICT:
+        trainer.step(closure)
+    with trainer.averaged(), pytest.raises(ProtocolError, match="leave the with block"):
+        next(iter(trainer.batches([0])))
