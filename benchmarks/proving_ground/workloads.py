@@ -319,7 +319,9 @@ GROUND = {
         replace(WORKLOADS["siren"], learning_rates=(1e-3, 2e-3, 4e-3), steps=1000),
         replace(WORKLOADS["burgers"], learning_rates=(3e-3, 1e-2, 2e-2), steps=1200),
         _smooth("logistic", "Logistic regression, digits", _logistic, (0.03, 0.1, 0.3), 600),
-        _smooth("flights-whole", "MLP, flights", _flights_whole, (1e-3, 3e-3, 1e-2), 800),
+        _smooth(
+            "flights-whole", "MLP, flights, full batch", _flights_whole, (1e-3, 3e-3, 1e-2), 800
+        ),
         _smooth("head", "Linear head on frozen features", _head, (0.01, 0.03, 0.1), 600),
         replace(
             WORKLOADS["fashion" if FASHION.is_dir() else "digits"],
@@ -329,6 +331,6 @@ GROUND = {
         _noisy("cnn", "CNN, images", _convolutional, (2e-3, 4e-3, 8e-3), 1200),
         _noisy("gpt", "Byte-level GPT, source code", _language, (1.5e-3, 3e-3, 6e-3), 600),
         _noisy("gru", "GRU, weather", _recurrent, (2e-3, 5e-3, 1e-2), 800),
-        _noisy("flights", "MLP, flights", _flights_parts, (1e-3, 3e-3, 1e-2), 1500),
+        _noisy("flights", "MLP, flights, batches of 128", _flights_parts, (1e-3, 3e-3, 1e-2), 1500),
     )
 }
