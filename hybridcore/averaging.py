@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Full steps from one averaging to the next: neighbours are too alike to be worth the reading.
-INTERVAL = 5
+INTERVAL = 10
 # The average is of about the last 1 / (DECAY + 1) of the run.
 DECAY = 16
 
