@@ -11,6 +11,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from hybridcore_keras.ports import Port
+from hybridcore_keras.snapshots import wide
 
 
 class WeightAverage:
@@ -24,7 +25,7 @@ class WeightAverage:
 
     def __init__(self, port: Port) -> None:
         self._variables = port.variables
-        self._read = port.reader(lambda values: [_wide(value) for value in values])
+        self._read = port.reader(lambda values: [wide(value) for value in values])
         self._towards = port.compiled(_towards)
         self._values: list[Any] = []
         self.shown = False
@@ -67,11 +68,6 @@ class WeightAverage:
     def load_state_dict(self, state: Sequence[NDArray[Any]]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._values = [ops.convert_to_tensor(value) for value in state]
-
-
-def _wide(value: Any) -> Any:
-    half = "float16" in str(value.dtype)
-    return ops.cast(value, "float32") if half else value
 
 
 def _towards(values: Sequence[Any], present: Sequence[Any], share: Any) -> list[Any]:

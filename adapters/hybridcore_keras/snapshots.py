@@ -155,8 +155,8 @@ class SnapshotBank:
     def _blocks(self, rows: Sequence[Flat]) -> list[Any]:
         out = []
         for bucket in range(len(self._buckets)):
-            newest = _wide(rows[-1][bucket])
-            moved = ops.stack([_wide(row[bucket]) - newest for row in rows[:-1]])
+            newest = wide(rows[-1][bucket])
+            moved = ops.stack([wide(row[bucket]) - newest for row in rows[:-1]])
             size = moved.shape[1]
             width = min(_BLOCK, size)
             moved = ops.pad(moved, ((0, 0), (0, -size % width)))
@@ -167,11 +167,11 @@ class SnapshotBank:
     def _combine(self, rows: Sequence[Flat], weights: Any) -> list[Any]:
         points = []
         for bucket, owner in enumerate(self._owners):
-            newest = _wide(rows[-1][bucket])
+            newest = wide(rows[-1][bucket])
             point = newest
             for index, row in enumerate(rows[:-1]):
                 weight = ops.cast(weights[owner, index], newest.dtype)
-                point = point + weight * (_wide(row[bucket]) - newest)
+                point = point + weight * (wide(row[bucket]) - newest)
             points.append(ops.cast(point, rows[-1][bucket].dtype))
         values = self._split(points)
         # A jump may leave the set that a constraint allows, as a step of an optimizer may.
@@ -181,7 +181,7 @@ class SnapshotBank:
         ]
 
 
-def _wide(values: Any) -> Any:
+def wide(values: Any) -> Any:
     """Return `values` in float32 at least: half precision cannot hold small displacements."""
     half = any(name in str(values.dtype) for name in ("float16", "bfloat16"))
     return ops.cast(values, "float32") if half else values

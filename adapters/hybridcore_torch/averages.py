@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hybridcore_torch.snapshots import wide
+
 
 class WeightAverage:
     """One copy of the parameters that follows them; half precision is averaged in float32.
@@ -26,13 +28,13 @@ class WeightAverage:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._parameters: list[torch.Tensor] = list(parameters)
-        self.values = [_wide(p.detach(), copy=True) for p in parameters]
+        self.values = [wide(p.detach()).clone() for p in parameters]
         self.shown = False
 
     @torch.no_grad()
     def add(self, weight: float) -> None:
         """Move the average towards the weights as they are, by `weight` in [0, 1] of the way."""
-        present = [_wide(p.detach()) for p in self._parameters]
+        present = [wide(p.detach()) for p in self._parameters]
         if weight == 1.0:
             torch._foreach_copy_(self.values, present)
         else:
@@ -53,9 +55,3 @@ class WeightAverage:
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self._parameters, values)
-
-
-def _wide(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
-    """Return `values` in float32 at least: half precision loses small weights of an average."""
-    half = values.dtype in (torch.float16, torch.bfloat16)
-    return values.to(torch.float32 if half else values.dtype, copy=copy)

@@ -40,21 +40,21 @@ class _Bucket:
         out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self.rows.device)
         for start in range(0, self.rows.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)
-            moved = _wide(self.rows[older, columns]) - _wide(newest[columns])
+            moved = wide(self.rows[older, columns]) - wide(newest[columns])
             out[:-1, :-1] += moved @ moved.T
         return out
 
     def move(self, order: Sequence[int], weights: Sequence[float]) -> None:
         """Put the parameters at the newest row plus weighted displacements from it."""
-        newest = _wide(self.rows[order[-1]])
+        newest = wide(self.rows[order[-1]])
         point = newest.clone()
         for row, weight in zip(order[:-1], weights[:-1], strict=True):
             if weight != 0.0:
-                point.add_(_wide(self.rows[row]) - newest, alpha=weight)
+                point.add_(wide(self.rows[row]) - newest, alpha=weight)
         torch._foreach_copy_(self.parameters, self._split(point))
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor) -> torch.Tensor:
     """Return `values` in float32 at least: half precision cannot hold small displacements."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
