@@ -52,6 +52,9 @@ class HybridTrainerConfig:
         Learn a factor on each layer group's displacement from what forecasts of the bank's own end
         missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
         costs a probe for each jump (``benchmarks/ablation.py``).
+    outer_momentum : bool
+        Move the weights on by Nesterov's momentum over the displacements of ten full steps, while
+        the path is too irregular for a jump.
     averaging : bool
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     on_divergence : {"recover", "raise"}
@@ -75,11 +78,12 @@ class HybridTrainerConfig:
     dynamics: Dynamics = "linear"
     device: Device = "auto"
     group_correction: bool = False
+    outer_momentum: bool = True
     averaging: bool = True
     on_divergence: OnDivergence = "recover"
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "group_correction", "averaging"):
+        for name in ("enabled", "group_correction", "outer_momentum", "averaging"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
         _check_integer("warmup_steps", self.warmup_steps, 1)

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from hybridcore.averaging import Averaging
 from hybridcore.config import HybridTrainerConfig
-from hybridcore.corrector import Corrector
 from hybridcore.decision import DecisionRule
 from hybridcore.divergence import DivergenceMonitor, RecoveryAction
 from hybridcore.dynamics import build
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
+from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, Turn, transition
 from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import AVERAGED_SNAPSHOTS, probe_average, usable
@@ -37,6 +37,8 @@ TOLERANCE = math.log(1.2)
 PATIENT_STEPS = 3
 REGULAR_SNAPSHOTS = 3
 SHORTENED = 0.5
+LONG_REST = 4
+BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
 _SKIP = Directive(Action.SKIP)
@@ -56,12 +58,7 @@ class Controller:
         Told where stretches of full steps and jumps begin and end.
     """
 
-    def __init__(
-        self,
-        config: HybridTrainerConfig,
-        counters: Counters,
-        meter: Meter,
-    ) -> None:
+    def __init__(self, config: HybridTrainerConfig, counters: Counters, meter: Meter) -> None:
         self.config = config
         self.phase = Phase.WARMUP
         self.confidence = 0.0
@@ -71,6 +68,7 @@ class Controller:
         self.rule = DecisionRule(config, self.dynamics)
         self.pace = self.rule.pace
         self.monitor = DivergenceMonitor(config.divergence_sigma)
+        self.outer = OuterMomentum()
         self._average = Averaging()
         self._counters, self._meter = counters, meter
         self._flight: Flight | None = None
@@ -109,6 +107,8 @@ class Controller:
             return 0
         else:
             quiet = self.pace.until_snapshot(self._taken)
+            if self.outer.active or self._has_rest:
+                quiet = min(quiet, self.outer.until_due(self._taken))
         return min(quiet, self._average.until_due(self._taken)) if self.config.averaging else quiet
 
     def absorb(self, observation: Observation) -> None:
@@ -142,6 +142,7 @@ class Controller:
         self.dynamics.restart()
         self.rule.restart()
         self._average.restart()
+        self.outer.stop()
         logger.info("parameters changed: snapshots and trend start over")
 
     # -- the phases -------------------------------------------------------------------------
@@ -160,13 +161,19 @@ class Controller:
                 yield from self._predict()
                 return
             self._gram = None
+        if self.outer.pending:
+            yield self.outer.step(self._rates[-1])
+        calm = self._loss_confidence >= self.config.confidence_threshold
+        if self.outer.active and not calm and self.pace.until_snapshot(self._taken) == 0:
+            # No look at the path could lead to a jump now, and outer steps would have to wait.
+            self.pace.wait += self.config.min_full_steps
         if self.pace.until_snapshot(self._taken) > 0:
-            yield from self._step()
+            yield from self._rest()
             return
+        self.outer.stop()
         last = self._taken + 1 >= self.pace.wait
         # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
-        calm = self._loss_confidence >= self.config.confidence_threshold
-        regular = self._regular + 1 if calm else 0
+        regular = max(0, self._regular) + 1 if calm else min(0, self._regular) - 1
         wanted = last and regular >= REGULAR_SNAPSHOTS
         observation = yield from self._step(
             Directive(Action.FULL, snapshot=True, fresh_bank=self._bank == 0, gram=wanted)
@@ -179,6 +186,19 @@ class Controller:
             gram = observation.gram
             # Weights that are not finite can hide from the loss, but not from the bank.
             self._gram = gram if gram is not None and np.isfinite(gram).all() else None
+            if last and self._bank == self.config.snapshots and regular <= -self.config.snapshots:
+                self.pace.wait = self._taken + LONG_REST * self.config.min_full_steps
+
+    def _rest(self) -> Turn:
+        """Take a full step while there is nothing to look at, and outer steps if that lasts."""
+        if not self.outer.active and self._has_rest:
+            self._bank = 0
+            self.outer.begin()
+        due = self.outer.active and self.outer.until_due(self._taken) == 0
+        if not due or self.monitor.action() not in BEARABLE:
+            yield from self._step()
+        elif (yield from self._step(self.outer.full_step)).applied:
+            self.outer.take()
 
     def _step(
         self, directive: Directive = FULL_STEP
@@ -195,28 +215,18 @@ class Controller:
         flight, interval = self._in_flight, self.config.correction_interval
         if self._taken % interval == 0:
             yield self._move(min(self._taken + interval, flight.last) / flight.horizon)
-        share = (self._taken + 1) / flight.horizon
-        expected = flight.expected(share)
-        self.forecast_loss = math.exp(expected)
+        self.forecast_loss = math.exp(flight.expected((self._taken + 1) / flight.horizon))
         event = Event.HORIZON_REACHED if self._taken + 1 == flight.last else None
         if self.needs_batch:
             probe = yield _PROBE
             # A probe that is not finite is a bad batch, or settling and validation will tell.
             if usable(probe.loss):
                 self.monitor.observe_prediction(self.forecast_loss, probe.loss)
-                loss = math.log(probe.loss)
                 self.prediction_error = abs(self.forecast_loss - probe.loss) / probe.loss
                 self.forecast_loss = probe.loss
-                if loss > flight.log_best + self._margin:
+                event = flight.correct(self._taken + 1, math.log(probe.loss), self._margin) or event
+                if event is Event.DIVERGED:
                     yield self._move(flight.best_share)
-                    event = Event.DIVERGED
-                elif event is None:
-                    rest = Corrector.refine(share, expected, loss - self._margin)
-                    flight.last = self._taken + 1 + round(rest * (flight.last - self._taken - 1))
-                    if flight.last == self._taken + 1:
-                        event = Event.CONFIDENCE_LOST
-                if loss < flight.log_best:
-                    flight.log_best, flight.best_share = loss, share
         yield _SKIP
         self._taken += 1
         if event is not None:
@@ -235,16 +245,16 @@ class Controller:
         observation = yield Directive(Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE)
         self.absorb(observation)
         self._lost = 0 if observation.applied else self._lost + 1
-        if self._lost == PATIENT_STEPS:
-            # One bad batch is the data's fault, several in a row are the jump's.
-            yield from self._give_up()
-            return
+        # One bad batch is the data's fault, several in a row are the jump's.
+        hopeless = self._lost == PATIENT_STEPS
         # The fast directions that a jump excites fall back within a few steps, or never.
         if self._taken >= PATIENT_STEPS and usable(observation.loss):
             # The trend from before the jump: a probe's loss may be of other data.
             rise = math.log(observation.loss) - self.dynamics.forecast(0.0).mean
-            if rise > ABORT_RISE + self._margin:
-                yield from self._give_up()
+            hopeless = hopeless or rise > ABORT_RISE + self._margin
+        if hopeless:
+            self._reward(0.0)
+            yield from self._roll_back()
 
     # -- decisions --------------------------------------------------------------------------
 
@@ -262,19 +272,18 @@ class Controller:
         self.rule.learn(gram, path, context)
         self.pace.wait = self._taken + config.snapshot_interval
         action = self.monitor.action()
-        if action not in (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON):
+        if action not in BEARABLE:
             return None
         if self.confidence < config.confidence_threshold:
             if in_path < config.confidence_threshold / 2 and self._regular >= config.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
-                self._bank = 0
                 self.pace.look_later(self._taken)
             return None
         here = (yield _PROBE).loss
-        averaged = (yield probe_average(len(gram))).loss
+        averaged = (yield probe_average()).loss
         if not (usable(here) and usable(averaged)):
             return None
-        self._close_stretch(math.log(averaged), predicting=False)
+        self._close(math.log(averaged), predicting=False)
         reach = config.horizon / config.snapshot_interval * ahead
         if action is RecoveryAction.SHORTEN_HORIZON:
             reach *= SHORTENED
@@ -290,31 +299,26 @@ class Controller:
 
         Both are means of as many snapshots: the bank holds those of either side.
         """
-        groups = len(self._known_gram)
-        before = (yield probe_average(groups, behind=AVERAGED_SNAPSHOTS)).loss
-        after = (yield probe_average(groups)).loss
+        before = (yield probe_average(behind=AVERAGED_SNAPSHOTS)).loss
+        after = (yield probe_average()).loss
         if not usable(before):
             # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
             # stays, and what it gained is known to nobody.
             self.pace.wait = self.config.min_full_steps
-            self._close_stretch(NAN, predicting=True)
+            self._close(NAN, predicting=True)
             return True
         progress = math.log(before) - math.log(after) if usable(after) else 0.0
         self._reward(progress)
         if progress > 0.0:
-            self._close_stretch(math.log(after), predicting=True, progress=progress)
+            self._close(math.log(after), predicting=True, progress=progress)
         return progress > 0.0
 
-    def _give_up(self) -> Turn:
-        self._lost = 0
-        self._reward(0.0)
-        yield from self._roll_back()
-
     def _roll_back(self) -> Turn:
+        self._lost = 0
         yield Directive(Action.ROLLBACK)
         self._counters.rollbacks += 1
         logger.info("jump by %s rolled back", self._in_flight.jump.extrapolator)
-        self._close_stretch(self._meter.mark[0], predicting=True, progress=0.0)
+        self._close(self._meter.mark[0], predicting=True, progress=0.0)
         self._enter(Event.ROLLED_BACK)
 
     def _reward(self, progress: float) -> None:
@@ -333,13 +337,11 @@ class Controller:
             "rule": self.rule.state_dict(),
             "monitor": self.monitor.state_dict(),
             "average": self._average.state_dict(),
+            "outer": self.outer.state_dict(),
             "flight": None if self._flight is None else dataclasses.asdict(self._flight),
             "gram": None if self._gram is None else self._gram.copy(),
             "rates": list(self._rates),
-            "taken": self._taken,
-            "bank": self._bank,
-            "regular": self._regular,
-            "lost": self._lost,
+            "counts": [self._taken, self._bank, self._regular, self._lost],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,12 +352,12 @@ class Controller:
         self.rule.load_state_dict(state["rule"])
         self.monitor.load_state_dict(state["monitor"])
         self._average.load_state_dict(state["average"])
+        self.outer.load_state_dict(state["outer"])
         flight, gram = state["flight"], state["gram"]
         self._flight = None if flight is None else Flight.from_dict(flight)
         self._gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
-        self._taken, self._bank = int(state["taken"]), int(state["bank"])
-        self._regular, self._lost = int(state["regular"]), int(state["lost"])
+        self._taken, self._bank, self._regular, self._lost = map(int, state["counts"])
 
     # -- small change -----------------------------------------------------------------------
 
@@ -381,9 +383,9 @@ class Controller:
         logger.debug("%s: now %s", event.value, self.phase.name)
 
     @property
-    def _known_gram(self) -> NDArray[np.float64]:
-        assert self._gram is not None
-        return self._gram
+    def _has_rest(self) -> bool:
+        """Whether outer steps, if they are wanted, have the time to pay."""
+        return self.config.outer_momentum and self.pace.until_snapshot(self._taken) >= LEAST
 
     @property
     def _in_flight(self) -> Flight:
@@ -391,10 +393,9 @@ class Controller:
         return self._flight
 
     def _move(self, share: float) -> Directive:
-        return Directive(Action.MOVE, self._in_flight.jump.coefficients(self._known_gram, share))
+        assert self._gram is not None
+        return Directive(Action.MOVE, self._in_flight.jump.coefficients(self._gram, share))
 
-    def _close_stretch(
-        self, log_loss: float, predicting: bool, progress: float | None = None
-    ) -> None:
+    def _close(self, log_loss: float, predicting: bool, progress: float | None = None) -> None:
         full, probes = self._counters.full_steps, self._counters.probes
         self._meter.close_stretch(log_loss, full, probes, predicting=predicting, progress=progress)

@@ -228,6 +228,8 @@ class Engine:
         elif directive.action is Action.SKIP:
             counters.steps += 1
             counters.predicted_steps += 1
+        elif directive.action is Action.MOVE:
+            counters.outer_steps += directive.snapshot
         elif directive.action is Action.PROBE:
             counters.probes += 1
             meter.probe_seconds.append(observation.seconds)

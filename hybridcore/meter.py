@@ -9,8 +9,9 @@ made its progress at the slope of the full-step stretches next to it:
 
 Just before a jump plain training is faster than it would have been by the jump's end, and just
 after it slower than it would have been at its start: the mean of the two slopes gives the estimate,
-and each alone an end of the interval. Cost is in full steps. A forward pass counts by its measured
-time, and so does what hybridcore itself does.
+and each alone an end of the interval. What outer steps gain is not measured: the estimate leaves it
+out, and the upper end of the interval is what they gain at most. Cost is in full steps. A forward
+pass counts by its measured time, and so does what hybridcore itself does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from hybridcore.outer import INTERVAL, MOST_WORTH
 
 NOMINAL_PROBE_COST = 1.0 / 3.0
 # What the slopes leave out: times are measured, and settling at half the rate flatters a jump. How
@@ -130,12 +133,12 @@ class Meter:
         """Cost of `full_steps` and `probes` in full steps, without the overhead."""
         return full_steps + probes * self.probe_cost
 
-    def speedup(self, full_steps: int, probes: int) -> tuple[float, Interval]:
+    def speedup(self, full_steps: int, probes: int, outer_steps: int = 0) -> tuple[float, Interval]:
         """Measured speed-up of the run so far and its 90 % interval.
 
         Parameters
         ----------
-        full_steps, probes : int
+        full_steps, probes, outer_steps : int
             Totals of the run, which also paid for stretches that are not finished.
 
         Returns
@@ -151,6 +154,7 @@ class Meter:
         outside = full_steps - sum(s.full_steps for s in self.stretches if s.predicting)
         stands = np.array([self._stands_for(i) for i in range(len(self.stretches))]).reshape(-1, 3)
         low, middle, high = (outside + stands.sum(axis=0)) / total
+        high += outer_steps * INTERVAL * MOST_WORTH / total
         return float(middle), Interval(float(low) * (1 - MARGIN), float(high) * (1 + MARGIN))
 
     def _stands_for(self, index: int) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ class Counters:
     full_steps: int = 0
     predicted_steps: int = 0
     backward_passes: int = 0
+    outer_steps: int = 0
     probes: int = 0
     rollbacks: int = 0
     divergences: int = 0
@@ -52,6 +53,8 @@ class TrainingStatistics:
         Backward passes run.
     backward_reduction : float
         Share in [0, 1] of the steps that ran none.
+    outer_steps : int
+        Moves by the momentum of real steps, where there was no jump. They skip nothing.
     probes : int
         Forward passes without gradients.
     probe_cost : float
@@ -86,6 +89,7 @@ class TrainingStatistics:
     predicted_steps: int
     backward_passes: int
     backward_reduction: float
+    outer_steps: int
     probes: int
     probe_cost: float
     rollbacks: int
@@ -105,13 +109,16 @@ class TrainingStatistics:
         cls, counters: Counters, meter: Meter, controller: PhaseController
     ) -> TrainingStatistics:
         """Summarise the running totals of an engine and what its controller knows."""
-        speedup, interval = meter.speedup(counters.full_steps, counters.probes)
+        speedup, interval = meter.speedup(
+            counters.full_steps, counters.probes, counters.outer_steps
+        )
         return cls(
             steps=counters.steps,
             full_steps=counters.full_steps,
             predicted_steps=counters.predicted_steps,
             backward_passes=counters.backward_passes,
             backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
+            outer_steps=counters.outer_steps,
             probes=counters.probes,
             probe_cost=meter.probe_cost,
             rollbacks=counters.rollbacks,
@@ -134,16 +141,16 @@ class TrainingStatistics:
     def __str__(self) -> str:
         low, high = self.measured_speedup_interval
         speedup = f"{self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
-        if self.predicted_steps == 0:
+        if self.predicted_steps == self.outer_steps == 0:
             speedup = "none, nothing was predicted"
         elif not math.isfinite(high):
             speedup = "not known yet"
         return (
             f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
-            f"({self.backward_reduction:.0%} fewer backward passes), {self.probes} probes, "
-            f"{self.rollbacks} rollbacks, {self.divergences} bad batches; "
-            f"cost {self.cost:.0f} full steps, its own time included; "
-            f"measured speed-up {speedup}"
+            f"({self.backward_reduction:.0%} fewer backward passes), {self.outer_steps} outer "
+            f"steps, {self.probes} probes, {self.rollbacks} rollbacks, "
+            f"{self.divergences} bad batches; cost {self.cost:.0f} full steps, its own time "
+            f"included; measured speed-up {speedup}"
         )
 
 

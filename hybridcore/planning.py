@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from hybridcore.bandit import NO_PREDICTION
 from hybridcore.config import HybridTrainerConfig
+from hybridcore.corrector import Corrector
 from hybridcore.extrapolation import EXTRAPOLATORS, FORECASTERS
 from hybridcore.meter import NOMINAL_PROBE_COST
+from hybridcore.phases import Event
 from hybridcore.residuals import group_scales
 
 # An average leads back, not ahead: it serves to judge a jump, not to make one.
@@ -125,6 +127,38 @@ class Flight:
         """Log loss forecast for a `share` of the way."""
         return self.log_start + share * (self.log_target - self.log_start)
 
+    def correct(self, taken: int, log_loss: float, margin: float) -> Event | None:
+        """Take in the log loss after `taken` predicted steps; shorten the rest where it fell short.
+
+        Parameters
+        ----------
+        taken : int
+            Predicted steps so far, the present one among them.
+        log_loss : float
+            Log loss that a probe found there.
+        margin : float
+            Rise of the log loss that its own noise explains.
+
+        Returns
+        -------
+        Event or None
+            ``DIVERGED`` where the loss rose from the best point of the way, ``CONFIDENCE_LOST``
+            where nothing of the rest is left, ``HORIZON_REACHED`` at its end, else None.
+        """
+        share, event = taken / self.horizon, None
+        if log_loss > self.log_best + margin:
+            event = Event.DIVERGED
+        elif taken == self.last:
+            event = Event.HORIZON_REACHED
+        else:
+            rest = Corrector.refine(share, self.expected(share), log_loss - margin)
+            self.last = taken + round(rest * (self.last - taken))
+            if self.last == taken:
+                event = Event.CONFIDENCE_LOST
+        if log_loss < self.log_best:
+            self.log_best, self.best_share = log_loss, share
+        return event
+
 
 class Pace:
     """When to try again and how many steps to predict, learned from what jumps were worth.
@@ -162,10 +196,8 @@ class Pace:
 
     def look_later(self, taken: int) -> None:
         """Wait, after full step number `taken` of the phase, for the path to become regular."""
-        self.wait = taken + min(
-            self.back_off(self._config.min_full_steps),
-            self._config.min_full_steps * MOST_PATIENCE_TO_LOOK,
-        )
+        least = self._config.min_full_steps
+        self.wait = taken + min(self.back_off(least), MOST_PATIENCE_TO_LOOK * least)
 
     def back_off(self, least: int) -> int:
         """Full steps to wait before the next attempt: `least`, and twice as many each time."""

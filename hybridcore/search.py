@@ -109,14 +109,14 @@ def scaled(trial: Trial, scales: NDArray[np.float64]) -> Jump:
     return replace(trial.jump, scales=tuple(scales.tolist()))
 
 
-def probe_average(groups: int, behind: int = 0) -> Directive:
+def probe_average(behind: int = 0) -> Directive:
     """Return a probe at the mean of snapshots, where the noise of steps is less.
 
     The mean is of the newest ``AVERAGED_SNAPSHOTS`` but for the last `behind`.
     """
     mean = average(np.zeros((AVERAGED_SNAPSHOTS, AVERAGED_SNAPSHOTS)))
     row = np.concatenate((mean, np.zeros(behind)))
-    return Directive(Action.PROBE, np.tile(row, (groups, 1)))
+    return Directive(Action.PROBE, row[None])
 
 
 def usable(loss: float) -> bool:

@@ -40,10 +40,11 @@ class Directive:
         - ``MOVE``: put the weights at `coefficients` of the bank.
         - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
         - ``ROLLBACK``: restore what ``SAVE`` kept.
-    coefficients : (groups, m) ndarray of float64 or None
-        Affine coefficients over the bank's snapshots, oldest first; rows sum to 1.
+    coefficients : (groups, m) or (1, m) ndarray of float64 or None
+        Affine coefficients over the newest m snapshots of the bank, oldest first; rows sum to 1.
+        One row is for all groups.
     snapshot : bool
-        For ``FULL``: add the weights after the step to the bank.
+        For ``FULL`` and ``MOVE``: add the weights after it to the bank.
     fresh_bank : bool
         For ``FULL`` with `snapshot`: empty the bank first.
     gram : bool

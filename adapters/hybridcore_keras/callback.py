@@ -268,6 +268,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         elif action is Action.MOVE:
             assert directive.coefficients is not None
             self._snapshots.move(directive.coefficients)
+            if directive.snapshot:
+                self._snapshots.take(fresh=False)
         elif action is Action.SAVE:
             self._snapshots.save()
             self._recovery = port.keep()

@@ -81,12 +81,13 @@ class SnapshotBank:
         return out
 
     def move(self, coefficients: NDArray[np.float64]) -> None:
-        """Put the weights at `coefficients` (groups, n) of the newest n snapshots.
+        """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots.
 
         Written as the newest snapshot plus displacements, so that standing still is exact.
         """
         rows = self._rows[-coefficients.shape[1] :]
-        weights = ops.convert_to_tensor(coefficients.astype(np.float32))
+        groups = np.broadcast_to(coefficients, (len(self.groups), len(rows)))
+        weights = ops.convert_to_tensor(groups.astype(np.float32))
         self._port.assign(self._combined(rows, weights))
 
     def save(self) -> None:

@@ -128,12 +128,13 @@ class SnapshotBank:
 
     @torch.no_grad()
     def move(self, coefficients: NDArray[np.float64]) -> None:
-        """Put the weights at `coefficients` (groups, n) of the newest n snapshots.
+        """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots.
 
         Written as the newest snapshot plus displacements, so that standing still is exact.
         """
         order = self._order[-coefficients.shape[1] :]
-        for weights, group in zip(coefficients.tolist(), self._buckets, strict=True):
+        rows = np.broadcast_to(coefficients, (len(self._buckets), len(order)))
+        for weights, group in zip(rows.tolist(), self._buckets, strict=True):
             for bucket in group:
                 bucket.move(order, weights)
 

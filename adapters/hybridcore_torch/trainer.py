@@ -252,8 +252,7 @@ class HybridTrainer:
             observation = self._stepper.full(closure, directive.learning_rate_scale)
             self._steps_since_recovery += 1
             if directive.average and observation.applied:
-                if self._average is None:
-                    self._average = WeightAverage(self._parameters)
+                self._average = self._average or WeightAverage(self._parameters)
                 self._average.add(directive.average)
             if directive.snapshot and observation.applied:
                 self._snapshots.take(fresh=directive.fresh_bank)
@@ -269,6 +268,8 @@ class HybridTrainer:
         elif action is Action.MOVE:
             assert directive.coefficients is not None
             self._snapshots.move(directive.coefficients)
+            if directive.snapshot:
+                self._snapshots.take(fresh=False)
         elif action is Action.SAVE:
             self._snapshots.save()
             self._recovery = RecoveryPoint(self.model, self.optimizer, self.scheduler, self.scaler)
@@ -294,10 +295,8 @@ class HybridTrainer:
             if coefficients is not None:
                 self._snapshots.move(coefficients)
             start = perf_counter()
-            if self.probe is None:
-                loss = self._prober.loss(closure, "closure")
-            else:
-                loss = self._prober.loss(self.probe, "probe")
+            source = (closure, "closure") if self.probe is None else (self.probe, "probe")
+            loss = self._prober.loss(*source)
             return Observation(loss=loss, seconds=perf_counter() - start)
         finally:
             if coefficients is not None:

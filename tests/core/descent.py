@@ -56,6 +56,8 @@ class Descent:
             return Observation(math.nan if bad else self.loss(x), seconds=self.seconds / 3)
         if action is Action.MOVE:
             self.x = self.point(directive.coefficients)
+            if directive.snapshot:
+                self.bank = [*self.bank[1 - self.engine.config.snapshots :], self.x]
         elif action is Action.SAVE:
             self.saved = self.x
         elif action is Action.ROLLBACK:
@@ -98,7 +100,8 @@ class Watched(Descent):
             assert directive.coefficients.sum(axis=1) == pytest.approx(1.0, abs=1e-13 * size)
         if action is Action.MOVE:
             assert directive.coefficients is not None
-            assert self.engine.phase is Phase.PREDICT
+            # In a jump, or an outer step between full steps.
+            assert self.engine.phase is (Phase.FULL if directive.snapshot else Phase.PREDICT)
         if action is Action.SAVE:
             # The newest snapshot holds the weights, so that standing still is exact.
             assert np.array_equal(self.bank[-1], self.x)
@@ -111,6 +114,7 @@ class Watched(Descent):
             # bank of its own, and what settling adds to it is for validation only.
             assert directive.fresh_bank or self.begun or settling
             assert not (directive.gram and settling)
+            assert action in (Action.FULL, Action.MOVE)
         assert not directive.gram or directive.snapshot
         assert not directive.fresh_bank or directive.snapshot
         observation = super().carry_out(directive, bad)

@@ -93,4 +93,4 @@ def test_a_bad_batch_is_not_averaged():
         engine.observe(Observation(loss=1.0, gradient_norm=1.0, applied=not bad))
     assert engine.phase is Phase.WARMUP
     state = engine.state_dict()["controller"]
-    assert state["average"]["count"] == 1 + state["taken"] // INTERVAL
+    assert state["average"]["count"] == 1 + state["counts"][0] // INTERVAL

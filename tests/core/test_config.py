@@ -21,6 +21,7 @@ BAD = {
     "dynamics": ["LINEAR", "", None, 1],
     "device": ["gpu", "cuda", None, 0],
     "group_correction": [0, 1, "yes", None],
+    "outer_momentum": [0, 1, "yes", None],
     "averaging": [0, 1, "yes", None],
     "on_divergence": ["ignore", None, True],
 }

@@ -1,0 +1,108 @@
+"""Outer momentum: what real steps are worth where the path is too irregular for a jump."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hybridcore.types import Action, Directive
+
+# How they were chosen is in the log of the proving ground. A higher rate wins more under a schedule
+# that decays, and under one that does not it leaves more noise in the weights than it found.
+INTERVAL = 10
+MOMENTUM = 0.8
+RATE = 0.4
+# Where fewer full steps lie ahead they are not worth beginning.
+LEAST = 3 * INTERVAL
+# Full steps that one is worth at most, where the path is straight.
+MOST_WORTH = RATE / (1.0 - MOMENTUM) - 1.0
+
+
+class OuterMomentum:
+    """Nesterov's momentum over the displacements of `INTERVAL` full steps each.
+
+    This is the outer step of DiLoCo (Douillard et al. 2023, algorithm 1) and SNOO (2025) for one
+    worker. With ``d`` the displacement of the full steps since the last outer step, and ``s`` the
+    point where that one ended,
+
+    ``m <- MOMENTUM * m + RATE * MOMENTUM * d,   s <- s + RATE * d + m``
+
+    so that a steady displacement is continued ``RATE / (1 - MOMENTUM)`` times as far, while what
+    is noise in it is averaged down. Where the learning rate falls, ``m`` falls with it.
+
+    Everything is an affine combination of the newest snapshots: ``m`` is the last outer step less
+    ``RATE * d``, so it stands in the bank if the bank holds the points before and after each outer
+    step, and no copy of its own is needed.
+
+    Attributes
+    ----------
+    active : bool
+        Whether outer steps are taken now.
+    pending : bool
+        Whether the next step begins with one.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.pending = False
+        self._snapshots = 0
+        self._learning_rate = 0.0
+
+    def begin(self) -> None:
+        """Begin without momentum, from the next snapshot on."""
+        self.active, self._snapshots = True, 0
+
+    def stop(self) -> None:
+        """Take no more outer steps."""
+        self.active = self.pending = False
+
+    def until_due(self, taken: int) -> int:
+        """Full steps after number `taken` until one that begins or ends with work for this."""
+        return 0 if self.pending else (-taken - 1) % INTERVAL
+
+    @property
+    def full_step(self) -> Directive:
+        """Full step that is due: it ends in a snapshot, the first one of a bank of its own."""
+        return Directive(Action.FULL, snapshot=True, fresh_bank=self._snapshots == 0)
+
+    def take(self) -> None:
+        """Take note that it was carried out; the first snapshot is where outer steps start from."""
+        self._snapshots += 1
+        self.pending = self._snapshots > 1
+
+    def step(self, learning_rate: float) -> Directive:
+        """Return the outer step that is pending.
+
+        Parameters
+        ----------
+        learning_rate : float
+            Learning rate of the last full step.
+        """
+        ahead = RATE * (1.0 + MOMENTUM)
+        # Oldest first: where the last outer step began to be prepared, before it, after it, now.
+        coefficients = np.array([0.0, 0.0, 1.0 - ahead, ahead])
+        if self._snapshots >= len(coefficients):
+            fallen = learning_rate / self._learning_rate if self._learning_rate > 0.0 else 1.0
+            kept = MOMENTUM * min(1.0, fallen)
+            coefficients[:3] += kept * np.array([RATE - 1.0, -RATE, 1.0])
+        self.pending = False
+        self._learning_rate = learning_rate
+        rows = coefficients[None, -self._snapshots :]
+        self._snapshots += 1
+        return Directive(Action.MOVE, rows, snapshot=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as plain numbers."""
+        return {
+            "active": self.active,
+            "pending": self.pending,
+            "snapshots": self._snapshots,
+            "learning_rate": self._learning_rate,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.active, self.pending = bool(state["active"]), bool(state["pending"])
+        self._snapshots = int(state["snapshots"])
+        self._learning_rate = float(state["learning_rate"])
