@@ -43,7 +43,7 @@ class Plan:
     seeds: int = 5
     budgets: tuple[float, ...] = BUDGETS
     shrink: float = 1.0
-    rates: int = 3
+    rates: int = 4
 
 
 QUICK = Plan(seeds=1, budgets=(0.5, 1.0), shrink=0.03, rates=1)
