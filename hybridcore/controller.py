@@ -37,7 +37,6 @@ TOLERANCE = math.log(1.2)
 PATIENT_STEPS = 3
 REGULAR_SNAPSHOTS = 3
 SHORTENED = 0.5
-LONG_REST = 4
 BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
@@ -165,8 +164,7 @@ class Controller:
             yield self.outer.step(self._rates[-1])
         calm = self._loss_confidence >= self.config.confidence_threshold
         if self.outer.active and not calm and self.pace.until_snapshot(self._taken) == 0:
-            # No look at the path could lead to a jump now, and outer steps would have to wait.
-            self.pace.wait += self.config.min_full_steps
+            self.pace.put_off()
         if self.pace.until_snapshot(self._taken) > 0:
             yield from self._rest()
             return
@@ -187,7 +185,7 @@ class Controller:
             # Weights that are not finite can hide from the loss, but not from the bank.
             self._gram = gram if gram is not None and np.isfinite(gram).all() else None
             if last and self._bank == self.config.snapshots and regular <= -self.config.snapshots:
-                self.pace.wait = self._taken + LONG_REST * self.config.min_full_steps
+                self.pace.rest(self._taken)
 
     def _rest(self) -> Turn:
         """Take a full step while there is nothing to look at, and outer steps if that lasts."""

@@ -34,6 +34,9 @@ MOST_PATIENCE = 16
 # Looking at the path again costs no forward pass, so that a path which has become regular, as it
 # does when a learning rate falls, is not overlooked for long.
 MOST_PATIENCE_TO_LOOK = 4
+# In `min_full_steps`: a rest while the loss is too noisy for a jump, and how often it is prolonged.
+LONG_REST = 4
+MOST_PUT_OFFS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,8 @@ class Pace:
     ----------
     wait : int
         Full steps in the present phase after which a jump may be chosen.
+    put_offs : int
+        How often the present wait has been prolonged.
     patience : int
         Factor on the wait after a failure, doubled by each and halved by each success.
     worth : float
@@ -181,6 +186,7 @@ class Pace:
     def __init__(self, config: HybridTrainerConfig) -> None:
         self._config = config
         self.wait = config.min_full_steps
+        self.put_offs = 0
         self.patience = 1
         self.worth = math.nan
         self.surprise = math.nan
@@ -198,6 +204,21 @@ class Pace:
         """Wait, after full step number `taken` of the phase, for the path to become regular."""
         least = self._config.min_full_steps
         self.wait = taken + min(self.back_off(least), MOST_PATIENCE_TO_LOOK * least)
+
+    def rest(self, taken: int) -> None:
+        """Wait, after full step number `taken` of the phase, for the loss to become calm."""
+        self.wait = taken + LONG_REST * self._config.min_full_steps
+        self.put_offs = 0
+
+    def put_off(self) -> None:
+        """Put off a look at the path that can hardly lead to a jump, but not for ever.
+
+        The outer momentum may be what rises and falls in the loss, and near the edge of stability
+        the pause that a look makes calms that down.
+        """
+        if self.put_offs < MOST_PUT_OFFS:
+            self.put_offs += 1
+            self.wait += self._config.min_full_steps
 
     def back_off(self, least: int) -> int:
         """Full steps to wait before the next attempt: `least`, and twice as many each time."""
@@ -252,12 +273,13 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
-        names = ("wait", "patience", "worth", "surprise")
+        names = ("wait", "put_offs", "patience", "worth", "surprise")
         return {name: getattr(self, name) for name in names} | {"arms": dict(self.arm_values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self.wait, self.patience = int(state["wait"]), int(state["patience"])
+        self.wait, self.put_offs = int(state["wait"]), int(state["put_offs"])
+        self.patience = int(state["patience"])
         self.worth, self.surprise = float(state["worth"]), float(state["surprise"])
         self.arm_values = dict(state["arms"])
 
