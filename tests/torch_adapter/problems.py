@@ -6,6 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hybridcore import HybridTrainerConfig
+from hybridcore_torch import HybridTrainer
 
 # Short phases, so that a few hundred steps hold several jumps.
 BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
@@ -23,6 +24,26 @@ def regression(seed=0, learning_rate=1e-2):
     model = nn.Linear(64, 10)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     return model, optimizer, lambda: F.cross_entropy(model(x), y)
+
+
+def noisy(seed=0, config=None, rate=1e-2, steps=None):
+    """A network on mini-batches of digits: trainer, closure of a random batch, held-out loss.
+
+    With `steps`, the rate falls to zero over so many.
+    """
+    x, y = digits()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    schedule = steps and torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    generator = torch.Generator().manual_seed(seed)
+
+    def closure():
+        batch = torch.randint(0, 1200, (16,), generator=generator)
+        return F.cross_entropy(model(x[batch]), y[batch])
+
+    held_out = lambda: float(F.cross_entropy(model(x[1200:]), y[1200:]).detach())  # noqa: E731
+    return HybridTrainer(model, optimizer, config, scheduler=schedule), closure, held_out
 
 
 def weights(model):

@@ -2,29 +2,12 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from problems import BRISK, digits, regression, weights
+from problems import BRISK, noisy, regression, weights
 from torch import nn
 
 from hybridcore import ConfigError, HybridTrainerConfig, Phase, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
 from hybridcore_torch import HybridTrainer
-
-
-def noisy(seed=0, **arguments):
-    """A network on mini-batches of digits: trainer and the closure of a random batch."""
-    x, y = digits()
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    generator = torch.Generator().manual_seed(seed)
-
-    def closure():
-        batch = torch.randint(0, 1200, (16,), generator=generator)
-        return F.cross_entropy(model(x[batch]), y[batch])
-
-    held_out = lambda: float(F.cross_entropy(model(x[1200:]), y[1200:]).detach())  # noqa: E731
-    return HybridTrainer(model, optimizer, **arguments), closure, held_out
 
 
 def test_it_is_the_polynomial_mean_of_what_the_loop_went_through():
@@ -52,7 +35,7 @@ def test_it_is_the_polynomial_mean_of_what_the_loop_went_through():
 def test_noise_is_less_at_the_average():
     ahead = []
     for seed in range(5):
-        trainer, closure, held_out = noisy(seed)
+        trainer, closure, held_out = noisy(seed, HybridTrainerConfig(outer_momentum=False))
         for _ in range(600):
             trainer.step(closure)
         raw = held_out()

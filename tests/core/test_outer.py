@@ -1,0 +1,221 @@
+"""Outer momentum: its snapshots against the recursion itself, and when the engine takes it."""
+
+import json
+
+import numpy as np
+import pytest
+from descent import Watched, text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcore import Action, HybridTrainerConfig, Phase
+from hybridcore.outer import INTERVAL, MOMENTUM, MOST_WORTH, RATE, OuterMomentum
+
+NOISY = HybridTrainerConfig(warmup_steps=20)
+
+
+def by_bank(displacements, rates, capacity=4):
+    """Points after each outer step, by the coefficients over a bank of `capacity` snapshots."""
+    outer, x, bank, points = OuterMomentum(), np.zeros(len(displacements[0])), [], []
+    outer.begin()
+    for moved, rate in zip(displacements, rates, strict=True):
+        x = x + moved
+        directive = outer.full_step
+        assert directive.snapshot
+        bank = [*([] if directive.fresh_bank else bank)[1 - capacity :], x]
+        outer.take()
+        if outer.pending:
+            move = outer.step(rate)
+            assert move.action is Action.MOVE
+            assert move.snapshot
+            (row,) = move.coefficients
+            assert row.sum() == pytest.approx(1.0, abs=1e-12)
+            x = row @ np.array(bank[-len(row) :])
+            bank = [*bank[1 - capacity :], x]
+        points.append(x)
+    return points
+
+
+def by_hand(displacements, rates):
+    start, momentum, last, points = displacements[0], 0.0, rates[0], [displacements[0]]
+    for moved, rate in zip(displacements[1:], rates[1:], strict=True):
+        fallen = min(1.0, rate / last) if last > 0.0 else 1.0
+        momentum = MOMENTUM * fallen * momentum + RATE * MOMENTUM * moved
+        start, last = start + RATE * moved + momentum, rate
+        points.append(start)
+    return points
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(2, 30),
+    st.integers(0, 2**32 - 1),
+    st.integers(4, 10),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=30, max_size=30),
+)
+def test_the_bank_holds_all_of_the_recursion(count, seed, capacity, rates):
+    displacements = np.random.default_rng(seed).normal(size=(count, 3))
+    found = by_bank(displacements, rates[:count], capacity)
+    np.testing.assert_allclose(found, by_hand(displacements, rates[:count]), atol=1e-9)
+
+
+def test_a_steady_displacement_is_continued_as_far_as_it_says():
+    points = by_bank(np.ones((200, 1)), np.ones(200))
+    assert points[-1] - points[-2] == pytest.approx(1.0 + MOST_WORTH)
+
+
+def test_noise_is_averaged_down():
+    # Fast directions forget where they are within an interval: each displacement leads from the
+    # point to a new one that knows nothing of it.
+    noise = np.random.default_rng(0).normal(size=20_000)
+    outer, bank, x, left = OuterMomentum(), [], 0.0, []
+    outer.begin()
+    for target in noise:
+        bank = [*([] if outer.full_step.fresh_bank else bank)[-3:], target]
+        outer.take()
+        if outer.pending:
+            (row,) = outer.step(1.0).coefficients
+            x = float(row @ bank[-len(row) :])
+            bank = [*bank[-3:], x]
+            left.append(x)
+    assert np.std(left) < np.std(noise)
+
+
+def test_a_state_resumes_exactly():
+    first, second = OuterMomentum(), OuterMomentum()
+    first.begin()
+    for count in range(12):
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        for outer in (first, second):
+            outer.take()
+        assert first.pending == second.pending == (count > 0)
+        if first.pending:
+            moves = [outer.step(1.0 / (1 + count)).coefficients for outer in (first, second)]
+            assert np.array_equal(*moves)
+    first.stop()
+    assert not first.active
+    assert not first.pending
+
+
+# -- in the engine ----------------------------------------------------------------------------
+
+
+def outer_moves(descent):
+    return [d for d in descent.directives if d.action is Action.MOVE and d.snapshot]
+
+
+@pytest.mark.parametrize("averaging", [True, False])
+@pytest.mark.parametrize("snapshots", [4, 6, 10])
+def test_noisy_work_gets_outer_steps(averaging, snapshots):
+    config = HybridTrainerConfig(warmup_steps=20, averaging=averaging, snapshots=snapshots)
+    descent = Watched(config, noise=0.3)
+    descent.run(1000)
+    counters = descent.engine.counters
+    assert counters.outer_steps == len(outer_moves(descent))
+    assert 1000 / INTERVAL * 0.6 < counters.outer_steps < 1000 / INTERVAL
+    assert counters.predicted_steps < 30
+    # A move is followed by the full step of the same turn.
+    actions = [d.action for d in descent.directives]
+    for index, directive in enumerate(descent.directives[:-1]):
+        if directive.action is Action.MOVE and directive.snapshot:
+            assert actions[index + 1] is Action.FULL
+
+
+def test_they_are_at_least_an_interval_apart():
+    descent = Watched(NOISY, noise=0.3)
+    seen, gaps, since = 0, [], 0
+    for _ in range(1000):
+        descent.step()
+        since += 1
+        now = descent.engine.counters.outer_steps
+        if now > seen:
+            gaps.append(since)
+            seen, since = now, 0
+    assert set(gaps[1:]) >= {INTERVAL}
+    assert min(gaps) >= INTERVAL
+
+
+def test_smooth_work_is_left_to_jumps():
+    descent = Watched()
+    descent.run(400)
+    assert descent.engine.counters.predicted_steps > 100
+    assert not outer_moves(descent)
+
+
+def test_the_setting_turns_them_off():
+    descent = Watched(HybridTrainerConfig(warmup_steps=20, outer_momentum=False), noise=0.3)
+    descent.run(1000)
+    assert descent.engine.counters.outer_steps == 0
+
+
+def test_slow_directions_get_further():
+    """Far from the minimum, the slow directions are ahead of the plain run's."""
+    ahead = []
+    for seed in range(5):
+        ends = []
+        for outer in (True, False):
+            config = HybridTrainerConfig(warmup_steps=20, outer_momentum=outer)
+            descent = Watched(config, noise=0.3, seed=seed)
+            descent.x *= 30.0
+            descent.run(1000)
+            slow = descent.curvature < 0.02
+            ends.append(float(descent.curvature[slow] @ descent.x[slow] ** 2))
+        ahead.append(ends[0] < ends[1])
+    assert sum(ahead) >= 4
+
+
+def test_a_bad_batch_where_one_is_due_only_postpones_it():
+    descent = Watched(NOISY, noise=0.3)
+    descent.run(400)
+    outer = descent.engine.controller.outer
+    while outer.pending or not outer.active or outer.until_due(descent.engine.controller._taken):
+        descent.step()
+    before = descent.x
+    descent.step(bad=True)
+    assert np.array_equal(descent.x, before)
+    assert not outer.pending
+    count = descent.engine.counters.outer_steps
+    descent.run(3 * INTERVAL)
+    assert descent.engine.counters.outer_steps > count
+    assert np.isfinite(descent.x).all()
+
+
+@pytest.mark.parametrize("cut", range(150, 560, 23))
+def test_a_run_resumes_exactly(cut):
+    whole = Watched(NOISY, noise=0.3)
+    whole.run(600)
+    first, second = Watched(NOISY, noise=0.3), Watched(NOISY, noise=0.3)
+    first.run(cut)
+    second.engine.load_state_dict(json.loads(text(first.engine.state_dict())))
+    second.x, second.bank, second.saved = first.x, first.bank, first.saved
+    second.random, second.held = first.random, first.held
+    second.last_phase, second.begun = first.last_phase, first.begun
+    second.run(600 - cut)
+    assert np.array_equal(second.x, whole.x)
+    assert whole.engine.counters.outer_steps == second.engine.counters.outer_steps > 0
+
+
+def test_the_interval_of_the_speedup_allows_for_them():
+    descent = Watched(NOISY, noise=0.3)
+    descent.run(1000)
+    statistics = descent.engine.statistics()
+    low, high = statistics.measured_speedup_interval
+    assert statistics.outer_steps > 0
+    assert low < statistics.measured_speedup < 1.05
+    most = 1.0 + MOST_WORTH * INTERVAL * statistics.outer_steps / statistics.steps
+    assert 1.3 < 0.9 * most < high
+    assert f"{statistics.outer_steps} outer steps" in str(statistics)
+
+
+def test_other_parameters_end_them():
+    descent = Watched(NOISY, noise=0.3)
+    descent.run(400)
+    while not descent.engine.controller.outer.active:
+        descent.step()
+    descent.engine.regroup()
+    descent.bank = []
+    outer = descent.engine.controller.outer
+    assert not outer.active
+    assert descent.engine.phase is Phase.FULL
+    descent.run(300)
+    assert np.isfinite(descent.x).all()

@@ -1,0 +1,62 @@
+"""Outer steps on real mini-batches, against the loop that a user would write for them."""
+
+import pytest
+import torch
+from problems import noisy, weights
+
+from hybridcore import HybridTrainerConfig
+from hybridcore.outer import INTERVAL, MOMENTUM, RATE
+
+
+@pytest.mark.parametrize("averaging", [True, False])
+def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(averaging=averaging))
+    outer = trainer.engine.controller.outer
+    seen = []
+
+    def watched():
+        seen.append(weights(trainer.model))
+        return closure()
+
+    start = momentum = None
+    checked = 0
+    for _ in range(900):
+        pending, held, before = outer.pending, outer._snapshots, weights(trainer.model)
+        count = trainer.statistics().outer_steps
+        trainer.step(watched)
+        moved = trainer.statistics().outer_steps - count
+        assert moved == pending
+        if moved:
+            momentum = [
+                MOMENTUM * m + RATE * MOMENTUM * (w - s)
+                for m, w, s in zip(momentum, before, start, strict=True)
+            ]
+            start = [
+                s + RATE * (w - s) + m for s, w, m in zip(start, before, momentum, strict=True)
+            ]
+            for found, expected in zip(seen[-1], start, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            start = seen[-1]
+            checked += 1
+        else:
+            assert all(map(torch.equal, seen[-1], before))
+        if outer._snapshots == 1 != held:
+            start, momentum = weights(trainer.model), [torch.zeros_like(w) for w in before]
+    assert checked > 0.6 * 900 / INTERVAL
+
+
+def test_a_falling_rate_is_passed_faster():
+    """On five seeds: lower held-out loss than the plain loop's under the same linear schedule."""
+    ahead = 0
+    for seed in range(5):
+        ends = []
+        for wanted in (True, False):
+            config = HybridTrainerConfig(outer_momentum=wanted)
+            trainer, closure, held_out = noisy(seed, config, rate=1e-3, steps=800)
+            for _ in range(800):
+                trainer.step(closure)
+            ends.append(held_out())
+            assert (trainer.statistics().outer_steps > 0) == wanted
+            assert trainer.statistics().predicted_steps == 0
+        ahead += ends[0] < ends[1]
+    assert ahead >= 4
