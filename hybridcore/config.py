@@ -53,8 +53,8 @@ class HybridTrainerConfig:
         missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
         costs a probe for each jump (``benchmarks/ablation.py``).
     outer_momentum : bool
-        Move the weights on by Nesterov's momentum over the displacements of ten full steps, while
-        the path is too irregular for a jump.
+        Move the weights on by Nesterov's momentum over the displacements of ten full steps, where
+        loss or path are too irregular for a jump.
     averaging : bool
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     on_divergence : {"recover", "raise"}

@@ -26,6 +26,7 @@ class Phase(enum.Enum):
             while no jump is worth it:              # FULL
                 full step
                 now and then: snapshot
+                while a jump is out of reach: every tenth step, move on by outer momentum
             until the horizon is reached:           # PREDICT
                 at the start of a segment: move the weights
                 at the end of a segment: probe; back to the best point if the loss rose

@@ -37,7 +37,7 @@ class Directive:
         - ``SKIP``: advance the schedule, nothing else.
         - ``PROBE``: loss without gradients at `coefficients` of the bank (None: where the weights
           are), weights and buffers as before afterwards. Report loss and seconds.
-        - ``MOVE``: put the weights at `coefficients` of the bank.
+        - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step.
         - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
         - ``ROLLBACK``: restore what ``SAVE`` kept.
     coefficients : (groups, m) or (1, m) ndarray of float64 or None

@@ -159,7 +159,7 @@ def test_full_batch_regression_is_reached_for_less():
     assert statistics.backward_passes + statistics.probes / 3 < 0.75 * 800
 
 
-def test_noisy_training_is_left_alone():
+def test_noisy_training_gets_outer_steps_and_no_jumps():
     x, y = digits()
     model, hybrid = perceptron(), HybridCallback()
     model.fit(x, y, batch_size=32, epochs=14, verbose=0, callbacks=[hybrid])
@@ -167,6 +167,7 @@ def test_noisy_training_is_left_alone():
     assert statistics.steps == 14 * 57
     assert statistics.predicted_steps <= 0.05 * statistics.steps
     assert statistics.probes <= 0.02 * statistics.steps
+    assert statistics.outer_steps > 30
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
