@@ -184,7 +184,8 @@ class Controller:
             gram = observation.gram
             # Weights that are not finite can hide from the loss, but not from the bank.
             self._gram = gram if gram is not None and np.isfinite(gram).all() else None
-            if last and self._bank == self.config.snapshots and regular <= -self.config.snapshots:
+            long = self._bank == self.config.snapshots and regular <= -self.config.snapshots
+            if last and long and not self.outer.straight:
                 self.pace.rest(self._taken)
 
     def _rest(self) -> Turn:
@@ -193,10 +194,10 @@ class Controller:
             self._bank = 0
             self.outer.begin()
         due = self.outer.active and self.outer.until_due(self._taken) == 0
-        if not due or self.monitor.action() not in BEARABLE:
-            yield from self._step()
-        elif (yield from self._step(self.outer.full_step)).applied:
-            self.outer.take()
+        wanted = due and self.monitor.action() in BEARABLE
+        observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
+        if wanted and observation.applied and self.outer.take(observation.gram):
+            self.pace.wait = self._taken + self.config.min_full_steps
 
     def _step(
         self, directive: Directive = FULL_STEP

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybridcore.types import Action, Directive
 
@@ -15,6 +16,10 @@ MOMENTUM = 0.8
 RATE = 0.4
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
+# The path is held against itself in every fifth of them, as a Gram matrix costs more than a step.
+# Two displacements had a cosine of 0.76 to 0.97 on smooth work, and 0.1 to 0.73 on mini-batches.
+CHECK = 5
+STRAIGHT = 0.8
 # Full steps that one is worth at most, where the path is straight.
 MOST_WORTH = RATE / (1.0 - MOMENTUM) - 1.0
 
@@ -41,17 +46,20 @@ class OuterMomentum:
         Whether outer steps are taken now.
     pending : bool
         Whether the next step begins with one.
+    straight : bool
+        Whether the path was so smooth in between that jumps should have it.
     """
 
     def __init__(self) -> None:
         self.active = False
         self.pending = False
+        self.straight = False
         self._snapshots = 0
         self._learning_rate = 0.0
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
-        self.active, self._snapshots = True, 0
+        self.active, self.straight, self._snapshots = True, False, 0
 
     def stop(self) -> None:
         """Take no more outer steps."""
@@ -64,12 +72,29 @@ class OuterMomentum:
     @property
     def full_step(self) -> Directive:
         """Full step that is due: it ends in a snapshot, the first one of a bank of its own."""
-        return Directive(Action.FULL, snapshot=True, fresh_bank=self._snapshots == 0)
+        checked = self._snapshots % (2 * CHECK) == 2 * CHECK - 1
+        return Directive(Action.FULL, snapshot=True, fresh_bank=self._snapshots == 0, gram=checked)
 
-    def take(self) -> None:
-        """Take note that it was carried out; the first snapshot is where outer steps start from."""
+    def take(self, gram: NDArray[np.float64] | None) -> bool:
+        """Take note that it was carried out; True if that ends the outer steps.
+
+        They start from the first snapshot, and end where the path is straight.
+
+        Parameters
+        ----------
+        gram : (groups, m, m) ndarray of float64 or None
+            Gram matrices of the bank, where they were asked for.
+        """
         self._snapshots += 1
         self.pending = self._snapshots > 1
+        if gram is not None:
+            # The newest four snapshots, oldest first, begin and end two displacements.
+            moved = np.array([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 1.0]])
+            (older, between), (_, newer) = moved @ gram.sum(axis=0)[-4:, -4:] @ moved.T
+            self.straight = bool(between > STRAIGHT * np.sqrt(older * newer))
+        if self.straight:
+            self.stop()
+        return self.straight
 
     def step(self, learning_rate: float) -> Directive:
         """Return the outer step that is pending.
@@ -97,6 +122,7 @@ class OuterMomentum:
         return {
             "active": self.active,
             "pending": self.pending,
+            "straight": self.straight,
             "snapshots": self._snapshots,
             "learning_rate": self._learning_rate,
         }
@@ -104,5 +130,5 @@ class OuterMomentum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.active, self.pending = bool(state["active"]), bool(state["pending"])
-        self._snapshots = int(state["snapshots"])
+        self.straight, self._snapshots = bool(state["straight"]), int(state["snapshots"])
         self._learning_rate = float(state["learning_rate"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import Action, HybridTrainerConfig, Phase
-from hybridcore.outer import INTERVAL, MOMENTUM, MOST_WORTH, RATE, OuterMomentum
+from hybridcore.outer import CHECK, INTERVAL, MOMENTUM, MOST_WORTH, RATE, OuterMomentum
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
 
@@ -23,7 +23,7 @@ def by_bank(displacements, rates, capacity=4):
         directive = outer.full_step
         assert directive.snapshot
         bank = [*([] if directive.fresh_bank else bank)[1 - capacity :], x]
-        outer.take()
+        outer.take(None)
         if outer.pending:
             move = outer.step(rate)
             assert move.action is Action.MOVE
@@ -72,7 +72,7 @@ def test_noise_is_averaged_down():
     outer.begin()
     for target in noise:
         bank = [*([] if outer.full_step.fresh_bank else bank)[-3:], target]
-        outer.take()
+        outer.take(None)
         if outer.pending:
             (row,) = outer.step(1.0).coefficients
             x = float(row @ bank[-len(row) :])
@@ -87,7 +87,7 @@ def test_a_state_resumes_exactly():
     for count in range(12):
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         for outer in (first, second):
-            outer.take()
+            outer.take(None)
         assert first.pending == second.pending == (count > 0)
         if first.pending:
             moves = [outer.step(1.0 / (1 + count)).coefficients for outer in (first, second)]
@@ -219,3 +219,31 @@ def test_other_parameters_end_them():
     assert descent.engine.phase is Phase.FULL
     descent.run(300)
     assert np.isfinite(descent.x).all()
+
+
+@pytest.mark.parametrize(
+    ("turn", "straight"), [(0.0, True), (0.6, True), (0.7, False), (2.0, False)]
+)
+def test_a_straight_path_ends_them(turn, straight):
+    outer, random = OuterMomentum(), np.random.default_rng(0)
+    outer.begin()
+    older = random.normal(size=20)
+    across = random.normal(size=20)
+    across -= older * (across @ older) / (older @ older)
+    newer = np.cos(turn) * older / np.linalg.norm(older) + np.sin(turn) * across / np.linalg.norm(
+        across
+    )
+    points = np.array([np.zeros(20), older, older + random.normal(size=20)])
+    bank = np.array([random.normal(size=20), *points, points[-1] + 3.0 * newer])
+    gram = ((bank - bank[-1]) @ (bank - bank[-1]).T)[None]
+    asked = []
+    for _ in range(20):
+        asked.append(outer.full_step.gram)
+        if asked[-1]:
+            break
+        assert not outer.take(None)
+        if outer.pending:
+            outer.step(1.0)
+    assert asked.count(False) == CHECK
+    assert outer.take(gram) == straight
+    assert outer.active != straight
