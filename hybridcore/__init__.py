@@ -14,6 +14,7 @@ from hybridcore.errors import (
 )
 from hybridcore.metrics import TrainingStatistics
 from hybridcore.phases import Event, Phase
+from hybridcore.quasi_newton import Secants
 from hybridcore.types import Action, Directive, Observation, StepResult
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Observation",
     "Phase",
     "ProtocolError",
+    "Secants",
     "StepResult",
     "TrainingStatistics",
     "TransitionError",

@@ -55,6 +55,10 @@ class HybridTrainerConfig:
     outer_momentum : bool
         Move the weights on by Nesterov's momentum over the displacements of ten full steps, where
         loss or path are too irregular for a jump.
+    secant_pairs : int
+        Most pairs of displacement and change of gradient, 0 to 50, two copies of the trainable
+        parameters each, by which quasi-Newton steps are taken while every batch is the same; 0
+        takes none. An adapter keeps fewer where the weights are many.
     averaging : bool
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     on_divergence : {"recover", "raise"}
@@ -79,6 +83,7 @@ class HybridTrainerConfig:
     device: Device = "auto"
     group_correction: bool = False
     outer_momentum: bool = True
+    secant_pairs: int = 20
     averaging: bool = True
     on_divergence: OnDivergence = "recover"
 
@@ -91,6 +96,7 @@ class HybridTrainerConfig:
         _check_integer("horizon", self.horizon, 1)
         _check_integer("correction_interval", self.correction_interval, 1)
         _check_integer("snapshots", self.snapshots, 4, 10)
+        _check_integer("secant_pairs", self.secant_pairs, 0, 50)
         _check_real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         _check_real("divergence_sigma", self.divergence_sigma, 0.0, float("inf"))
         if self.divergence_sigma == 0.0:
@@ -106,8 +112,8 @@ class HybridTrainerConfig:
 
     @classmethod
     def memory_saver(cls) -> HybridTrainerConfig:
-        """Preset with the fewest snapshots, no average, and short predict phases."""
-        return cls(horizon=15, snapshots=4, averaging=False)
+        """Preset with the fewest snapshots, no pairs, no average, and short predict phases."""
+        return cls(horizon=15, snapshots=4, secant_pairs=0, averaging=False)
 
     @property
     def snapshot_interval(self) -> int:

@@ -36,19 +36,25 @@ class Engine:
     ----------
     config : HybridTrainerConfig
         Settings.
+    pairs : int
+        Secant pairs that the adapter can hold; 0 where it takes no quasi-Newton steps.
     controller : callable, optional
-        ``controller(config, counters, meter)`` builds the one who runs the phases.
+        ``controller(config, counters, meter, pairs)`` builds the one who runs the phases.
     """
 
     def __init__(
         self,
         config: HybridTrainerConfig,
-        controller: Callable[[HybridTrainerConfig, Counters, Meter], PhaseController] = Controller,
+        pairs: int = 0,
+        controller: Callable[
+            [HybridTrainerConfig, Counters, Meter, int], PhaseController
+        ] = Controller,
     ) -> None:
         self.config = config
+        self.pairs = pairs
         self._counters = Counters()
         self._meter = Meter()
-        self._controller = controller(config, self._counters, self._meter)
+        self._controller = controller(config, self._counters, self._meter, pairs)
         self._turn: Turn | None = None
         self._directive: Directive | None = None
         self._quiet = self._controller.quiet_steps()
@@ -133,7 +139,10 @@ class Engine:
 
     @property
     def forecast_loss(self) -> float:
-        """Loss forecast for the newest step if it was predicted, else NaN."""
+        """Loss at the weights that the newest step left, where no pass of it was there, else NaN.
+
+        That is a forecast if it was predicted.
+        """
         return self._controller.forecast_loss
 
     @property
@@ -145,6 +154,11 @@ class Engine:
     def touches_weights(self) -> bool:
         """True if the next step may copy, average or move the weights, beside training them."""
         return not self._quiet
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether what the last ``SAVE`` kept may still be asked for."""
+        return self._controller.may_roll_back
 
     @property
     def needs_batch(self) -> bool:
@@ -219,11 +233,13 @@ class Engine:
 
     def _account(self, directive: Directive, observation: Observation) -> None:
         counters, meter = self._counters, self._meter
-        if directive.action is Action.FULL:
+        if directive.action in (Action.FULL, Action.GRADIENT):
             counters.steps += 1
             counters.full_steps += 1
             counters.backward_passes += math.isfinite(observation.loss)
-            counters.divergences += not observation.applied
+            # A trial point may be far off: that is no fault of the batch.
+            counters.divergences += not observation.applied and directive.action is Action.FULL
+            counters.secant_steps += directive.action is Action.GRADIENT
             meter.full_seconds.append(observation.seconds)
         elif directive.action is Action.SKIP:
             counters.steps += 1

@@ -20,6 +20,7 @@ class Counters:
     predicted_steps: int = 0
     backward_passes: int = 0
     outer_steps: int = 0
+    secant_steps: int = 0
     probes: int = 0
     rollbacks: int = 0
     divergences: int = 0
@@ -55,6 +56,8 @@ class TrainingStatistics:
         Share in [0, 1] of the steps that ran none.
     outer_steps : int
         Moves by the momentum of real steps, where there was no jump. They skip nothing.
+    secant_steps : int
+        Of the full steps, those whose gradient went into a quasi-Newton step.
     probes : int
         Forward passes without gradients.
     probe_cost : float
@@ -90,6 +93,7 @@ class TrainingStatistics:
     backward_passes: int
     backward_reduction: float
     outer_steps: int
+    secant_steps: int
     probes: int
     probe_cost: float
     rollbacks: int
@@ -119,6 +123,7 @@ class TrainingStatistics:
             backward_passes=counters.backward_passes,
             backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
             outer_steps=counters.outer_steps,
+            secant_steps=counters.secant_steps,
             probes=counters.probes,
             probe_cost=meter.probe_cost,
             rollbacks=counters.rollbacks,
@@ -140,17 +145,18 @@ class TrainingStatistics:
 
     def __str__(self) -> str:
         low, high = self.measured_speedup_interval
-        speedup = f"{self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
-        if self.predicted_steps == self.outer_steps == 0:
+        reach = f"{low:.2f} to {high:.2f}" if math.isfinite(high) else f"at least {low:.2f}"
+        speedup = f"{self.measured_speedup:.2f} (90 %: {reach})"
+        if self.predicted_steps == self.outer_steps == self.secant_steps == 0:
             speedup = "none, nothing was predicted"
-        elif not math.isfinite(high):
+        elif not math.isfinite(high) and not self.secant_steps:
             speedup = "not known yet"
         return (
             f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
             f"({self.backward_reduction:.0%} fewer backward passes), {self.outer_steps} outer "
-            f"steps, {self.probes} probes, {self.rollbacks} rollbacks, "
-            f"{self.divergences} bad batches; cost {self.cost:.0f} full steps, its own time "
-            f"included; measured speed-up {speedup}"
+            f"steps, {self.secant_steps} quasi-Newton steps, {self.probes} probes, "
+            f"{self.rollbacks} rollbacks, {self.divergences} bad batches; cost {self.cost:.0f} "
+            f"full steps, its own time included; measured speed-up {speedup}"
         )
 
 

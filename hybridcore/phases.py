@@ -27,6 +27,7 @@ class Phase(enum.Enum):
                 full step
                 now and then: snapshot
                 while a jump is out of reach: every tenth step, move on by outer momentum
+                while every batch is the same: quasi-Newton steps
             until the horizon is reached:           # PREDICT
                 at the start of a segment: move the weights
                 at the end of a segment: probe; back to the best point if the loss rose
@@ -91,7 +92,8 @@ class PhaseController(Protocol):
     confidence : float
         Confidence in [0, 1] at the last decision.
     forecast_loss : float
-        Loss forecast for the present predicted step, NaN elsewhere.
+        Loss at the weights that the newest step left, where no pass of it was there: a forecast if
+        it was predicted. NaN elsewhere.
     prediction_error : float or None
         ``|forecast - loss| / loss`` of the newest step, None where it could not compare them.
     """
@@ -121,6 +123,11 @@ class PhaseController(Protocol):
 
     def absorb(self, observation: Observation) -> None:
         """Take in what was seen in such a step."""
+        ...
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether what the last ``SAVE`` kept may still be asked for."""
         ...
 
     @property

@@ -258,7 +258,7 @@ class Pace:
         steps = self.steps_for(progress, flight.slope)
         name = flight.jump.extrapolator
         self.worth = _blend(self.worth, max(0.0, steps - spent))
-        self.arm_values[name] = _blend(self.arm_values.get(name, math.nan), steps - spent)
+        self.credit(name, steps - spent)
         # Probes count at their nominal cost here: a decision must not depend on the clock.
         if progress > 0.0 and steps >= spent + NOMINAL_PROBE_COST * probes:
             self.patience = max(1, self.patience // 2)
@@ -270,6 +270,13 @@ class Pace:
         better = 0.0 if math.isnan(self.surprise) else surprise - self.surprise
         self.surprise = _blend(self.surprise, surprise)
         return better
+
+    def credit(self, arm: str, steps: float) -> float:
+        """Take note that `arm` gained so many full steps, net; return them."""
+        most = float(MOST_REACH * self._config.horizon)
+        gained = max(-most, min(steps, most))
+        self.arm_values[arm] = _blend(self.arm_values.get(arm, math.nan), gained)
+        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""

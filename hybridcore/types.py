@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.phases import Phase
+from hybridcore.quasi_newton import Secants
 
 NAN = float("nan")
 
 
 class Action(enum.Enum):
-    """What an adapter is told to do. FULL and SKIP are the step; the others come before it."""
+    """What an adapter is told to do. FULL, GRADIENT and SKIP are the step, the others beside it."""
 
     FULL = "full"
     SKIP = "skip"
@@ -23,6 +24,12 @@ class Action(enum.Enum):
     MOVE = "move"
     SAVE = "save"
     ROLLBACK = "rollback"
+    GRADIENT = "gradient"
+    BASE = "base"
+    REACH = "reach"
+
+
+STEPS = (Action.FULL, Action.GRADIENT, Action.SKIP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +47,15 @@ class Directive:
         - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step.
         - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
         - ``ROLLBACK``: restore what ``SAVE`` kept.
+        - ``GRADIENT``: forward, backward, schedule, but no optimizer. Report loss, objective,
+          gradient norm, learning rate, seconds.
+        - ``BASE``: make the weights and the gradient of the last pass the base; what is between it
+          and the base before becomes the newest secant pair. Report the secants.
+        - ``REACH``: put the weights at the base plus the combination of secant pairs.
     coefficients : (groups, m) or (1, m) ndarray of float64 or None
         Affine coefficients over the newest m snapshots of the bank, oldest first; rows sum to 1.
-        One row is for all groups.
+        One row is for all groups. For ``REACH`` (2 k + 1,), of the displacements and scaled
+        gradients of :class:`~hybridcore.quasi_newton.Descent`.
     snapshot : bool
         For ``FULL`` and ``MOVE``: add the weights after it to the bank.
     fresh_bank : bool
@@ -52,7 +65,14 @@ class Directive:
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
     average : float
-        For ``FULL``: weight in [0, 1] of the weights after the step in their running average.
+        For ``FULL`` and ``BASE``: weight in [0, 1] of the weights in their running average.
+    pair : bool
+        For ``FULL``: after the backward pass do what ``BASE`` does, but for the report.
+    fresh_pairs : bool
+        For ``FULL`` with `pair`: forget base and pairs first.
+    own_batch : bool
+        For ``PROBE``: on the batch of the step even where the user gave another, and report the
+        objective too.
     """
 
     action: Action
@@ -62,6 +82,9 @@ class Directive:
     gram: bool = False
     learning_rate_scale: float = 1.0
     average: float = 0.0
+    pair: bool = False
+    fresh_pairs: bool = False
+    own_batch: bool = False
 
 
 class Observation(NamedTuple):
@@ -81,7 +104,11 @@ class Observation(NamedTuple):
         Inner products of the bank's snapshots about the newest one, where asked for.
     applied : bool
         For ``FULL``: the optimizer stepped. False if loss or gradients were not finite; then
-        nothing else was done either, no snapshot among it.
+        nothing else was done either, no snapshot among it. For ``GRADIENT``: they were finite.
+    objective : float
+        Loss with what the optimizer's weight decay adds to it.
+    secants : Secants or None
+        For ``BASE``: inner products of the pairs and the gradient.
     """
 
     loss: float = NAN
@@ -90,6 +117,8 @@ class Observation(NamedTuple):
     seconds: float = 0.0
     gram: NDArray[np.float64] | None = None
     applied: bool = True
+    objective: float = NAN
+    secants: Secants | None = None
 
 
 class StepResult(NamedTuple):

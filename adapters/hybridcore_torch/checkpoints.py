@@ -11,18 +11,18 @@ import numpy as np
 import torch
 
 from hybridcore import CheckpointError
-from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.groups import outside
 from hybridcore_torch.recovery import RecoveryPoint
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
 
-VERSION = 1
+VERSION = 2
 KEYS = {
     "config",
     "engine",
     "bank",
+    "secants",
     "average",
     "recovery",
     "steps_since_recovery",
@@ -39,16 +39,18 @@ KEYS = {
 
 def collect(trainer: HybridTrainer) -> dict[str, Any]:
     """Return all that `trainer` needs to go on as if it had not been interrupted."""
-    bank, average, recovery = trainer._bank, trainer._average, trainer._recovery
+    hands = trainer._hands
+    bank, secants, average, recovery = hands.bank, hands.secants, hands.average, hands.recovery
     scheduler, scaler = trainer.scheduler, trainer.scaler
     return {
         "hybridcore": VERSION,
         "config": trainer.config.to_dict(),
         "engine": to_tensors(trainer.engine.state_dict()),
         "bank": None if bank is None else bank.state_dict(),
+        "secants": None if secants is None else secants.state_dict(),
         "average": None if average is None else [v.clone() for v in average.values],
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
-        "steps_since_recovery": trainer._steps_since_recovery,
+        "steps_since_recovery": hands.steps_since_recovery,
         "model": trainer.model.state_dict(),
         "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
         "optimizer_class": type(trainer.optimizer).__name__,
@@ -84,16 +86,17 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.engine.load_state_dict(engine)
-    trainer._bank = None
+    hands = trainer._hands
+    hands.bank = hands.secants = hands.average = None
     if state["bank"] is not None:
-        trainer._snapshots.load_state_dict(state["bank"])
-    trainer._average = None
+        hands.snapshots.load_state_dict(state["bank"])
+    if state["secants"] is not None:
+        hands.new_secants().load_state_dict(state["secants"])
     if state["average"] is not None:
-        trainer._average = WeightAverage(trainer._parameters)
-        torch._foreach_copy_(trainer._average.values, state["average"])
+        torch._foreach_copy_(hands.new_average().values, state["average"])
     recovery = state["recovery"]
-    trainer._recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
-    trainer._steps_since_recovery = state["steps_since_recovery"]
+    hands.recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
+    hands.steps_since_recovery = state["steps_since_recovery"]
 
 
 def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
@@ -137,9 +140,14 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         raise CheckpointError(
             "state is of another optimizer: its parameters outside the model differ"
         )
-    if state["bank"] is not None and not trainer._snapshots.takes(state["bank"]):
+    if state["bank"] is not None and not trainer._hands.snapshots.takes(state["bank"]):
         raise CheckpointError(
             "state was saved with other layer groups: pass the same layer_groups to the trainer"
+        )
+    secants = state["secants"]
+    if secants is not None and not trainer._hands.new_secants().takes(secants):
+        raise CheckpointError(
+            "state was saved with secant pairs of other parameters: freeze them likewise"
         )
     shapes_now = [p.shape for p in trainer._parameters]
     if state["average"] is not None and [v.shape for v in state["average"]] != shapes_now:

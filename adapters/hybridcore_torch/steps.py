@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import outside
 
 NAN = float("nan")
+Keep = Callable[[], object]
 
 
 class Stepper:
@@ -75,7 +77,9 @@ class Stepper:
         self.advance_schedule()
         return Observation(loss.item(), norm, self.learning_rate, perf_counter() - start)
 
-    def full(self, closure: Closure, scale: float) -> Observation:
+    def full(
+        self, closure: Closure, scale: float, *, keep: Keep | None = None, update: bool = True
+    ) -> Observation:
         """Take the step unless loss or gradients are not finite; the schedule advances anyway.
 
         Parameters
@@ -84,6 +88,10 @@ class Stepper:
             Computes the loss.
         scale : float
             Factor on every learning rate, for this step only.
+        keep : callable, optional
+            Called where weights and gradients, not yet clipped, belong together.
+        update : bool
+            False leaves the weights and the optimizer alone.
         """
         kept = buffers.keep(self._modules)
         start = perf_counter()
@@ -96,9 +104,10 @@ class Stepper:
         value, rate, norm = loss.item(), self.learning_rate, NAN
         self._watching = 0.0
         if math.isfinite(value):
-            norm = self._watched_backward(loss)
+            norm = self._watched_backward(loss, keep, clip=update)
             if math.isfinite(norm):
-                self._update_scaled(scale)
+                if update:
+                    self._update_scaled(scale)
             else:
                 # All of them, or a norm that is not finite would stay so for every later batch.
                 for parameter in self._clipped():
@@ -112,6 +121,10 @@ class Stepper:
             buffers.put_back(kept)
         seconds = perf_counter() - start - self._watching
         return Observation(value, norm, rate, seconds, applied=applied)
+
+    def follow(self) -> None:
+        """Let the optimizer see the gradients at a rate of zero, so that its moments stay fresh."""
+        self._update_scaled(0.0)
 
     def _loss(self, closure: Closure) -> torch.Tensor:
         loss = training_loss(closure)
@@ -135,18 +148,23 @@ class Stepper:
         # Looked up each time: a layer that was added may train before the structure is looked at.
         return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
-    def _watched_backward(self, loss: torch.Tensor) -> float:
+    def _watched_backward(self, loss: torch.Tensor, keep: Keep | None, *, clip: bool) -> float:
         """Compute gradients, clip them, and return their norm before clipping."""
         self._backward(loss)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        if self._max_grad_norm is not None:
-            return self._clip(self._max_grad_norm)
+        most = self._max_grad_norm if clip else None
+        if most is not None and keep is None:
+            return self._clip(most)
         start = perf_counter()
         norm = gradient_norm(self._optimizer)
+        if keep is not None and math.isfinite(norm):
+            keep()
         # Elsewhere the norm waits for the backward pass, which is not watching.
         if loss.is_cpu:
             self._watching = perf_counter() - start
+        if most is not None and math.isfinite(norm):
+            self._clip(most)
         return norm
 
     def _update(self) -> None:

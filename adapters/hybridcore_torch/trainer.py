@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,25 +17,23 @@ from hybridcore import (
     Action,
     ClosureError,
     ConfigError,
-    Directive,
     DivergenceError,
     Engine,
     HybridTrainerConfig,
-    Observation,
     Phase,
     ProtocolError,
     StepResult,
     TrainingStatistics,
 )
+from hybridcore.types import STEPS
 from hybridcore_torch import checkpoints
-from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.batches import Batch, Batches
 from hybridcore_torch.checks import check_arguments
-from hybridcore_torch.closures import Closure, Prober
-from hybridcore_torch.groups import by_depth, by_user, trainable_parameters
-from hybridcore_torch.recovery import RecoveryPoint
-from hybridcore_torch.snapshots import SnapshotBank
-from hybridcore_torch.steps import Stepper
+from hybridcore_torch.closures import Closure
+from hybridcore_torch.groups import by_user, trainable_parameters
+from hybridcore_torch.hands import Hands
+
+logger = logging.getLogger("hybridcore")
 
 
 class HybridTrainer:
@@ -102,16 +101,21 @@ class HybridTrainer:
         self.max_grad_norm = max_grad_norm
         self.probe = probe
         self.callbacks = tuple(callbacks)
-        self.engine = Engine(self.config)
         self._layer_groups = groups
         self._parameters = parameters
         self._structure = self._present_structure()
-        self._bank: SnapshotBank | None = None
-        self._average: WeightAverage | None = None
-        self._prober = Prober(model)
-        self._stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm)
-        self._recovery: RecoveryPoint | None = None
-        self._steps_since_recovery = 0
+        self._hands = Hands(
+            model,
+            optimizer,
+            scheduler,
+            scaler,
+            max_grad_norm,
+            probe,
+            self.config,
+            parameters,
+            groups,
+        )
+        self.engine = Engine(self.config, self._hands.pairs)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -184,7 +188,8 @@ class HybridTrainer:
         self._check_own_weights("averaged()")
         if self.config.enabled:
             self._check_structure()
-        return contextlib.nullcontext() if self._average is None else self._average.in_place()
+        average = self._hands.average
+        return contextlib.nullcontext() if average is None else average.in_place()
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -195,7 +200,7 @@ class HybridTrainer:
         engine = self.engine
         if not self.config.enabled:
             assert closure is not None
-            observation = self._stepper.plain(closure)
+            observation = self._hands.stepper.plain(closure)
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
@@ -205,11 +210,9 @@ class HybridTrainer:
             try:
                 while True:
                     directive = engine.next()
-                    if directive.action in (Action.FULL, Action.SKIP):
-                        phase, predicted = engine.phase, directive.action is Action.SKIP
-                    observation = self._carry_out(directive, closure)
-                    if directive.action is Action.FULL:
-                        last_full = observation
+                    observation = self._hands.carry_out(directive, closure)
+                    if directive.action in STEPS:
+                        phase, step, of_step = engine.phase, directive.action, observation
                     working += observation.seconds
                     engine.observe(observation)
                     if engine.step_done:
@@ -217,25 +220,25 @@ class HybridTrainer:
             except BaseException:
                 engine.abandon()
                 raise
-            if not predicted:
-                observation = last_full
-        if self._recovery is not None and engine.phase is Phase.FULL:
-            self._recovery = None
+            predicted, observation = step is Action.SKIP, of_step
+        if not engine.may_roll_back:
+            self._hands.recovery = None
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(
-            engine.forecast_loss if predicted else observation.loss,
+            observation.loss if math.isnan(engine.forecast_loss) else engine.forecast_loss,
             phase,
             predicted,
             engine.prediction_error,
             engine.confidence,
             None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
             1e3 * seconds,
-            {"learning_rate": self._stepper.learning_rate},
+            {"learning_rate": self._hands.stepper.learning_rate},
         )
         for callback in self.callbacks:
             callback(result)
-        if self.config.on_divergence == "raise" and not (predicted or observation.applied):
+        bad = not observation.applied and math.isnan(engine.forecast_loss)
+        if self.config.on_divergence == "raise" and bad:
             raise DivergenceError(
                 f"loss {observation.loss:g} with gradient norm {observation.gradient_norm:g} in "
                 f"step {engine.counters.steps}: the batch was left out and the weights are as "
@@ -243,83 +246,15 @@ class HybridTrainer:
             )
         return result
 
-    # -- directives -------------------------------------------------------------------------
-
-    def _carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
-        action = directive.action
-        if action is Action.FULL:
-            assert closure is not None
-            observation = self._stepper.full(closure, directive.learning_rate_scale)
-            self._steps_since_recovery += 1
-            if directive.average and observation.applied:
-                self._average = self._average or WeightAverage(self._parameters)
-                self._average.add(directive.average)
-            if directive.snapshot and observation.applied:
-                self._snapshots.take(fresh=directive.fresh_bank)
-                if directive.gram:
-                    return observation._replace(gram=self._snapshots.gram())
-            return observation
-        if action is Action.SKIP:
-            self._stepper.advance_schedule()
-            self._steps_since_recovery += 1
-        elif action is Action.PROBE:
-            assert closure is not None
-            return self._probe(directive, closure)
-        elif action is Action.MOVE:
-            assert directive.coefficients is not None
-            self._snapshots.move(directive.coefficients)
-            if directive.snapshot:
-                self._snapshots.take(fresh=False)
-        elif action is Action.SAVE:
-            self._snapshots.save()
-            self._recovery = RecoveryPoint(self.model, self.optimizer, self.scheduler, self.scaler)
-            self._steps_since_recovery = 0
-        elif action is Action.ROLLBACK:
-            assert self._recovery is not None
-            self._snapshots.restore()
-            self._recovery.restore(
-                self.model,
-                self.optimizer,
-                self.scheduler,
-                self.scaler,
-                self._steps_since_recovery,
-            )
-            self._recovery = None
-        return Observation()
-
-    def _probe(self, directive: Directive, closure: Closure) -> Observation:
-        coefficients = directive.coefficients
-        if coefficients is not None:
-            self._snapshots.set_aside()
-        try:
-            if coefficients is not None:
-                self._snapshots.move(coefficients)
-            start = perf_counter()
-            source = (closure, "closure") if self.probe is None else (self.probe, "probe")
-            loss = self._prober.loss(*source)
-            return Observation(loss=loss, seconds=perf_counter() - start)
-        finally:
-            if coefficients is not None:
-                self._snapshots.put_back()
-
     def _check_own_weights(self, call: str) -> None:
-        if self._average is not None and self._average.shown:
+        average = self._hands.average
+        if average is not None and average.shown:
             raise ProtocolError(
                 f"{call} inside averaged(): the model holds the average there, so leave the with "
                 "block first"
             )
 
     # -- structure --------------------------------------------------------------------------
-
-    @property
-    def _snapshots(self) -> SnapshotBank:
-        if self._bank is None:
-            if self._layer_groups is None:
-                groups = by_depth(self._parameters)
-            else:
-                groups = by_user(self._layer_groups, self._parameters)
-            self._bank = SnapshotBank(groups, self.config.snapshots)
-        return self._bank
 
     def _present_structure(self) -> tuple[object, ...]:
         return tuple(
@@ -344,8 +279,7 @@ class HybridTrainer:
             self._layer_groups = [group for group in groups if group]
         self._parameters = parameters
         self._structure = self._present_structure()
-        self._bank = self._recovery = self._average = None
-        self._stepper.refresh()
+        self._hands.restart(parameters, self._layer_groups)
         self.engine.regroup()
 
     # -- state ------------------------------------------------------------------------------

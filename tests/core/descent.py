@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybridcore import Action, Engine, HybridTrainerConfig, Observation, Phase
-from hybridcore.controller import SETTLE_RATE
+from hybridcore.jumping import SETTLE_RATE
 
 BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
 

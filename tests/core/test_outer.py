@@ -168,7 +168,7 @@ def test_a_bad_batch_where_one_is_due_only_postpones_it():
     descent = Watched(NOISY, noise=0.3)
     descent.run(400)
     outer = descent.engine.controller.outer
-    while outer.pending or not outer.active or outer.until_due(descent.engine.controller._taken):
+    while outer.pending or not outer.active or outer.until_due(descent.engine.controller.taken):
         descent.step()
     before = descent.x
     descent.step(bad=True)

@@ -124,7 +124,7 @@ def test_half_precision_is_averaged_in_single():
     trainer = HybridTrainer(model, optimizer)
     for _ in range(90):
         trainer.step(lambda: model.weight.sum())
-    values = torch.cat([value.flatten() for value in trainer._average.values])
+    values = torch.cat([value.flatten() for value in trainer._hands.average.values])
     assert values.dtype is torch.float32
     lag = float(values[0] - model.weight.detach()[0, 0])
     assert 0.0 < lag < 20 * 2**-7

@@ -70,14 +70,14 @@ def test_rollback_restores_all_and_keeps_the_schedule_in_step():
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
     for _ in range(15):
         trainer.step(closure)
-    trainer._carry_out(Directive(Action.FULL, snapshot=True, fresh_bank=True), closure)
-    trainer._carry_out(Directive(Action.SAVE), closure)
+    trainer._hands.carry_out(Directive(Action.FULL, snapshot=True, fresh_bank=True), closure)
+    trainer._hands.carry_out(Directive(Action.SAVE), closure)
     before = copy.deepcopy(model.state_dict())
     moments = copy.deepcopy(optimizer.state_dict()["state"])
     for _ in range(7):
-        trainer._carry_out(Directive(Action.FULL), closure)
+        trainer._hands.carry_out(Directive(Action.FULL), closure)
     assert not torch.equal(before["0.weight"], model[0].weight)
-    trainer._carry_out(Directive(Action.ROLLBACK), closure)
+    trainer._hands.carry_out(Directive(Action.ROLLBACK), closure)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     after = optimizer.state_dict()["state"]
@@ -99,11 +99,11 @@ def test_probes_leave_no_trace():
     trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
     closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
     for _ in range(2):
-        trainer._carry_out(Directive(Action.FULL, snapshot=True), closure)
+        trainer._hands.carry_out(Directive(Action.FULL, snapshot=True), closure)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    far = np.array([[-3.0, 4.0]] * len(trainer._snapshots._buckets))
+    far = np.array([[-3.0, 4.0]] * len(trainer._hands.snapshots._buckets))
     losses = [
-        trainer._carry_out(Directive(Action.PROBE, coefficients), closure).loss
+        trainer._hands.carry_out(Directive(Action.PROBE, coefficients), closure).loss
         for coefficients in (None, far, None)
     ]
     assert losses[0] == losses[2] != losses[1]

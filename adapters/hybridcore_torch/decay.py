@@ -1,0 +1,94 @@
+"""What an optimizer's weight decay adds to the loss that it lowers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Optimizers whose weight decay is added to the gradient unless a group says that it is decoupled.
+_COUPLED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+    torch.optim.Rprop,
+)
+
+
+def is_known(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what `optimizer` lowers can be told: the loss, and the decay of which is known."""
+    groups = optimizer.param_groups
+    if any(group.get("maximize") for group in groups):
+        return False
+    known = isinstance(optimizer, (*_COUPLED, torch.optim.AdamW))
+    return known or not any(group.get("weight_decay") for group in groups)
+
+
+class Decay:
+    """A quadratic penalty ``sum_i w_i theta_i^2 / 2`` that stands for weight decay.
+
+    Where decay is added to the gradient, ``w`` is its strength. AdamW adds it to the step instead,
+    so that it rests where ``g / sqrt(v) = -decay * theta`` (Loshchilov & Hutter 2019, algorithm 2):
+    there ``w`` is the strength times ``sqrt(v)``, as it is when this is built.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        For which :func:`is_known` holds.
+    parameters : sequence of Parameter
+        Those that move.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]
+    ) -> None:
+        self._parameters = list(parameters)
+        found = {
+            id(p): _strength(optimizer, group, p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        self.strengths = [found[id(p)] for p in parameters]
+
+    def penalty(self) -> float:
+        """Penalty at the present weights."""
+        with torch.no_grad():
+            return sum(
+                0.5 * float((strength * p.double().square()).sum())
+                for p, strength in zip(self._parameters, self.strengths, strict=True)
+                if not _is_zero(strength)
+            )
+
+    def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add the gradient of the penalty to `gradients`, in place."""
+        for gradient, p, strength in zip(gradients, self._parameters, self.strengths, strict=True):
+            if not _is_zero(strength):
+                gradient.add_(strength * p)
+
+
+def _is_zero(strength: torch.Tensor | float) -> bool:
+    return not isinstance(strength, torch.Tensor) and strength == 0.0
+
+
+def _strength(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor
+) -> torch.Tensor | float:
+    decay = float(group.get("weight_decay") or 0.0)
+    if decay == 0.0 or float(group["lr"]) == 0.0:
+        return 0.0
+    if not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
+        return decay
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return 0.0
+    square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
+    root: torch.Tensor = (square / max(correction, 1e-12)).sqrt()
+    return root.add_(float(group["eps"])).mul_(decay)

@@ -1,0 +1,112 @@
+"""Turns of a jump: in PREDICT its segments, in CORRECT its settling steps and its validation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from hybridcore.phases import Event, Turn
+from hybridcore.search import AVERAGED_SNAPSHOTS, probe_average, usable
+from hybridcore.types import NAN, Action, Directive, Observation
+
+if TYPE_CHECKING:
+    from hybridcore.controller import Controller
+
+logger = logging.getLogger("hybridcore")
+
+SETTLE_RATE = 0.5
+ABORT_RISE = math.log(1.3)
+PATIENT_STEPS = 3
+
+_SKIP = Directive(Action.SKIP)
+_PROBE = Directive(Action.PROBE)
+
+
+def predict(controller: Controller) -> Turn:
+    """Take a predicted step: move at the start of a segment, probe at its end."""
+    flight, interval = controller.in_flight, controller.config.correction_interval
+    if controller.taken % interval == 0:
+        yield controller.move(min(controller.taken + interval, flight.last) / flight.horizon)
+    controller.forecast_loss = math.exp(flight.expected((controller.taken + 1) / flight.horizon))
+    event = Event.HORIZON_REACHED if controller.taken + 1 == flight.last else None
+    if controller.needs_batch:
+        probe = yield _PROBE
+        # A probe that is not finite is a bad batch, or settling and validation will tell.
+        if usable(probe.loss):
+            controller.monitor.observe_prediction(controller.forecast_loss, probe.loss)
+            controller.prediction_error = abs(controller.forecast_loss - probe.loss) / probe.loss
+            controller.forecast_loss = probe.loss
+            event = (
+                flight.correct(controller.taken + 1, math.log(probe.loss), controller.margin)
+                or event
+            )
+            if event is Event.DIVERGED:
+                yield controller.move(flight.best_share)
+    yield _SKIP
+    controller.taken += 1
+    if event is not None:
+        controller.enter(event)
+
+
+def correct(controller: Controller) -> Turn:
+    """Take a settling step, or validate the jump after the last of them and go on."""
+    settling = max(AVERAGED_SNAPSHOTS, controller.config.snapshot_interval)
+    if controller.taken == settling:
+        if (yield from validate(controller)):
+            controller.enter(Event.VALIDATED)
+        else:
+            yield from roll_back(controller)
+        yield from controller.full()
+        return
+    due = controller.taken + 1 in (settling // 2, settling)
+    observation = yield Directive(Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE)
+    controller.absorb(observation)
+    controller.lost = 0 if observation.applied else controller.lost + 1
+    # One bad batch is the data's fault, several in a row are the jump's.
+    hopeless = controller.lost == PATIENT_STEPS
+    # The fast directions that a jump excites fall back within a few steps, or never.
+    if controller.taken >= PATIENT_STEPS and usable(observation.loss):
+        # The trend from before the jump: a probe's loss may be of other data.
+        rise = math.log(observation.loss) - controller.dynamics.forecast(0.0).mean
+        hopeless = hopeless or rise > ABORT_RISE + controller.margin
+    if hopeless:
+        reward(controller, 0.0)
+        yield from roll_back(controller)
+
+
+def validate(controller: Controller) -> Generator[Directive, Observation, bool]:
+    """Compare the settled weights with those before the jump; True if the jump is kept.
+
+    Both are means of as many snapshots: the bank holds those of either side.
+    """
+    before = (yield probe_average(behind=AVERAGED_SNAPSHOTS)).loss
+    after = (yield probe_average()).loss
+    if not usable(before):
+        # A bad batch proves nothing, and the settling steps had no reason to abort: the jump
+        # stays, and what it gained is known to nobody.
+        controller.pace.wait = controller.config.min_full_steps
+        controller.close(NAN, predicting=True)
+        return True
+    progress = math.log(before) - math.log(after) if usable(after) else 0.0
+    reward(controller, progress)
+    if progress > 0.0:
+        controller.close(math.log(after), predicting=True, progress=progress)
+    return progress > 0.0
+
+
+def roll_back(controller: Controller) -> Turn:
+    """Undo the jump."""
+    controller.lost = 0
+    yield Directive(Action.ROLLBACK)
+    controller.counters.rollbacks += 1
+    logger.info("jump by %s rolled back", controller.in_flight.jump.extrapolator)
+    controller.close(controller.meter.mark[0], predicting=True, progress=0.0)
+    controller.enter(Event.ROLLED_BACK)
+
+
+def reward(controller: Controller, progress: float) -> None:
+    """Learn what the jump was worth, and how soon another one is worth trying."""
+    spent = controller.meter.spent(controller.counters.full_steps, controller.counters.probes)
+    controller.rule.reward(controller.in_flight, progress, *spent)

@@ -1,0 +1,111 @@
+"""Quasi-Newton directions from inner products alone.
+
+L-BFGS (Nocedal 1980; Nocedal & Wright 2006, algorithm 7.4) never needs the vectors themselves: each
+step of its two loops is an inner product or a multiple of a vector added to another. So the
+direction is a combination of the secant pairs and the gradient, and its coefficients follow from
+their inner products (Chen, Wang & Zhou 2014, "Large-scale L-BFGS using MapReduce"). An adapter
+reports a matrix of a few hundred numbers and gets back a few dozen, whatever the size of the model.
+
+The metric in which a step is short is diagonal, the inverse root of the gradients' second moment as
+in Adam: it takes the place of the identity from which L-BFGS starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A pair along which the gradient hardly changes, or falls, says nothing of a minimum.
+LEAST_CURVATURE = 1e-10
+# Nocedal & Wright 2006, equation 3.4 and its usual constant.
+SUFFICIENT = 1e-4
+# Least and greatest share of a step that was too long at which the next one is tried.
+SHRINK = (0.1, 0.5)
+
+
+class Secants(NamedTuple):
+    """Inner products of the pairs ``(s_i, y_i)``, oldest first, and the gradient ``g``.
+
+    ``s_i`` is a displacement of the weights, ``y_i`` the change of the gradient over it, and ``D``
+    the diagonal metric.
+
+    Attributes
+    ----------
+    plain : (k, k + 1) ndarray of float64
+        ``s_i . y_j``, and in the last column ``s_i . g``.
+    scaled : (k + 1, k + 1) ndarray of float64
+        ``y_i . D y_j``, in the last row and column with ``g`` in the place of ``y``.
+    """
+
+    plain: NDArray[np.float64]
+    scaled: NDArray[np.float64]
+
+
+class Descent(NamedTuple):
+    """A direction of descent.
+
+    Attributes
+    ----------
+    coefficients : (2 k + 1,) ndarray of float64
+        Of ``s_1 ... s_k, D y_1 ... D y_k, D g``.
+    slope : float
+        Derivative of the loss along it, negative.
+    """
+
+    coefficients: NDArray[np.float64]
+    slope: float
+
+
+def direction(secants: Secants) -> Descent | None:
+    """Direction of L-BFGS, None where the products show no descent.
+
+    Parameters
+    ----------
+    secants : Secants
+        Products of k pairs, k at least 0. Pairs without positive curvature are left out.
+    """
+    plain, scaled = secants
+    if not (np.isfinite(plain).all() and np.isfinite(scaled).all()):
+        return None
+    k = len(plain)
+    curvature, own = np.diagonal(plain), np.diagonal(scaled)[:k]
+    usable = [int(i) for i in np.flatnonzero(curvature > LEAST_CURVATURE * own)]
+    if not usable:
+        return None
+    # Of y_1 ... y_k and g in the first loop, with D before each of them in the second.
+    gradient = np.zeros(k + 1)
+    gradient[-1] = -1.0
+    steps = np.zeros(k)
+    shares = np.zeros(k)
+    for i in reversed(usable):
+        shares[i] = plain[i] @ gradient / curvature[i]
+        gradient[i] -= shares[i]
+    newest = usable[-1]
+    gradient *= curvature[newest] / own[newest]
+    for i in usable:
+        along = plain[:, i] @ steps + scaled[i] @ gradient
+        steps[i] = shares[i] - along / curvature[i]
+    slope = float(plain[:, -1] @ steps + scaled[-1] @ gradient)
+    coefficients = np.concatenate((steps, gradient))
+    if not (slope < 0.0 and np.isfinite(coefficients).all()):
+        return None
+    return Descent(coefficients, slope)
+
+
+def sufficient(before: float, after: float, length: float, slope: float) -> bool:
+    """Whether a step of `length` along a direction of `slope` lowered the loss enough."""
+    return after <= before + SUFFICIENT * length * slope
+
+
+def shorter(before: float, after: float, length: float, slope: float) -> float:
+    """Length to try after one that was too long: the minimum of the parabola through what is known.
+
+    Nocedal & Wright 2006, equation 3.58, kept within `SHRINK` of `length`.
+    """
+    least, most = (share * length for share in SHRINK)
+    excess = after - before - slope * length
+    if not np.isfinite(excess) or excess <= 0.0:
+        return least
+    return float(np.clip(-slope * length * length / (2.0 * excess), least, most))

@@ -1,0 +1,354 @@
+"""Quasi-Newton steps where every batch is the same: when they begin, and while they pay.
+
+Each of them costs what a full step costs and is worth several where the loss is an exact function
+of the weights. So a run first finds out whether it is: the loss of a batch, evaluated again after
+the step, has to be the loss of the next batch. Then a few steps of the user's optimizer show
+curvature and how fast it is, and quasi-Newton steps go on in blocks for as long as a block is
+faster than the optimizer was. What a block is worth beyond its own steps is what the next phase of
+predicted steps stands for.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from collections import deque
+from collections.abc import Generator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from hybridcore.quasi_newton import Descent, direction, shorter, sufficient
+from hybridcore.search import usable
+from hybridcore.types import NAN, Action, Directive, Observation
+
+Step: TypeAlias = "Generator[Directive, Observation, tuple[Observation, Outcome]]"
+
+# Two passes over one batch at the same weights agree to this, as a share.
+SAME = 1e-5
+# Evaluations in a row without a lower loss, after which the direction is given up.
+MOST_REJECTED = 8
+# Fall of the log loss in a block below which it has made no progress.
+LEAST_FALL = 1e-3
+# Fewest pairs from which a direction is taken.
+LEAST_PAIRS = 3
+# Full steps until the next look, and how often they are doubled by looks in vain.
+WAIT, MOST_PATIENCE = 50, 16
+# Steps of the optimizer from which its speed is told: the medians of their first and last thirds
+# are not moved by spikes.
+WINDOW = 60
+
+
+class Stage(enum.Enum):
+    """What the next step is for."""
+
+    REST = "rest"
+    CHECK = "check"
+    GATHER = "gather"
+    DESCEND = "descend"
+
+
+class Outcome(enum.Enum):
+    """What a step leads to."""
+
+    GO_ON = "go on"
+    BLOCK_DONE = "block done"
+    STUCK = "stuck"
+    ENDED = "ended"
+
+
+class SecantDescent:
+    """L-BFGS with a backtracking line search, one evaluation a step.
+
+    The weights are at the best point whenever a step ends: a trial that does not lower the loss is
+    taken back in the step that evaluates it. Nocedal & Wright 2006, algorithms 3.1 and 7.5.
+
+    Parameters
+    ----------
+    pairs : int
+        Pairs that the adapter can hold; below `LEAST_PAIRS` there are no such steps.
+    block : int
+        Steps of a block.
+    averaging : bool
+        Whether a running average of the weights is kept; it is at the base then.
+
+    Attributes
+    ----------
+    stage : Stage
+        What the next step is for.
+    loss : float
+        Loss at the base, which is where the weights are between two steps.
+    speed : float
+        Fall of the log loss by a step of the optimizer when it was last measured.
+    accepted : bool
+        Whether the newest trial became the base.
+    measured : bool
+        Whether the step that has just landed measured the speed on a path of the optimizer's own.
+    converging : bool
+        Whether neither the optimizer nor the curvature has found a lower loss of late.
+    """
+
+    def __init__(self, pairs: int, block: int, averaging: bool = False) -> None:
+        self.pairs = pairs
+        self._base = Directive(Action.BASE, average=1.0 if averaging else 0.0)
+        self.block = block
+        self.stage = Stage.REST
+        self.loss = NAN
+        self.speed = 0.0
+        self.accepted = False
+        self.converging = False
+        self.measured = False
+        self._objective = NAN
+        self._held = NAN
+        self._descent: Descent | None = None
+        self._length = 1.0
+        self._rejected = 0
+        self._began, self._steps = NAN, 0
+        self._own_speed = math.inf
+        self._saved = NAN
+        self._wait, self._patience = 0, 1
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+
+    def see(self, observation: Observation) -> None:
+        """Take in the loss of a step of the optimizer."""
+        if usable(observation.loss):
+            self._recent.append(math.log(observation.loss))
+
+    @property
+    def active(self) -> bool:
+        """Whether steps are taken here now."""
+        return self.stage is not Stage.REST
+
+    @property
+    def landing(self) -> bool:
+        """Whether the next step evaluates where the optimizer, or a rollback, has led."""
+        return self.stage is Stage.DESCEND and self._descent is None
+
+    @property
+    def holds_recovery(self) -> bool:
+        """Whether a rollback may come."""
+        return math.isfinite(self._saved)
+
+    def until_due(self, taken: int) -> int | None:
+        """Full steps after number `taken` until the one that is taken here; None: never."""
+        if self.pairs < LEAST_PAIRS:
+            return None
+        return 0 if self.active else max(0, self._wait - taken)
+
+    def rest(self, taken: int) -> None:
+        """Leave it to the optimizer; look again later, twice as late after each time in vain."""
+        self.stage, self._descent, self._saved = Stage.REST, None, NAN
+        self._own_speed = math.inf
+        self._wait = taken + WAIT * self._patience
+        self._patience = min(2 * self._patience, MOST_PATIENCE)
+
+    def pass_by(self, taken: int) -> None:
+        """Take note that a phase of `taken` steps is over, and that the next one counts anew."""
+        self._wait = max(0, self._wait - taken)
+
+    def finish_block(self) -> float:
+        """Begin the next block; return what this one was worth beyond its own steps.
+
+        In steps that the optimizer would have needed, infinite where it makes no progress.
+        """
+        fall = self._began - math.log(self.loss)
+        self.converging = self.converging and fall < LEAST_FALL
+        self._own_speed = fall / max(self._steps, 1)
+        surplus = -float(self._steps)
+        if fall > 0.0:
+            surplus += fall / self.speed if self.speed > 0.0 else math.inf
+        if surplus > 0.0:
+            self._patience = 1
+        self._began, self._steps = math.log(self.loss), 0
+        return surplus
+
+    def compare(self) -> Directive:
+        """Let the optimizer show whether it is faster by now; return what makes that undoable."""
+        self._saved = self.loss
+        self._recent.clear()
+        self.stage, self._descent, self._steps = Stage.GATHER, None, 0
+        return Directive(Action.SAVE)
+
+    # -- the steps --------------------------------------------------------------------------
+
+    def step(self) -> Step:
+        """Directives of the next step; ends in what was seen in its pass, and what follows."""
+        if self.stage is Stage.REST:
+            return self._look()
+        if self.stage is Stage.CHECK:
+            return self._check()
+        return self._gather() if self.stage is Stage.GATHER else self._descend()
+
+    def _look(self) -> Step:
+        """Take a full step, and evaluate its batch again after it."""
+        observation = yield Directive(Action.FULL)
+        if observation.applied:
+            self.loss = (yield Directive(Action.PROBE, own_batch=True)).loss
+            self.stage = Stage.CHECK
+        return observation, Outcome.GO_ON
+
+    def _check(self) -> Step:
+        """Take a full step, and see whether its batch is the one before."""
+        observation = yield Directive(Action.FULL)
+        if not (observation.applied and self._is_same(observation.loss)):
+            return observation, Outcome.ENDED
+        self.stage, self._steps, self.loss = Stage.GATHER, 0, observation.loss
+        return observation, Outcome.GO_ON
+
+    def _is_same(self, loss: float) -> bool:
+        """Whether `loss` is that of the base, so that the batch is the one before."""
+        return abs(loss - self.loss) <= SAME * abs(self.loss)
+
+    def _gather(self) -> Step:
+        """Take a step of the optimizer and keep its pair."""
+        first = self._steps == 0
+        observation = yield Directive(Action.FULL, pair=True, fresh_pairs=first)
+        changed = first and self.holds_recovery and not self._is_same(observation.loss)
+        if changed or not (observation.applied and usable(observation.loss)):
+            self.loss = NAN
+            return observation, Outcome.ENDED
+        self._steps += 1
+        if self._steps == self.pairs:
+            self.stage = Stage.DESCEND
+        return observation, Outcome.GO_ON
+
+    def _descend(self) -> Step:
+        if self._descent is None:
+            return (yield from self._land())
+        descent, length = self._descent, self._length
+        yield self.trial()
+        observation = yield Directive(Action.GRADIENT)
+        self._steps += 1
+        self.accepted = (
+            observation.applied
+            and usable(observation.loss)
+            and sufficient(self._objective, observation.objective, length, descent.slope)
+        )
+        if self.accepted:
+            outcome = yield from self._new_base(observation)
+        else:
+            yield from self.take_back(observation)
+            outcome = Outcome.STUCK if self._rejected >= MOST_REJECTED else Outcome.GO_ON
+        if outcome is Outcome.GO_ON and self._steps >= self.block:
+            outcome = yield from self._end_block()
+        return observation, outcome
+
+    def _end_block(self) -> Generator[Directive, Observation, Outcome]:
+        """See whether the batch is still the same, and the loss of the user's probe no higher."""
+        here = yield Directive(Action.PROBE, own_batch=True)
+        before, self._held = self._held, (yield Directive(Action.PROBE)).loss
+        fine = self._is_same(here.loss) and not self._held > before * (1.0 + SAME)
+        return Outcome.BLOCK_DONE if fine else Outcome.ENDED
+
+    def _land(self) -> Step:
+        """Evaluate where the optimizer has led, and make it the base unless it is worse."""
+        observation = yield Directive(Action.GRADIENT)
+        self.accepted, self.measured = True, False
+        if not (observation.applied and usable(observation.loss)):
+            self.loss = NAN
+            return observation, Outcome.ENDED
+        if self.holds_recovery:
+            speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
+            if speed < 0.0:
+                # Its moments are put back too: they led astray.
+                yield Directive(Action.ROLLBACK)
+                self.speed = 0.5 * min(self.speed, self._own_speed)
+                self.loss, self._saved, self._steps = self._saved, NAN, 0
+                self.accepted, self.converging = False, True
+                return observation, Outcome.GO_ON
+            self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
+            if speed > self._own_speed:
+                self.loss = observation.loss
+                return observation, Outcome.ENDED
+        elif self._steps:
+            recent, third = list(self._recent), len(self._recent) // 3
+            fall = statistics.median(recent[:third]) - statistics.median(recent[-third:])
+            self.speed, self.measured = fall / (len(recent) - third), True
+        outcome = yield from self._new_base(observation)
+        if self._steps:
+            self._held = (yield Directive(Action.PROBE)).loss
+        self._saved, self._began, self._steps = NAN, math.log(self.loss), 0
+        return observation, outcome
+
+    def _new_base(self, observation: Observation) -> Generator[Directive, Observation, Outcome]:
+        self.loss, self._objective = observation.loss, observation.objective
+        secants = (yield self._base).secants
+        self._descent = None if secants is None else direction(secants)
+        self._length, self._rejected = 1.0, 0
+        return Outcome.GO_ON if self._descent is not None else Outcome.STUCK
+
+    # -- leaps ------------------------------------------------------------------------------
+
+    def trial(self) -> Directive:
+        """Return the move to the point that is tried next."""
+        assert self._descent is not None
+        return Directive(Action.REACH, self._length * self._descent.coefficients)
+
+    def take_back(self, seen: Observation) -> Generator[Directive, Observation, None]:
+        """Go back to the base from a trial point that does not lower the loss; try nearer next."""
+        descent = self._descent
+        assert descent is not None
+        yield Directive(Action.REACH, np.zeros_like(descent.coefficients))
+        self._length = shorter(self._objective, seen.objective, self._length, descent.slope)
+        self._rejected += 1
+
+    def stand(self) -> None:
+        """Stay at the base: the next step evaluates it again."""
+        self._descent, self.converging = None, False
+
+    @property
+    def expected(self) -> float:
+        """Loss at the trial point by the quadratic model, not below 0; or that of the base."""
+        if self._descent is None:
+            return self.loss
+        slope = self._length * (1.0 - 0.5 * self._length) * self._descent.slope
+        return max(0.0, self.loss + slope)
+
+    def lowers(self, probe: Observation) -> bool:
+        """Whether a probe of that point found the loss low enough."""
+        assert self._descent is not None
+        return usable(probe.loss) and sufficient(
+            self._objective, probe.objective, self._length, self._descent.slope
+        )
+
+    # -- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, as numbers and arrays."""
+        descent = self._descent
+        return {
+            "stage": self.stage.name,
+            "descent": None if descent is None else descent._asdict(),
+            "recent": list(self._recent),
+            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.stage, self._descent = Stage[state["stage"]], None
+        if state["descent"] is not None:
+            coefficients = np.array(state["descent"]["coefficients"], dtype=np.float64)
+            self._descent = Descent(coefficients, float(state["descent"]["slope"]))
+        self._recent = deque(state["recent"], maxlen=WINDOW)
+        for name in _NUMBERS:
+            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
+
+
+_NUMBERS = (
+    "loss",
+    "speed",
+    "accepted",
+    "converging",
+    "measured",
+    "_objective",
+    "_held",
+    "_length",
+    "_rejected",
+    "_began",
+    "_steps",
+    "_own_speed",
+    "_saved",
+    "_wait",
+    "_patience",
+)
