@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from hybridcore.phases import Event, Phase, Turn
-from hybridcore.secant import Outcome, Stage
-from hybridcore.types import NAN, Action, Directive
+from hybridcore.secant import Stage
+from hybridcore.types import NAN, Action, Directive, Observation
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
 
 def descend(controller: Controller) -> Turn:
-    """Take a step of the descent on secants, and decide what follows it."""
-    secant, stage, landing = controller.secant, controller.secant.stage, controller.secant.landing
-    observation, outcome = yield from secant.step()
+    """Take a step of the descent on secants, after a decision where a block is over."""
+    secant = controller.secant
+    if controller.phase is Phase.FULL and secant.block_over:
+        if not (yield from secant.is_fine()):
+            _end(controller)
+            yield from controller.full()
+            return
+        yield from _decide(controller)
+        if controller.leap:
+            yield from leap(controller)
+            return
+    stage, landing = secant.stage, secant.landing
+    observation, ended = yield from secant.step()
     if stage is Stage.DESCEND:
         controller.taken += 1
         controller.forecast_loss = NAN if secant.accepted else secant.loss
@@ -25,32 +36,42 @@ def descend(controller: Controller) -> Turn:
     if controller.phase is Phase.CORRECT:
         controller.counters.rollbacks += not secant.accepted
         controller.enter(Event.VALIDATED if secant.accepted else Event.ROLLED_BACK)
-    if outcome is Outcome.ENDED:
+    if ended and stage is Stage.CHECK:
         secant.rest(controller.taken)
-        if stage is Stage.CHECK:
-            return
-        controller.pace.wait = controller.taken + controller.config.min_full_steps
-    if landing or secant.stage is Stage.GATHER is not stage or outcome is Outcome.ENDED:
-        # What was seen of the path before is over.
+    elif ended:
+        _end(controller)
+    elif landing or (secant.stage is Stage.GATHER is not stage):
         controller.forget_path()
     if landing:
         controller.close(math.log(secant.loss), predicting=False, progress=NAN)
         if secant.accepted and secant.measured:
             outside = controller.meter.outside(controller.counters.full_steps)
             controller.meter.secants.measure(outside, secant.speed)
-    if outcome in (Outcome.BLOCK_DONE, Outcome.STUCK):
-        counters = controller.counters
-        controller.meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
-        surplus = controller.pace.credit("secant", secant.finish_block())
-        if secant.converging:
-            # Nothing lowers the loss any more: the steps ahead stand still.
-            secant.stand()
-            surplus = math.inf
-        elif outcome is Outcome.STUCK or surplus <= 0.0:
-            yield secant.compare()
-        if surplus >= controller.config.snapshot_interval and not secant.holds_recovery:
-            controller.leap = round(min(surplus, controller.config.horizon))
-            controller.enter(Event.JUMP_CHOSEN)
+
+
+def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
+    """Leap by what the block was worth, or compare it with the optimizer, or go on."""
+    secant, counters = controller.secant, controller.counters
+    controller.meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
+    stuck = secant.stuck
+    surplus = controller.pace.credit("secant", secant.finish_block())
+    if secant.converging:
+        # Nothing lowers the loss any more: the steps ahead stand still.
+        secant.stand()
+        surplus = math.inf
+    elif stuck or surplus <= 0.0:
+        yield secant.compare()
+        return
+    if surplus >= controller.config.snapshot_interval:
+        controller.leap = round(min(surplus, controller.config.horizon))
+        controller.enter(Event.JUMP_CHOSEN)
+
+
+def _end(controller: Controller) -> None:
+    """Leave it to the optimizer, which goes on from here on a path of its own."""
+    controller.secant.rest(controller.taken)
+    controller.pace.wait = controller.taken + controller.config.min_full_steps
+    controller.forget_path()
 
 
 def leap(controller: Controller) -> Turn:

@@ -23,7 +23,7 @@ from hybridcore.quasi_newton import Descent, direction, shorter, sufficient
 from hybridcore.search import usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
-Step: TypeAlias = "Generator[Directive, Observation, tuple[Observation, Outcome]]"
+Step: TypeAlias = "Generator[Directive, Observation, tuple[Observation, bool]]"
 
 # Two passes over one batch at the same weights agree to this, as a share.
 SAME = 1e-5
@@ -47,15 +47,6 @@ class Stage(enum.Enum):
     CHECK = "check"
     GATHER = "gather"
     DESCEND = "descend"
-
-
-class Outcome(enum.Enum):
-    """What a step leads to."""
-
-    GO_ON = "go on"
-    BLOCK_DONE = "block done"
-    STUCK = "stuck"
-    ENDED = "ended"
 
 
 class SecantDescent:
@@ -99,11 +90,12 @@ class SecantDescent:
         self.accepted = False
         self.converging = False
         self.measured = False
+        self._there = False
         self._objective = NAN
         self._held = NAN
         self._descent: Descent | None = None
         self._length = 1.0
-        self._rejected = 0
+        self._rejected, self._there = 0, False
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
         self._saved = NAN
@@ -138,7 +130,8 @@ class SecantDescent:
 
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
-        self.stage, self._descent, self._saved = Stage.REST, None, NAN
+        self.stage, self._descent, self._saved, self._held = Stage.REST, None, NAN, NAN
+        self._rejected, self._there = 0, False
         self._own_speed = math.inf
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
@@ -146,6 +139,22 @@ class SecantDescent:
     def pass_by(self, taken: int) -> None:
         """Take note that a phase of `taken` steps is over, and that the next one counts anew."""
         self._wait = max(0, self._wait - taken)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the present direction leads no further, or there is none."""
+        return self._rejected >= MOST_REJECTED
+
+    @property
+    def block_over(self) -> bool:
+        """Whether it is time to decide how to go on."""
+        return self.stage is Stage.DESCEND and (self.stuck or self._steps >= self.block)
+
+    def is_fine(self) -> Generator[Directive, Observation, bool]:
+        """See whether the batch is still the same, and the loss of the user's probe no higher."""
+        here = yield Directive(Action.PROBE, own_batch=True)
+        before, self._held = self._held, (yield Directive(Action.PROBE)).loss
+        return self._is_same(here.loss) and not self._held > before * (1.0 + SAME)
 
     def finish_block(self) -> float:
         """Begin the next block; return what this one was worth beyond its own steps.
@@ -167,13 +176,13 @@ class SecantDescent:
         """Let the optimizer show whether it is faster by now; return what makes that undoable."""
         self._saved = self.loss
         self._recent.clear()
-        self.stage, self._descent, self._steps = Stage.GATHER, None, 0
+        self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
         return Directive(Action.SAVE)
 
     # -- the steps --------------------------------------------------------------------------
 
     def step(self) -> Step:
-        """Directives of the next step; ends in what was seen in its pass, and what follows."""
+        """Directives of the next step; ends in what its pass showed, and if it is the last."""
         if self.stage is Stage.REST:
             return self._look()
         if self.stage is Stage.CHECK:
@@ -181,20 +190,22 @@ class SecantDescent:
         return self._gather() if self.stage is Stage.GATHER else self._descend()
 
     def _look(self) -> Step:
-        """Take a full step, and evaluate its batch again after it."""
+        """Take a full step, and mark where it began."""
+        yield Directive(Action.MARK)
         observation = yield Directive(Action.FULL)
         if observation.applied:
-            self.loss = (yield Directive(Action.PROBE, own_batch=True)).loss
-            self.stage = Stage.CHECK
-        return observation, Outcome.GO_ON
+            self.loss, self.stage = observation.loss, Stage.CHECK
+        return observation, False
 
     def _check(self) -> Step:
-        """Take a full step, and see whether its batch is the one before."""
+        """See whether the next batch has the same loss at the mark; take a full step."""
+        probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
+        same = self._is_same(probe.loss)
         observation = yield Directive(Action.FULL)
-        if not (observation.applied and self._is_same(observation.loss)):
-            return observation, Outcome.ENDED
+        if not (same and observation.applied):
+            return observation, True
         self.stage, self._steps, self.loss = Stage.GATHER, 0, observation.loss
-        return observation, Outcome.GO_ON
+        return observation, False
 
     def _is_same(self, loss: float) -> bool:
         """Whether `loss` is that of the base, so that the batch is the one before."""
@@ -207,18 +218,20 @@ class SecantDescent:
         changed = first and self.holds_recovery and not self._is_same(observation.loss)
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
-            return observation, Outcome.ENDED
+            return observation, True
         self._steps += 1
         if self._steps == self.pairs:
             self.stage = Stage.DESCEND
-        return observation, Outcome.GO_ON
+        return observation, False
 
     def _descend(self) -> Step:
         if self._descent is None:
             return (yield from self._land())
         descent, length = self._descent, self._length
-        yield self.trial()
+        if not self._there:
+            yield self.trial()
         observation = yield Directive(Action.GRADIENT)
+        self._there = False
         self._steps += 1
         self.accepted = (
             observation.applied
@@ -226,20 +239,10 @@ class SecantDescent:
             and sufficient(self._objective, observation.objective, length, descent.slope)
         )
         if self.accepted:
-            outcome = yield from self._new_base(observation)
+            yield from self._new_base(observation)
         else:
             yield from self.take_back(observation)
-            outcome = Outcome.STUCK if self._rejected >= MOST_REJECTED else Outcome.GO_ON
-        if outcome is Outcome.GO_ON and self._steps >= self.block:
-            outcome = yield from self._end_block()
-        return observation, outcome
-
-    def _end_block(self) -> Generator[Directive, Observation, Outcome]:
-        """See whether the batch is still the same, and the loss of the user's probe no higher."""
-        here = yield Directive(Action.PROBE, own_batch=True)
-        before, self._held = self._held, (yield Directive(Action.PROBE)).loss
-        fine = self._is_same(here.loss) and not self._held > before * (1.0 + SAME)
-        return Outcome.BLOCK_DONE if fine else Outcome.ENDED
+        return observation, False
 
     def _land(self) -> Step:
         """Evaluate where the optimizer has led, and make it the base unless it is worse."""
@@ -247,7 +250,7 @@ class SecantDescent:
         self.accepted, self.measured = True, False
         if not (observation.applied and usable(observation.loss)):
             self.loss = NAN
-            return observation, Outcome.ENDED
+            return observation, True
         if self.holds_recovery:
             speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
             if speed < 0.0:
@@ -256,27 +259,25 @@ class SecantDescent:
                 self.speed = 0.5 * min(self.speed, self._own_speed)
                 self.loss, self._saved, self._steps = self._saved, NAN, 0
                 self.accepted, self.converging = False, True
-                return observation, Outcome.GO_ON
+                return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
             if speed > self._own_speed:
                 self.loss = observation.loss
-                return observation, Outcome.ENDED
+                return observation, True
         elif self._steps:
             recent, third = list(self._recent), len(self._recent) // 3
             fall = statistics.median(recent[:third]) - statistics.median(recent[-third:])
             self.speed, self.measured = fall / (len(recent) - third), True
-        outcome = yield from self._new_base(observation)
-        if self._steps:
-            self._held = (yield Directive(Action.PROBE)).loss
+        yield from self._new_base(observation)
         self._saved, self._began, self._steps = NAN, math.log(self.loss), 0
-        return observation, outcome
+        return observation, False
 
-    def _new_base(self, observation: Observation) -> Generator[Directive, Observation, Outcome]:
+    def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
         self.loss, self._objective = observation.loss, observation.objective
         secants = (yield self._base).secants
         self._descent = None if secants is None else direction(secants)
-        self._length, self._rejected = 1.0, 0
-        return Outcome.GO_ON if self._descent is not None else Outcome.STUCK
+        self._length = 1.0
+        self._rejected = 0 if self._descent is not None else MOST_REJECTED
 
     # -- leaps ------------------------------------------------------------------------------
 
@@ -295,7 +296,7 @@ class SecantDescent:
 
     def stand(self) -> None:
         """Stay at the base: the next step evaluates it again."""
-        self._descent, self.converging = None, False
+        self._descent, self.converging, self._rejected = None, False, 0
 
     @property
     def expected(self) -> float:
@@ -306,11 +307,12 @@ class SecantDescent:
         return max(0.0, self.loss + slope)
 
     def lowers(self, probe: Observation) -> bool:
-        """Whether a probe of that point found the loss low enough."""
+        """Whether a probe of that point found the loss low enough to stay there."""
         assert self._descent is not None
-        return usable(probe.loss) and sufficient(
+        self._there = usable(probe.loss) and sufficient(
             self._objective, probe.objective, self._length, self._descent.slope
         )
+        return self._there
 
     # -- state ------------------------------------------------------------------------------
 
@@ -341,6 +343,7 @@ _NUMBERS = (
     "accepted",
     "converging",
     "measured",
+    "_there",
     "_objective",
     "_held",
     "_length",

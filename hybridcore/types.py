@@ -27,6 +27,7 @@ class Action(enum.Enum):
     GRADIENT = "gradient"
     BASE = "base"
     REACH = "reach"
+    MARK = "mark"
 
 
 STEPS = (Action.FULL, Action.GRADIENT, Action.SKIP)
@@ -51,6 +52,7 @@ class Directive:
           gradient norm, learning rate, seconds.
         - ``BASE``: make the weights and the gradient of the last pass the base; what is between it
           and the base before becomes the newest secant pair. Report the secants.
+        - ``MARK``: keep the weights for a probe, in the place of what ``SAVE`` kept of them.
         - ``REACH``: put the weights at the base plus the combination of secant pairs.
     coefficients : (groups, m) or (1, m) ndarray of float64 or None
         Affine coefficients over the newest m snapshots of the bank, oldest first; rows sum to 1.
@@ -73,6 +75,8 @@ class Directive:
     own_batch : bool
         For ``PROBE``: on the batch of the step even where the user gave another, and report the
         objective too.
+    at_mark : bool
+        For ``PROBE``: at the weights that ``MARK`` kept.
     """
 
     action: Action
@@ -85,6 +89,7 @@ class Directive:
     pair: bool = False
     fresh_pairs: bool = False
     own_batch: bool = False
+    at_mark: bool = False
 
 
 class Observation(NamedTuple):

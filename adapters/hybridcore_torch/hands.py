@@ -79,6 +79,7 @@ class Hands:
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
         self.steps_since_recovery = 0
+        self._on_trial = False
         self.stepper.refresh()
 
     def carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
@@ -95,6 +96,7 @@ class Hands:
         if action is Action.SKIP:
             self.stepper.advance_schedule()
             self.steps_since_recovery += 1
+            self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
             self.snapshots.move(directive.coefficients)
@@ -104,6 +106,9 @@ class Hands:
             assert self.secants is not None
             assert directive.coefficients is not None
             self.secants.reach(directive.coefficients)
+            self._on_trial = bool(directive.coefficients.any())
+        elif action is Action.MARK:
+            self.snapshots.save()
         elif action is Action.SAVE:
             self.snapshots.save()
             self.recovery = RecoveryPoint(
@@ -122,6 +127,13 @@ class Hands:
             )
             self.recovery = None
         return Observation()
+
+    def abandon(self) -> None:
+        """Undo what the present step did to the weights, because the user's code raised in it."""
+        if self._on_trial:
+            assert self.secants is not None
+            self.secants.back_to_base()
+            self._on_trial = False
 
     @property
     def snapshots(self) -> SnapshotBank:
@@ -171,6 +183,7 @@ class Hands:
         self.stepper.follow()
         seconds = perf_counter() - start
         self._take_pair(fresh=False)
+        self._on_trial = False
         self._add_to_average(directive.average)
         secants = None if self.secants is None else self.secants.products()
         return Observation(seconds=seconds, secants=secants)
@@ -193,10 +206,13 @@ class Hands:
 
     def _evaluate(self, directive: Directive, closure: Closure) -> Observation:
         coefficients = directive.coefficients
-        if coefficients is not None:
+        elsewhere = directive.at_mark or coefficients is not None
+        if elsewhere:
             self.snapshots.set_aside()
         try:
-            if coefficients is not None:
+            if directive.at_mark:
+                self.snapshots.restore()
+            elif coefficients is not None:
                 self.snapshots.move(coefficients)
             start = perf_counter()
             if self._probe is None or directive.own_batch:
@@ -208,5 +224,5 @@ class Hands:
                 objective = loss if self.secants is None else self.secants.objective(loss)
             return Observation(loss=loss, seconds=seconds, objective=objective)
         finally:
-            if coefficients is not None:
+            if elsewhere:
                 self.snapshots.put_back()

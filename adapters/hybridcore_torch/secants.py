@@ -146,7 +146,12 @@ class SecantBank:
             step.mul_(self._metric).addmv_(self._moved.T, moved).add_(base)
             torch._foreach_copy_(self._parameters, self._split(step))
         else:
-            torch._foreach_copy_(self._parameters, self._split(base))
+            self.back_to_base()
+
+    @torch.no_grad()
+    def back_to_base(self) -> None:
+        """Put the weights where the last pair ended."""
+        torch._foreach_copy_(self._parameters, self._split(self._rows[self._base[0]]))
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])

@@ -219,6 +219,7 @@ class HybridTrainer:
                         break
             except BaseException:
                 engine.abandon()
+                self._hands.abandon()
                 raise
             predicted, observation = step is Action.SKIP, of_step
         if not engine.may_roll_back:

@@ -23,6 +23,7 @@ BAD = {
     "group_correction": [0, 1, "yes", None],
     "outer_momentum": [0, 1, "yes", None],
     "averaging": [0, 1, "yes", None],
+    "secant_pairs": [-1, 51, 2.0, True],
     "on_divergence": ["ignore", None, True],
 }
 
@@ -179,6 +180,7 @@ VALID = st.fixed_dictionaries(
         "confidence_threshold": st.floats(0.0, 1.0),
         "divergence_sigma": st.floats(1e-6, 1e6),
         "snapshots": st.integers(4, 10),
+        "secant_pairs": st.integers(0, 50),
         "on_divergence": st.sampled_from(["recover", "raise"]),
     },
 )
@@ -198,8 +200,8 @@ def test_a_dictionary_round_trip_keeps_everything(chosen):
     assert config.horizon is not None
 
 
-def test_memory_saver_differs_in_three_settings():
-    saver = HybridTrainerConfig(horizon=15, snapshots=4, averaging=False)
+def test_memory_saver_differs_in_four_settings():
+    saver = HybridTrainerConfig(horizon=15, snapshots=4, secant_pairs=0, averaging=False)
     assert HybridTrainerConfig.memory_saver() == saver
 
 

@@ -69,10 +69,10 @@ def test_warm_up_is_never_entered_again():
 class OnlyFull:
     """A controller of one's own, that never predicts."""
 
-    def __init__(self, config, counters, meter):
+    def __init__(self, config, counters, meter, pairs):
         self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
         self.forecast_loss, self.prediction_error = math.nan, None
-        self.arm_values, self.needs_batch = {}, True
+        self.arm_values, self.needs_batch, self.may_roll_back = {}, True, False
         self.divergence_level = "NORMAL"
 
     def turn(self):
@@ -95,13 +95,13 @@ class OnlyFull:
 
 
 def test_an_engine_runs_any_controller():
-    engine = Engine(BRISK, OnlyFull)
+    engine = Engine(BRISK, controller=OnlyFull)
     for step in range(10):
         assert engine.next().action is Action.FULL
         engine.observe(Observation(loss=1.0))
         assert engine.step_done
         assert engine.counters.steps == engine.controller.seen == step + 1
-    other = Engine(BRISK, OnlyFull)
+    other = Engine(BRISK, controller=OnlyFull)
     other.load_state_dict(engine.state_dict())
     assert other.controller.seen == 10
     engine.regroup()
