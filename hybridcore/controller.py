@@ -29,7 +29,7 @@ from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, Turn, transition
 from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import probe_average, usable
-from hybridcore.secant import SecantDescent
+from hybridcore.secant import SecantDescent, Stage
 from hybridcore.types import NAN, Action, Directive, Observation
 
 logger = logging.getLogger("hybridcore")
@@ -98,10 +98,10 @@ class Controller:
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
+        due = self.secant.until_due(self.taken) == 0 and not self.outer.pending
         if self.phase is Phase.WARMUP:
-            return self._warm_up()
+            return self._warm_up(due and self.secant.stage is not Stage.PROVE)
         if self.phase is Phase.FULL:
-            due = self.secant.until_due(self.taken) == 0 and not self.outer.pending
             return descend(self) if due else self.full()
         if self.secant.active:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
@@ -109,16 +109,17 @@ class Controller:
 
     def quiet_steps(self) -> int:
         """Coming steps that are one full step and nothing else, whatever is seen in them."""
+        until = self.secant.until_due(self.taken)
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
+            until = None if self.secant.stage is Stage.PROVE else until
         elif self.phase is not Phase.FULL or self.gram is not None:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
             if self.outer.active or self._has_rest:
                 quiet = min(quiet, self.outer.until_due(self.taken))
-            until = self.secant.until_due(self.taken)
-            quiet = quiet if until is None else min(quiet, until)
+        quiet = quiet if until is None else min(quiet, until)
         return min(quiet, self.average.until_due(self.taken)) if self.config.averaging else quiet
 
     def absorb(self, observation: Observation) -> None:
@@ -171,8 +172,8 @@ class Controller:
 
     # -- the phases -------------------------------------------------------------------------
 
-    def _warm_up(self) -> Turn:
-        yield from self._step()
+    def _warm_up(self, look: bool) -> Turn:
+        yield from descend(self) if look else self._step()
         if self.taken >= self.config.warmup_steps and self.dynamics.is_stable:
             self.enter(Event.BASELINE_STABLE)
 
@@ -181,6 +182,7 @@ class Controller:
         if self.gram is not None and self.bank == self.config.snapshots:
             self.flight = yield from self._choose(self.gram)
             if self.flight is not None:
+                self.secant.unmark()
                 yield Directive(Action.SAVE)
                 self.enter(Event.JUMP_CHOSEN)
                 yield from predict(self)

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def descend(controller: Controller) -> Turn:
     """Take a step of the descent on secants, after a decision where a block is over."""
     secant = controller.secant
-    if controller.phase is Phase.FULL and secant.block_over:
+    if controller.phase is Phase.FULL and (secant.block_over or secant.suspects):
         if not (yield from secant.is_fine()):
             _end(controller)
             yield from controller.full()
             return
-        yield from _decide(controller)
+        if secant.block_over:
+            yield from _decide(controller)
         if controller.leap:
             yield from leap(controller)
             return
@@ -36,7 +37,7 @@ def descend(controller: Controller) -> Turn:
     if controller.phase is Phase.CORRECT:
         controller.counters.rollbacks += not secant.accepted
         controller.enter(Event.VALIDATED if secant.accepted else Event.ROLLED_BACK)
-    if ended and stage is Stage.CHECK:
+    if ended and stage in (Stage.CHECK, Stage.PROVE):
         secant.rest(controller.taken)
     elif ended:
         _end(controller)

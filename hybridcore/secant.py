@@ -35,6 +35,10 @@ LEAST_FALL = 1e-3
 LEAST_PAIRS = 3
 # Full steps until the next look, and how often they are doubled by looks in vain.
 WAIT, MOST_PATIENCE = 50, 16
+# Full steps after which a batch that was the same in two steps has to be so again.
+PROOF = 97
+# Evaluations in a row without a lower loss, after which that is asked too.
+SUSPICIOUS = 2
 # Steps of the optimizer from which its speed is told: the medians of their first and last thirds
 # are not moved by spikes.
 WINDOW = 60
@@ -45,6 +49,7 @@ class Stage(enum.Enum):
 
     REST = "rest"
     CHECK = "check"
+    PROVE = "prove"
     GATHER = "gather"
     DESCEND = "descend"
 
@@ -91,6 +96,7 @@ class SecantDescent:
         self.converging = False
         self.measured = False
         self._there = False
+        self._marked = NAN
         self._objective = NAN
         self._held = NAN
         self._descent: Descent | None = None
@@ -110,7 +116,7 @@ class SecantDescent:
     @property
     def active(self) -> bool:
         """Whether steps are taken here now."""
-        return self.stage is not Stage.REST
+        return self.stage not in (Stage.REST, Stage.PROVE)
 
     @property
     def landing(self) -> bool:
@@ -137,13 +143,21 @@ class SecantDescent:
         self._patience = min(2 * self._patience, MOST_PATIENCE)
 
     def pass_by(self, taken: int) -> None:
-        """Take note that a phase of `taken` steps is over, and that the next one counts anew."""
-        self._wait = max(0, self._wait - taken)
+        """Take note that a phase of `taken` steps is over, and that the next one counts anew.
+
+        The warm-up is proof enough, however long it was.
+        """
+        self._wait = 0 if self.stage is Stage.PROVE else max(0, self._wait - taken)
 
     @property
     def stuck(self) -> bool:
         """Whether the present direction leads no further, or there is none."""
         return self._rejected >= MOST_REJECTED
+
+    @property
+    def suspects(self) -> bool:
+        """Whether rejected trials may be the fault of another batch."""
+        return self.stage is Stage.DESCEND and self._rejected == SUSPICIOUS
 
     @property
     def block_over(self) -> bool:
@@ -152,9 +166,13 @@ class SecantDescent:
 
     def is_fine(self) -> Generator[Directive, Observation, bool]:
         """See whether the batch is still the same, and the loss of the user's probe no higher."""
-        here = yield Directive(Action.PROBE, own_batch=True)
+        if not _same((yield Directive(Action.PROBE, own_batch=True)).loss, self.loss):
+            self._patience = MOST_PATIENCE
+            return False
+        if not self.block_over:
+            return True
         before, self._held = self._held, (yield Directive(Action.PROBE)).loss
-        return self._is_same(here.loss) and not self._held > before * (1.0 + SAME)
+        return not self._held > before * (1.0 + SAME)
 
     def finish_block(self) -> float:
         """Begin the next block; return what this one was worth beyond its own steps.
@@ -174,7 +192,7 @@ class SecantDescent:
 
     def compare(self) -> Directive:
         """Let the optimizer show whether it is faster by now; return what makes that undoable."""
-        self._saved = self.loss
+        self._saved, self._marked = self.loss, NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
         return Directive(Action.SAVE)
@@ -185,7 +203,7 @@ class SecantDescent:
         """Directives of the next step; ends in what its pass showed, and if it is the last."""
         if self.stage is Stage.REST:
             return self._look()
-        if self.stage is Stage.CHECK:
+        if self.stage in (Stage.CHECK, Stage.PROVE):
             return self._check()
         return self._gather() if self.stage is Stage.GATHER else self._descend()
 
@@ -194,28 +212,36 @@ class SecantDescent:
         yield Directive(Action.MARK)
         observation = yield Directive(Action.FULL)
         if observation.applied:
-            self.loss, self.stage = observation.loss, Stage.CHECK
+            self._marked, self.stage = observation.loss, Stage.CHECK
         return observation, False
 
+    def unmark(self) -> None:
+        """Look again: the mark has been overwritten."""
+        if self.stage is Stage.PROVE:
+            self.stage = Stage.REST
+
     def _check(self) -> Step:
-        """See whether the next batch has the same loss at the mark; take a full step."""
+        """See whether this batch has the same loss at the mark; take a full step.
+
+        The next batch has to be the same, and one that comes much later: some loops take several
+        steps on each batch.
+        """
         probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
-        same = self._is_same(probe.loss)
+        same = _same(probe.loss, self._marked)
         observation = yield Directive(Action.FULL)
         if not (same and observation.applied):
             return observation, True
-        self.stage, self._steps, self.loss = Stage.GATHER, 0, observation.loss
+        if self.stage is Stage.CHECK:
+            self.stage, self._wait = Stage.PROVE, self._wait + PROOF
+        else:
+            self.stage, self._steps, self.loss = Stage.GATHER, 0, observation.loss
         return observation, False
-
-    def _is_same(self, loss: float) -> bool:
-        """Whether `loss` is that of the base, so that the batch is the one before."""
-        return abs(loss - self.loss) <= SAME * abs(self.loss)
 
     def _gather(self) -> Step:
         """Take a step of the optimizer and keep its pair."""
         first = self._steps == 0
         observation = yield Directive(Action.FULL, pair=True, fresh_pairs=first)
-        changed = first and self.holds_recovery and not self._is_same(observation.loss)
+        changed = first and self.holds_recovery and not _same(observation.loss, self.loss)
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
@@ -246,9 +272,13 @@ class SecantDescent:
 
     def _land(self) -> Step:
         """Evaluate where the optimizer has led, and make it the base unless it is worse."""
+        changed = False
+        if math.isfinite(self._marked):
+            probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
+            changed, self._marked = not _same(probe.loss, self._marked), NAN
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
-        if not (observation.applied and usable(observation.loss)):
+        if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
         if self.holds_recovery:
@@ -337,6 +367,11 @@ class SecantDescent:
             setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
 
 
+def _same(loss: float, before: float) -> bool:
+    """Whether two losses at the same weights are of the same batch."""
+    return abs(loss - before) <= SAME * abs(before)
+
+
 _NUMBERS = (
     "loss",
     "speed",
@@ -344,6 +379,7 @@ _NUMBERS = (
     "converging",
     "measured",
     "_there",
+    "_marked",
     "_objective",
     "_held",
     "_length",

@@ -103,3 +103,30 @@ def discounted_forecast_std(values, discount, horizon):
 def gram_of(snapshots, origin=None):
     offset = snapshots - (snapshots[-1] if origin is None else origin)
     return offset @ offset.T
+
+
+def lbfgs_direction(displacements, changes, gradient, metric):
+    """Direction of L-BFGS by the two loops on the vectors (Nocedal & Wright 2006, algorithm 7.4).
+
+    Pairs are rows, oldest first. The loops begin with ``gamma * diag(metric)``, gamma from the
+    newest usable pair; None where there is no usable pair.
+    """
+    pairs = [
+        (s, y)
+        for s, y in zip(displacements, changes, strict=True)
+        if s @ y > 1e-10 * (y @ (metric * y))
+    ]
+    if not pairs:
+        return None
+    q = gradient.copy()
+    alphas = []
+    for s, y in reversed(pairs):
+        alpha = (s @ q) / (s @ y)
+        q = q - alpha * y
+        alphas.append(alpha)
+    s, y = pairs[-1]
+    r = (s @ y) / (y @ (metric * y)) * metric * q
+    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+        beta = (y @ r) / (s @ y)
+        r = r + (alpha - beta) * s
+    return -r

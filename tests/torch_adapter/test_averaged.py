@@ -104,7 +104,7 @@ def test_it_is_saved_and_resumed(tmp_path):
 
 
 def test_frozen_parameters_leave_it_and_it_starts_over():
-    trainer, closure, _ = noisy()
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(secant_pairs=0))
     for _ in range(50):
         trainer.step(closure)
     for parameter in trainer.model[0].parameters():
@@ -149,7 +149,6 @@ def test_after_a_jump_it_begins_with_the_next_step():
                 assert all(map(torch.equal, raw, weights(model)))
         before = phase
     assert jumps > 2
-    assert trainer.statistics().rollbacks == 0
 
 
 def test_batches_wait_for_the_run_s_own_weights_too():

@@ -1,0 +1,302 @@
+"""Secant pairs on real tensors, and quasi-Newton steps on real problems."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BRISK, digits, regression, weights
+from scipy.optimize import minimize
+from torch import nn
+
+from hybridcore import HybridTrainerConfig, Phase
+from hybridcore.secant import Stage
+from hybridcore_torch import HybridTrainer
+from hybridcore_torch.secants import SecantBank, affordable
+
+
+def flat(tensors):
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors]).numpy()
+
+
+def small(rates=(1e-2, 1e-2), decay=0.0, kind=torch.optim.Adam):
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 3), nn.Linear(3, 2)
+    groups = [
+        {"params": list(layer.parameters()), "lr": rate}
+        for layer, rate in zip(layers, rates, strict=True)
+    ]
+    return nn.Sequential(*layers), kind(groups, weight_decay=decay)
+
+
+def take_pairs(count, capacity, **arguments):
+    """A bank after `count` passes, and what it should hold: weights and gradients of each."""
+    model, optimizer = small(**arguments)
+    parameters = list(model.parameters())
+    bank = SecantBank(optimizer, parameters, capacity)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    points, gradients = [], []
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        points.append(flat(parameters))
+        gradients.append(flat(p.grad for p in parameters))
+        bank.take()
+        optimizer.step()
+    return bank, parameters, np.array(points), np.array(gradients)
+
+
+def metric_of(gradients, rates=(1.0, 1.0)):
+    root = np.sqrt((gradients**2).mean(0))
+    metric = np.repeat(rates, (15, 8)) / (root + 0.01 * root.mean())
+    return metric / metric.mean()
+
+
+@pytest.mark.parametrize(("count", "capacity"), [(2, 5), (4, 5), (9, 5), (23, 3)])
+def test_products_and_points_are_those_of_the_vectors(count, capacity):
+    bank, parameters, points, gradients = take_pairs(count, capacity)
+    s, y = np.diff(points, axis=0)[-capacity:], np.diff(gradients, axis=0)[-capacity:]
+    metric, last = metric_of(gradients), gradients[-1]
+    both = np.vstack((y, last))
+    secants = bank.products()
+    scale = np.abs(s @ both.T).max(), np.abs(both * metric @ both.T).max()
+    np.testing.assert_allclose(secants.plain, s @ both.T, atol=1e-5 * scale[0])
+    np.testing.assert_allclose(secants.scaled, both * metric @ both.T, atol=1e-5 * scale[1])
+    coefficients = np.random.default_rng(0).normal(size=2 * len(s) + 1)
+    bank.reach(coefficients)
+    expected = points[-1] + coefficients @ np.vstack((s, both * metric))
+    np.testing.assert_allclose(flat(parameters), expected, rtol=1e-4, atol=1e-5)
+    bank.back_to_base()
+    np.testing.assert_array_equal(flat(parameters), points[-1])
+    bank.reach(np.zeros(2 * len(s) + 1))
+    np.testing.assert_array_equal(flat(parameters), points[-1])
+
+
+def test_products_stay_exact_while_pairs_come_and_go():
+    bank, parameters, points, gradients = take_pairs(4, 3)
+    metric = metric_of(gradients)
+    bank.products()
+    random = torch.Generator().manual_seed(2)
+    points, gradients = list(points), list(gradients)
+    for _ in range(7):
+        for p in parameters:
+            p.data += 0.1 * torch.randn(p.shape, generator=random)
+            p.grad = torch.randn(p.shape, generator=random)
+        points.append(flat(parameters))
+        gradients.append(flat(p.grad for p in parameters))
+        bank.take()
+        secants = bank.products()
+    s, y = np.diff(points, axis=0)[-3:], np.diff(gradients, axis=0)[-3:]
+    both = np.vstack((y, gradients[-1]))
+    np.testing.assert_allclose(secants.plain, s @ both.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(secants.scaled, both * metric @ both.T, rtol=1e-4, atol=1e-3)
+    # Emptied, it forgets the metric too.
+    bank.clear()
+    assert bank.products().plain.shape == (0, 1)
+
+
+def test_what_trains_more_slowly_moves_less():
+    bank, parameters, points, gradients = take_pairs(6, 5, rates=(1e-2, 0.0))
+    coefficients = np.zeros(11)
+    coefficients[-1] = -1.0
+    bank.products()
+    bank.reach(coefficients)
+    moved = flat(parameters) - points[-1]
+    assert np.abs(moved[:15]).min() > 0.0
+    assert not moved[15:].any()
+    expected = -metric_of(gradients, (1e-2, 0.0)) * gradients[-1]
+    np.testing.assert_allclose(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_room_for_pairs():
+    model, optimizer = small()
+    parameters = list(model.parameters())
+    assert affordable(optimizer, parameters, 20) == 20
+    assert affordable(optimizer, [torch.empty(50_000_000, device="meta")], 20) == 5
+    assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20) == 0
+    assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20) == 0
+    maximizing = torch.optim.Adam(parameters, maximize=True)
+    assert affordable(maximizing, parameters, 20) == 0
+    # What its decay adds to the loss is not known, so it may have none.
+    for decay, pairs in ((0.0, 20), (0.1, 0)):
+        own = torch.optim.Adafactor(parameters, weight_decay=decay)
+        assert affordable(own, parameters, 20) == pairs
+    scaler = torch.amp.GradScaler("cpu")
+    assert HybridTrainer(model, optimizer, scaler=scaler).engine.pairs == 0
+    assert HybridTrainer(model, optimizer).engine.pairs == 20
+
+
+def by_scipy(penalty):
+    """Weights and bias of the regression at its minimum, in float64."""
+    x, y = (values.double().numpy() for values in digits())
+
+    def loss(flattened):
+        w = torch.tensor(flattened, requires_grad=True)
+        logits = torch.tensor(x) @ w[:640].view(10, 64).T + w[640:]
+        value = F.cross_entropy(logits, torch.tensor(y).long()) + 0.5 * penalty * (w @ w)
+        value.backward()
+        return float(value.detach()), w.grad.numpy()
+
+    return minimize(loss, np.zeros(650), jac=True, method="L-BFGS-B", options={"maxiter": 2000})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+def test_it_ends_at_the_minimum_that_scipy_finds(kind):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10)
+    optimizer = kind(model.parameters(), 1e-2, weight_decay=1e-2)
+    trainer = HybridTrainer(model, optimizer)
+    for _ in range(500):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    assert trainer.statistics().secant_steps > 100
+    best = by_scipy(1e-2)
+    found = flat(model.parameters())
+    assert np.linalg.norm(found - best.x) < 1e-2 * np.linalg.norm(best.x)
+
+
+def test_decoupled_decay_is_where_the_optimizer_rests():
+    """At rest AdamW's step vanishes: the gradient over its root is minus the decay."""
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Linear(64, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1.0)
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig(min_full_steps=400))
+    while trainer.engine.controller.secant.stage is not Stage.DESCEND:
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    # The root as it is when the descent begins.
+    roots = [s.clone() for s in trainer._hands.secants._decay.strengths]
+    for _ in range(150):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+        if trainer.engine.controller.secant.stage is not Stage.DESCEND:
+            break
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    for p, root in zip(model.parameters(), roots, strict=True):
+        step = p.grad + root * p.detach()
+        assert step.norm() < 0.1 * p.grad.norm()
+    assert trainer.statistics().secant_steps > 50
+
+
+def test_the_optimizer_follows_at_a_rate_of_zero():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.statistics().secant_steps < 5:
+        trainer.step(closure)
+    before, rate = optimizer.state[model.weight]["exp_avg"].clone(), optimizer.param_groups[0]["lr"]
+    trainer.step(closure)
+    gradient = model.weight.grad
+    followed = 0.9 * before + 0.1 * gradient
+    torch.testing.assert_close(optimizer.state[model.weight]["exp_avg"], followed)
+    assert optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.mark.parametrize("cause", ["dropout", "batches", "noise"])
+def test_where_no_two_batches_are_the_same_there_are_none(cause):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 16), nn.Dropout(0.1 if cause == "dropout" else 0.0), nn.Linear(16, 10)
+    )
+
+    def closure(step):
+        rows = slice(step % 2, None, 2) if cause == "batches" else slice(None)
+        inputs = x[rows] + (1e-2 * torch.randn(x[rows].shape) if cause == "noise" else 0.0)
+        return F.cross_entropy(model(inputs), y[rows])
+
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-3), BRISK)
+    for step in range(400):
+        trainer.step(lambda step=step: closure(step))
+    assert trainer.statistics().secant_steps == 0
+
+
+def test_batches_that_stay_for_a_while_do_no_harm():
+    """As in loops that take several steps on each batch."""
+    x, y = digits()
+    ends = []
+    for pairs in (0, 20):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        config = HybridTrainerConfig(secant_pairs=pairs)
+        trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-3), config)
+        for step in range(1200):
+            rows = slice(step // 40 % 6, None, 6)
+            trainer.step(lambda rows=rows: F.cross_entropy(model(x[rows]), y[rows]))
+            assert all(p.isfinite().all() for p in model.parameters())
+        ends.append(float(F.cross_entropy(model(x), y).detach()))
+    assert ends[1] < 1.1 * ends[0]
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_bad_batch_costs_itself_whatever_the_step_is_for(bad):
+    stages = set()
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for step in range(240):
+        stages.add((trainer.engine.phase, trainer.engine.controller.secant.stage))
+
+        def sometimes(step=step):
+            loss = closure()
+            if step % 7 == 3:
+                if bad == "loss":
+                    return loss * math.nan
+                # Finite, with a gradient that is not.
+                return loss + (0.0 * model.bias.sum()).abs().sqrt()
+            return loss
+
+        trainer.step(sometimes)
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert (Phase.FULL, Stage.GATHER) in stages
+    assert closure().item() < 0.5
+
+
+def test_between_steps_the_weights_are_no_worse_than_before():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    lowest, seen = math.inf, 0
+    secant = trainer.engine.controller.secant
+    for _ in range(300):
+        stage = secant.stage
+        result = trainer.step(closure)
+        if secant.stage is not Stage.DESCEND or stage is not secant.stage:
+            lowest = math.inf
+            continue
+        with torch.no_grad():
+            here = closure().item()
+        if result.phase is Phase.FULL:
+            # What a step says of its loss is that of the weights that it leaves.
+            assert result.loss == pytest.approx(here, rel=1e-5)
+        assert here <= lowest * (1 + 1e-5)
+        lowest, seen = min(lowest, here), seen + 1
+    assert seen > 50
+
+
+def test_half_of_the_passes_and_a_probe_of_the_user():
+    """A held-out loss that rises leaves the run to the optimizer."""
+    x, y = digits()
+    train, test = slice(0, 200), slice(200, None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    held_out = lambda: F.cross_entropy(model(x[test]), y[test])  # noqa: E731
+    trainer = HybridTrainer(
+        model, torch.optim.Adam(model.parameters(), 1e-3), BRISK, probe=held_out
+    )
+    for _ in range(600):
+        trainer.step(lambda: F.cross_entropy(model(x[train]), y[train]))
+    statistics = trainer.statistics()
+    assert 0 < statistics.secant_steps < 300
+
+
+def test_weights_stay_those_that_were_shown(tmp_path):
+    """Saved and resumed in the middle of a descent, it goes on bit for bit."""
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.statistics().secant_steps < 7:
+        trainer.step(closure)
+    trainer.save(tmp_path / "run.pt")
+    expected = [trainer.step(closure).loss for _ in range(60)]
+    other, adam, again = regression(seed=1)
+    resumed = HybridTrainer.load(tmp_path / "run.pt", other, adam)
+    assert [resumed.step(again).loss for _ in range(60)] == expected
+    assert all(map(torch.equal, weights(model), weights(other)))
