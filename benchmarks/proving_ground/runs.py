@@ -95,6 +95,7 @@ class Record:
         self.path = folder / f"{workload}-{method}-{seed}.json"
         self.content: dict[str, Any] = {
             **environment(),
+            "command": "python -m benchmarks.proving_ground run",
             "workload": workload,
             "method": method,
             "seed": seed,
