@@ -3,7 +3,8 @@
     python benchmarks/ablation.py
 
 trains the SIREN and the PINN plain and by jumps with each part left out or put in, from the same
-seeds, and records in benchmarks/results/ablation.json the cost to plain's lowest loss as a share of plain's.
+seeds, and records in benchmarks/results/ablation.json the cost to plain's lowest loss as a share of
+plain's.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def without_monitor(controller: Controller) -> None:
     controller.monitor.__class__ = Unmoved
 
 
-# Both tasks have the same batch in each step: what decides a jump shows where jumps are all there is.
+# Both tasks have the same batch in each step, and would leave little to jumps otherwise.
 JUMPS = HybridTrainerConfig(secant_pairs=0)
 CORRECTED = replace(JUMPS, group_correction=True)
 

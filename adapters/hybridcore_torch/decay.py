@@ -62,19 +62,19 @@ class Decay:
         with torch.no_grad():
             return sum(
                 0.5 * float((strength * p.double().square()).sum())
-                for p, strength in zip(self._parameters, self.strengths, strict=True)
-                if not _is_zero(strength)
+                for p, strength in self._decaying()
             )
 
     def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
         """Add the gradient of the penalty to `gradients`, in place."""
-        for gradient, p, strength in zip(gradients, self._parameters, self.strengths, strict=True):
-            if not _is_zero(strength):
-                gradient.add_(strength * p)
+        by_id = {id(p): gradient for p, gradient in zip(self._parameters, gradients, strict=True)}
+        for p, strength in self._decaying():
+            by_id[id(p)].add_(strength * p)
 
-
-def _is_zero(strength: torch.Tensor | float) -> bool:
-    return not isinstance(strength, torch.Tensor) and strength == 0.0
+    def _decaying(self) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
+        """Parameters that decay, and how strongly."""
+        pairs = zip(self._parameters, self.strengths, strict=True)
+        return [(p, s) for p, s in pairs if isinstance(s, torch.Tensor) or s != 0.0]
 
 
 def _strength(

@@ -96,8 +96,8 @@ class SecantBank:
         weights, gradient = self._next
         torch._foreach_copy_(self._views[weights], self._parameters)
         views = self._views[gradient]
-        for view, p in zip(views, self._parameters, strict=True):
-            view.zero_() if p.grad is None else view.copy_(p.grad)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        torch._foreach_copy_(views, gradients)
         self._decay.add_gradient(views)
         if self._has_base:
             old_weights, old_gradient = self._base

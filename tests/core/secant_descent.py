@@ -27,13 +27,16 @@ class PairedDescent(Descent):
         Strength of a weight decay towards `origin`, which the gradient has and the loss has not.
     still : bool
         Break the promise: ``REACH`` leaves the weights where they are.
+    plain_metric : bool
+        Take the identity for the metric, not what the gradients were while pairs were gathered.
     """
 
     def __init__(self, config=QUICK, pairs=10, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
         super().__init__(config, noise, floor, seed, seconds)
         self.engine = Engine(config, pairs)
-        self.decay, self.origin, self.still = 0.0, np.zeros(60), False
-        self.directives, self.averaged = [], None
+        self.decay, self.origin = 0.0, np.zeros(60)
+        self.still = self.plain_metric = False
+        self.directives = []
         self.forget()
 
     @property
@@ -70,7 +73,9 @@ class PairedDescent(Descent):
         return moved, changed, self.base[1]
 
     def products(self):
-        if self.metric is None:
+        if self.metric is None and self.plain_metric:
+            self.metric = np.ones(60)
+        elif self.metric is None:
             root = np.sqrt(np.mean(np.square(self.seen), axis=0))
             self.metric = 1.0 / (root + 0.01 * root.mean())
             self.metric /= self.metric.mean()
@@ -111,6 +116,9 @@ class PairedDescent(Descent):
             self.reach(directive.coefficients)
         elif action is Action.MARK:
             self.saved = self.x
+        elif action is Action.SAVE and self.stage is not Stage.GATHER:
+            # A jump starts from the newest snapshot.
+            assert np.array_equal(self.bank[-1], self.x)
         elif action is Action.PROBE and directive.own_batch:
             x = self.saved if directive.at_mark else self.x
             loss = self.loss(x) * math.exp(self.noise * self.random.normal())
