@@ -1,17 +1,20 @@
 """A real descent in NumPy whose adapter keeps secant pairs too, in a list of vectors."""
 
 import copy
+import dataclasses
+import json
 import math
 
 import numpy as np
-from descent import Descent
+from descent import Descent, text
 
 from hybridcore import Action, Engine, HybridTrainerConfig, Observation, Phase
 from hybridcore.quasi_newton import Secants
 from hybridcore.secant import Stage
 from hybridcore.types import STEPS
 
-QUICK = HybridTrainerConfig()
+_USUAL = HybridTrainerConfig()
+EVALUATIONS = (Action.FULL, Action.GRADIENT, Action.PROBE)
 
 
 class PairedDescent(Descent):
@@ -31,11 +34,11 @@ class PairedDescent(Descent):
         Take the identity for the metric, not what the gradients were while pairs were gathered.
     """
 
-    def __init__(self, config=QUICK, pairs=10, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
+    def __init__(self, config=_USUAL, pairs=10, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
         super().__init__(config, noise, floor, seed, seconds)
         self.engine = Engine(config, pairs)
         self.decay, self.origin = 0.0, np.zeros(60)
-        self.still = self.plain_metric = False
+        self.still = self.plain_metric = self.on_trial = False
         self.directives = []
         self.forget()
 
@@ -110,17 +113,23 @@ class PairedDescent(Descent):
             return Observation(loss, norm, 0.5, self.seconds, objective=objective)
         elif action is Action.BASE:
             self.take(self.gradient)
+            self.on_trial = False
             assert directive.average == (1.0 if self.engine.config.averaging else 0.0)
             return Observation(secants=self.products())
         elif action is Action.REACH:
             self.reach(directive.coefficients)
+            self.on_trial = bool(directive.coefficients.any())
         elif action is Action.MARK:
-            self.saved = self.x
+            self.saved = self.marked = self.x
         elif action is Action.SAVE and self.stage is not Stage.GATHER:
             # A jump starts from the newest snapshot.
             assert np.array_equal(self.bank[-1], self.x)
+        elif action is Action.SKIP:
+            self.on_trial = False
         elif action is Action.PROBE and directive.own_batch:
             x = self.saved if directive.at_mark else self.x
+            # What SAVE keeps takes the place of the mark.
+            assert not directive.at_mark or np.array_equal(x, self.marked)
             loss = self.loss(x) * math.exp(self.noise * self.random.normal())
             objective = loss + self.added(x)
             if bad:
@@ -128,15 +137,18 @@ class PairedDescent(Descent):
             return Observation(loss, seconds=self.seconds / 3, objective=objective)
         return super().carry_out(directive, bad)
 
-    def step(self, bad=False):
+    def step(self, bad=False, bad_one=None):
+        """Take a step in which all evaluations are bad, or the one of that number, or none."""
         needs_batch, touches = self.engine.needs_batch, self.engine.touches_weights
-        counted, first = [], len(self.directives)
+        counted, first, self.evaluations = [], len(self.directives), 0
         while True:
             directive = self.engine.next()
             assert self.engine.next() is directive
             phase = self.engine.phase
             self.log.append((phase, directive.action))
-            self.engine.observe(self.carry_out(directive, bad))
+            spoiled = bad or self.evaluations == bad_one
+            self.engine.observe(self.carry_out(directive, spoiled))
+            self.evaluations += directive.action in EVALUATIONS
             if directive.action in STEPS:
                 counted.append(phase)
             if self.engine.step_done:
@@ -150,24 +162,87 @@ class PairedDescent(Descent):
             assert not done[0].snapshot
         return phase
 
+    def abandon(self):
+        """What an adapter does where the user's code raises: back from a trial point."""
+        self.engine.abandon()
+        if self.on_trial:
+            self.x, self.on_trial = self.base[0], False
+
     # -- what tests ask -----------------------------------------------------------------------
 
-    def until(self, stage, phase=Phase.FULL, most=1000):
-        """Take steps until the next one is at `stage` in `phase`."""
+    def until(self, moment, most=1000):
+        """Take steps until the next one is at `moment`, a name in `MOMENTS`."""
         for _ in range(most):
-            if self.stage is stage and self.engine.phase is phase:
+            if MOMENTS[moment](self.engine.controller):
                 return
             self.step()
-        raise AssertionError(f"no step at {stage} in {phase} among {most}")
+        raise AssertionError(f"no step at {moment} among {most}")
 
-    def copied_from(self, other):
-        """Take over all of `other` but its engine."""
-        kept = self.engine
-        self.__dict__.update(copy.deepcopy({**vars(other), "engine": None}), engine=kept)
-        return self
+    def resumed(self):
+        """Return a copy whose engine is a new one that was given the state of this one's, as text.
 
-    def count(self, action):
-        return sum(d.action is action for d in self.directives)
+        Its directives begin anew.
+        """
+        engine = Engine(self.engine.config, self.engine.pairs)
+        engine.load_state_dict(json.loads(text(self.engine.state_dict())))
+        fresh = {"engine": None, "log": [], "directives": []}
+        other = copy.copy(self)
+        other.__dict__.update(copy.deepcopy({**vars(self), **fresh}), engine=engine)
+        return other
 
 
-STAGES = tuple(Stage)
+def _due(controller):
+    return controller.phase is Phase.FULL and controller.secant.until_due(controller.taken) == 0
+
+
+def _leaps(controller):
+    return controller.phase is Phase.PREDICT and controller.secant.active
+
+
+# What the next step may be for, while there are quasi-Newton steps or may be.
+MOMENTS = {
+    "look": lambda c: c.secant.stage is Stage.REST and c.secant.until_due(c.taken) == 0,
+    "check": lambda c: c.secant.stage is Stage.CHECK,
+    "proof": lambda c: c.secant.stage is Stage.PROVE and _due(c),
+    "first pair": lambda c: c.secant.stage is Stage.GATHER,
+    "landing": lambda c: c.secant.landing and c.phase is Phase.FULL,
+    "descent": lambda c: c.secant.stage is Stage.DESCEND and not c.secant.landing and _due(c),
+    "decision": lambda c: c.secant.block_over and _due(c),
+    "comparison": lambda c: c.secant.stage is Stage.GATHER and c.secant.holds_recovery,
+    "landing again": lambda c: c.secant.landing and c.secant.holds_recovery,
+    "standing": lambda c: _leaps(c) and not c.needs_batch,
+    "correction": lambda c: c.phase is Phase.CORRECT and c.secant.active,
+}
+
+
+def count(descent, action):
+    return sum(d.action is action for d in descent.directives)
+
+
+def made(pairs=10, **attributes):
+    descent = PairedDescent(pairs=pairs)
+    vars(descent).update(attributes)
+    return descent
+
+
+def at(moment):
+    descent = PairedDescent()
+    descent.until(moment)
+    return descent
+
+
+def go_on(descent, steps):
+    """Take steps, of which only a move along the path or back can ever raise the loss."""
+    start = descent.loss(descent.x)
+    for _ in range(steps):
+        before, first = descent.loss(descent.x), len(descent.log)
+        descent.step()
+        assert np.isfinite(descent.x).all()
+        moved = {Action.MOVE, Action.ROLLBACK} & {action for _, action in descent.log[first:]}
+        assert moved or descent.loss(descent.x) <= before * (1.0 + 1e-12)
+    assert descent.loss(descent.x) <= start
+
+
+def same(first, second):
+    plain = [dataclasses.replace(d, coefficients=None) for d in (first, second)]
+    return plain[0] == plain[1] and np.array_equal(first.coefficients, second.coefficients)
