@@ -40,7 +40,6 @@ SHORTENED = 0.5
 BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
-_SKIP = Directive(Action.SKIP)
 _PROBE = Directive(Action.PROBE)
 
 
@@ -98,7 +97,8 @@ class Controller:
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
-        due = self.secant.until_due(self.taken) == 0 and not self.outer.pending
+        free = self.gram is None and not self.outer.pending
+        due = free and self.secant.until_due(self.taken) == 0
         if self.phase is Phase.WARMUP:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
         if self.phase is Phase.FULL:
@@ -141,6 +141,11 @@ class Controller:
         return self.phase is not Phase.FULL or self.secant.holds_recovery
 
     @property
+    def holds_pairs(self) -> bool:
+        """Whether the secant pairs may still be asked for."""
+        return self.secant.active
+
+    @property
     def needs_batch(self) -> bool:
         """False if the next step will neither train nor probe."""
         if self.phase is not Phase.PREDICT:
@@ -157,9 +162,10 @@ class Controller:
         self.average.restart()
         self.outer.stop()
 
-    def restart(self) -> None:
+    def restart(self, pairs: int) -> None:
         """Forget the trajectory, and a jump under way: the parameters are others now."""
         self.forget_path()
+        self.secant.pairs = pairs
         self.flight, self.leap = None, 0
         self.secant.rest(self.taken)
         self.pace.wait = self.config.min_full_steps

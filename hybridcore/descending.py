@@ -37,6 +37,10 @@ def descend(controller: Controller) -> Turn:
     if controller.phase is Phase.CORRECT:
         controller.counters.rollbacks += not secant.accepted
         controller.enter(Event.VALIDATED if secant.accepted else Event.ROLLED_BACK)
+    if secant.stage is Stage.PROVE is not stage and controller.phase is Phase.FULL:
+        # A jump would take the place of the mark.
+        proof = controller.taken + (secant.until_due(controller.taken) or 0)
+        controller.pace.wait = max(controller.pace.wait, proof + 1)
     if ended and stage in (Stage.CHECK, Stage.PROVE):
         secant.rest(controller.taken)
     elif ended:
@@ -70,6 +74,10 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
 
 def _end(controller: Controller) -> None:
     """Leave it to the optimizer, which goes on from here on a path of its own."""
+    meter, counters, loss = controller.meter, controller.counters, controller.secant.loss
+    if controller.secant.stage is Stage.DESCEND and math.isfinite(loss):
+        meter.close_block(math.log(loss), counters.full_steps, counters.probes)
+    meter.mark = (NAN, counters.full_steps, counters.probes)
     controller.secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()

@@ -107,10 +107,17 @@ class Engine:
         """Drop the present step, because the user's code raised in it."""
         self._turn = self._directive = None
 
-    def regroup(self) -> None:
-        """Start over with an empty bank: the parameters are others than they were."""
+    def regroup(self, pairs: int = 0) -> None:
+        """Start over with an empty bank: the parameters are others than they were.
+
+        Parameters
+        ----------
+        pairs : int
+            Secant pairs that the adapter can hold now.
+        """
         self._read()
-        self._controller.restart()
+        self.pairs = pairs
+        self._controller.restart(pairs)
         self._quiet = self._controller.quiet_steps()
 
     def count_plain(self, observation: Observation) -> None:
@@ -159,6 +166,11 @@ class Engine:
     def may_roll_back(self) -> bool:
         """Whether what the last ``SAVE`` kept may still be asked for."""
         return self._controller.may_roll_back
+
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether the secant pairs may still be asked for."""
+        return self._controller.holds_pairs
 
     @property
     def needs_batch(self) -> bool:

@@ -104,6 +104,7 @@ class SecantCredit:
             low += self.steps * share
             middle += self.steps * ((1.0 + 0.5 * share) ** 2 - 1.0)
         least, most = float(self.taken), MOST_A_STEP * self.taken
+        # Not less than their number: where the optimizer is faster, it has them replaced.
         return min(max(low, least), 0.5 * most), min(max(middle, least), most), math.inf
 
     def measure(self, outside: int, speed: float) -> None:

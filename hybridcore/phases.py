@@ -131,12 +131,17 @@ class PhaseController(Protocol):
         ...
 
     @property
+    def holds_pairs(self) -> bool:
+        """Whether the secant pairs may still be asked for."""
+        ...
+
+    @property
     def needs_batch(self) -> bool:
         """False if the next step will neither train nor probe."""
         ...
 
-    def restart(self) -> None:
-        """Forget the trajectory: the parameters are others than they were."""
+    def restart(self, pairs: int) -> None:
+        """Forget the trajectory: the parameters are others, with room for `pairs` secant pairs."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Descent(NamedTuple):
     slope: float
 
 
+@np.errstate(all="ignore")
 def direction(secants: Secants) -> Descent | None:
     """Direction of L-BFGS, None where the products show no descent.
 

@@ -35,6 +35,8 @@ LEAST_FALL = 1e-3
 LEAST_PAIRS = 3
 # Full steps until the next look, and how often they are doubled by looks in vain.
 WAIT, MOST_PATIENCE = 50, 16
+# Steps before the first look: with the default warm-up its proof is 97 steps later, a prime.
+FIRST_LOOK = 3
 # Full steps after which a batch that was the same in two steps has to be so again.
 PROOF = 97
 # Evaluations in a row without a lower loss, after which that is asked too.
@@ -105,7 +107,8 @@ class SecantDescent:
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
         self._saved = NAN
-        self._wait, self._patience = 0, 1
+        # Not at the very first weights, which may give every batch the same loss.
+        self._wait, self._patience = FIRST_LOOK, 1
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, observation: Observation) -> None:
@@ -166,13 +169,15 @@ class SecantDescent:
 
     def is_fine(self) -> Generator[Directive, Observation, bool]:
         """See whether the batch is still the same, and the loss of the user's probe no higher."""
-        if not _same((yield Directive(Action.PROBE, own_batch=True)).loss, self.loss):
+        here = (yield Directive(Action.PROBE, own_batch=True)).loss
+        if usable(here) and not _same(here, self.loss):
             self._patience = MOST_PATIENCE
             return False
         if not self.block_over:
             return True
         before, self._held = self._held, (yield Directive(Action.PROBE)).loss
-        return not self._held > before * (1.0 + SAME)
+        # Without a probe of the user this is the batch again, whose objective has been lowered.
+        return self._held == here or not self._held > before + SAME * abs(before)
 
     def finish_block(self) -> float:
         """Begin the next block; return what this one was worth beyond its own steps.

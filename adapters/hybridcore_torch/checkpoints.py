@@ -13,6 +13,7 @@ import torch
 from hybridcore import CheckpointError
 from hybridcore_torch.groups import outside
 from hybridcore_torch.recovery import RecoveryPoint
+from hybridcore_torch.secants import fits
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
@@ -145,7 +146,7 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             "state was saved with other layer groups: pass the same layer_groups to the trainer"
         )
     secants = state["secants"]
-    if secants is not None and not trainer._hands.new_secants().takes(secants):
+    if secants is not None and not fits(secants, trainer._parameters, trainer._hands.pairs):
         raise CheckpointError(
             "state was saved with secant pairs of other parameters: freeze them likewise"
         )

@@ -17,8 +17,6 @@ _COUPLED = (
     torch.optim.RMSprop,
     torch.optim.Adagrad,
     torch.optim.Adadelta,
-    torch.optim.ASGD,
-    torch.optim.Rprop,
 )
 
 
@@ -26,6 +24,9 @@ def is_known(optimizer: torch.optim.Optimizer) -> bool:
     """Whether what `optimizer` lowers can be told: the loss, and the decay of which is known."""
     groups = optimizer.param_groups
     if any(group.get("maximize") for group in groups):
+        return False
+    if isinstance(optimizer, torch.optim.ASGD | torch.optim.Rprop):
+        # Their steps depend on more than gradient and rate.
         return False
     known = isinstance(optimizer, (*_COUPLED, torch.optim.AdamW))
     return known or not any(group.get("weight_decay") for group in groups)
@@ -37,6 +38,8 @@ class Decay:
     Where decay is added to the gradient, ``w`` is its strength. AdamW adds it to the step instead,
     so that it rests where ``g / sqrt(v) = -decay * theta`` (Loshchilov & Hutter 2019, algorithm 2):
     there ``w`` is the strength times ``sqrt(v)``, as it is when this is built.
+
+    Built after a backward pass, as parameters without a gradient do not decay.
 
     Parameters
     ----------
@@ -81,7 +84,8 @@ def _strength(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor
 ) -> torch.Tensor | float:
     decay = float(group.get("weight_decay") or 0.0)
-    if decay == 0.0 or float(group["lr"]) == 0.0:
+    # What has no gradient is not trained, and does not decay either.
+    if parameter.grad is None or decay == 0.0 or float(group["lr"]) == 0.0:
         return 0.0
     if not group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)):
         return decay

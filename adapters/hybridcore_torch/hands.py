@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from hybridcore import Action, Directive, HybridTrainerConfig, Observation
+from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
@@ -67,8 +70,7 @@ class Hands:
         self._prober = Prober(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
-        wanted = config.secant_pairs if scaler is None else 0
-        self.pairs = affordable(optimizer, parameters, wanted)
+        self._wanted = config.secant_pairs if scaler is None else 0
         self.restart(parameters, groups)
 
     def restart(self, parameters: Group, groups: list[Group] | None) -> None:
@@ -80,6 +82,8 @@ class Hands:
         self.recovery: RecoveryPoint | None = None
         self.steps_since_recovery = 0
         self._on_trial = False
+        self._kept: buffers.Kept = []
+        self.pairs = affordable(self._optimizer, parameters, self._wanted)
         self.stepper.refresh()
 
     def carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
@@ -107,6 +111,8 @@ class Hands:
             assert directive.coefficients is not None
             self.secants.reach(directive.coefficients)
             self._on_trial = bool(directive.coefficients.any())
+            if not self._on_trial:
+                buffers.put_back(self._kept)
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
@@ -135,6 +141,28 @@ class Hands:
             self.secants.back_to_base()
             self._on_trial = False
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average into the weights for the block, if there is one."""
+        if self.average is None:
+            yield
+            return
+        with self.average.in_place():
+            yield
+        if self.secants is not None:
+            self.secants.put_back()
+
+    def disturbed(self) -> bool:
+        """Whether somebody has written into the weights since a quasi-Newton step left them."""
+        return self.secants is not None and self.secants.disturbed()
+
+    def let_go(self, recovery: bool, pairs: bool) -> None:
+        """Drop copies of the weights that will not be asked for any more."""
+        if not recovery:
+            self.recovery = None
+        if not pairs:
+            self.secants = None
+
     @property
     def snapshots(self) -> SnapshotBank:
         """The bank of snapshots."""
@@ -159,6 +187,11 @@ class Hands:
 
     def _pass(self, directive: Directive, closure: Closure) -> Observation:
         update = directive.action is Action.FULL
+        if not update:
+            # A trial point that is taken back must not stay in running statistics.
+            self._kept = buffers.keep(self.stepper.modules)
+        elif self.secants is not None:
+            self.secants.expect_writes()
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
         observation = self.stepper.full(
             closure, directive.learning_rate_scale, keep=keep, update=update
@@ -179,14 +212,17 @@ class Hands:
         return observation
 
     def _base(self, directive: Directive) -> Observation:
+        self._take_pair(fresh=False)
+        self._on_trial = False
         start = perf_counter()
         self.stepper.follow()
         seconds = perf_counter() - start
-        self._take_pair(fresh=False)
-        self._on_trial = False
+        if self.secants is None:
+            return Observation(seconds=seconds)
+        # Some optimizers move the weights at a rate of zero too.
+        self.secants.back_to_base()
         self._add_to_average(directive.average)
-        secants = None if self.secants is None else self.secants.products()
-        return Observation(seconds=seconds, secants=secants)
+        return Observation(seconds=seconds, secants=self.secants.products())
 
     def _take_pair(self, fresh: bool) -> None:
         if self.secants is None:

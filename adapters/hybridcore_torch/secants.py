@@ -20,6 +20,12 @@ _MOST_BYTES = 2**31
 _FIRST = 5
 
 
+def fits(state: dict[str, Any], parameters: Sequence[torch.Tensor], pairs: int) -> bool:
+    """Whether `state` is that of a bank of so many pairs of `parameters`."""
+    size = sum(p.numel() for p in parameters)
+    return tuple(state["rows"].shape) == (_FIRST + 2 * pairs, size)
+
+
 def affordable(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], pairs: int
 ) -> int:
@@ -30,8 +36,8 @@ def affordable(
     """
     if len({(p.device, p.dtype) for p in parameters}) != 1 or not is_known(optimizer):
         return 0
-    size = max(4, parameters[0].element_size()) * sum(p.numel() for p in parameters)
-    return min(pairs, _MOST_BYTES // (2 * size))
+    size = max(4, parameters[0].element_size()) * max(1, sum(p.numel() for p in parameters))
+    return max(0, min(pairs, (_MOST_BYTES // size - _FIRST) // 2))
 
 
 class SecantBank:
@@ -76,6 +82,7 @@ class SecantBank:
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""
         self._order: list[int] = []
+        self._versions: list[int] | None = None
         # Rows of the base and its gradient, and where the next ones go.
         self._base, self._next = (0, 1), (2, 3)
         self._has_base = False
@@ -145,6 +152,7 @@ class SecantBank:
             step = torch.addmv(gradient, self._changed.T, changed, beta=float(coefficients[-1]))
             step.mul_(self._metric).addmv_(self._moved.T, moved).add_(base)
             torch._foreach_copy_(self._parameters, self._split(step))
+            self._versions = [p._version for p in self._parameters]
         else:
             self.back_to_base()
 
@@ -152,6 +160,21 @@ class SecantBank:
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
         torch._foreach_copy_(self._parameters, self._split(self._rows[self._base[0]]))
+        self._versions = [p._version for p in self._parameters]
+
+    def put_back(self) -> None:
+        """Take note that what was written into the weights meanwhile has been undone."""
+        if self._versions is not None:
+            self._versions = [p._version for p in self._parameters]
+
+    def expect_writes(self) -> None:
+        """Take note that the optimizer is about to step."""
+        self._versions = None
+
+    def disturbed(self) -> bool:
+        """Whether the weights were written to since this bank put them somewhere."""
+        versions = self._versions
+        return versions is not None and versions != [p._version for p in self._parameters]
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])
@@ -193,10 +216,6 @@ class SecantBank:
             ],
         }
 
-    def takes(self, state: dict[str, Any]) -> bool:
-        """Whether `state` is of the same parameters and capacity."""
-        return bool(state["rows"].shape == self._rows.shape)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned for the same parameters."""
         self._rows.copy_(state["rows"])
@@ -205,4 +224,7 @@ class SecantBank:
         self._base, self._next = (base[0], base[1]), (following[0], following[1])
         self._has_base, self._squares, self._is_metric = state["counts"]
         self._plain, self._scaled = (products.copy() for products in state["products"].numpy())
-        self._decay.strengths = list(state["decay"])
+        device = self._rows.device
+        self._decay.strengths = [
+            s.to(device) if isinstance(s, torch.Tensor) else s for s in state["decay"]
+        ]

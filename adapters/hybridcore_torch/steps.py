@@ -48,7 +48,7 @@ class Stepper:
 
     def refresh(self) -> None:
         """Look at the model and the optimizer again, after parameters were added or removed."""
-        self._modules = list(self._model.modules())
+        self.modules = list(self._model.modules())
 
     @property
     def learning_rate(self) -> float:
@@ -93,7 +93,7 @@ class Stepper:
         update : bool
             False leaves the weights and the optimizer alone.
         """
-        kept = buffers.keep(self._modules)
+        kept = buffers.keep(self.modules)
         start = perf_counter()
         self._optimizer.zero_grad()
         try:
@@ -123,7 +123,12 @@ class Stepper:
         return Observation(value, norm, rate, seconds, applied=applied)
 
     def follow(self) -> None:
-        """Let the optimizer see the gradients at a rate of zero, so that its moments stay fresh."""
+        """Let the optimizer see the gradients at a rate of zero, so that its moments stay fresh.
+
+        It sees them as in a step of its own, clipped.
+        """
+        if self._max_grad_norm is not None:
+            self._clip(self._max_grad_norm)
         self._update_scaled(0.0)
 
     def _loss(self, closure: Closure) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,8 +31,6 @@ from hybridcore_torch.checks import check_arguments
 from hybridcore_torch.closures import Closure
 from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
-
-logger = logging.getLogger("hybridcore")
 
 
 class HybridTrainer:
@@ -188,8 +185,7 @@ class HybridTrainer:
         self._check_own_weights("averaged()")
         if self.config.enabled:
             self._check_structure()
-        average = self._hands.average
-        return contextlib.nullcontext() if average is None else average.in_place()
+        return self._hands.averaged()
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -222,8 +218,7 @@ class HybridTrainer:
                 self._hands.abandon()
                 raise
             predicted, observation = step is Action.SKIP, of_step
-        if not engine.may_roll_back:
-            self._hands.recovery = None
+        self._hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(
@@ -270,6 +265,8 @@ class HybridTrainer:
         Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
         if self._present_structure() == self._structure:
+            if self._hands.disturbed():
+                self._start_over(self._parameters)
             return
         parameters = trainable_parameters(self.model, self.optimizer)
         if self._layer_groups is not None:
@@ -280,8 +277,11 @@ class HybridTrainer:
             self._layer_groups = [group for group in groups if group]
         self._parameters = parameters
         self._structure = self._present_structure()
+        self._start_over(parameters)
+
+    def _start_over(self, parameters: list[nn.Parameter]) -> None:
         self._hands.restart(parameters, self._layer_groups)
-        self.engine.regroup()
+        self.engine.regroup(self._hands.pairs)
 
     # -- state ------------------------------------------------------------------------------
 

@@ -73,6 +73,7 @@ class OnlyFull:
         self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
         self.forecast_loss, self.prediction_error = math.nan, None
         self.arm_values, self.needs_batch, self.may_roll_back = {}, True, False
+        self.holds_pairs = False
         self.divergence_level = "NORMAL"
 
     def turn(self):
@@ -84,7 +85,7 @@ class OnlyFull:
     def absorb(self, observation):
         self.seen += 1
 
-    def restart(self):
+    def restart(self, pairs):
         self.seen = 0
 
     def state_dict(self):
