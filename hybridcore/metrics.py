@@ -57,13 +57,13 @@ class TrainingStatistics:
     outer_steps : int
         Moves by the momentum of real steps, where there was no jump. They skip nothing.
     secant_steps : int
-        Of the full steps, those whose gradient went into a quasi-Newton step.
+        Of the full steps, those that evaluated a point of the quasi-Newton descent.
     probes : int
         Forward passes without gradients.
     probe_cost : float
         Time of one such pass in full steps, measured.
     rollbacks : int
-        Jumps that were taken back.
+        Jumps and leaps that were taken back.
     divergences : int
         Batches left out because loss or gradients were not finite.
     phase_counts : dict of str to int
@@ -79,7 +79,8 @@ class TrainingStatistics:
     measured_speedup_interval : (float, float)
         Interval meant to hold the truth in 9 of 10 runs; open above while it is not known.
     arm_values : dict of str to float
-        By extrapolator, how many full steps its last jumps gained, net.
+        By extrapolator, how many full steps its last jumps gained, net; under "secant" what the last
+        blocks of quasi-Newton steps did.
     confidence : float
         Confidence in [0, 1] at the last decision.
     divergence_level : str

@@ -122,8 +122,9 @@ class HybridTrainer:
         Parameters
         ----------
         closure : callable
-            Returns the loss of the present batch, a scalar tensor with its graph. Called once in a
-            full step, not in most predicted ones, and several times where a jump is chosen.
+            Returns the loss of the present batch, a scalar tensor with its graph. Called once in
+            most full steps, not in most predicted ones, and several times where a jump is chosen or
+            where it is found out whether batches are the same.
 
         Raises
         ------
