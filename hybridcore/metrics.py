@@ -79,8 +79,8 @@ class TrainingStatistics:
     measured_speedup_interval : (float, float)
         Interval meant to hold the truth in 9 of 10 runs; open above while it is not known.
     arm_values : dict of str to float
-        By extrapolator, how many full steps its last jumps gained, net; under "secant" what the last
-        blocks of quasi-Newton steps did.
+        By extrapolator, how many full steps its last jumps gained, net; under "secant" what the
+        last blocks of quasi-Newton steps did.
     confidence : float
         Confidence in [0, 1] at the last decision.
     divergence_level : str

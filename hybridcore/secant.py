@@ -2,10 +2,10 @@
 
 Each of them costs what a full step costs and is worth several where the loss is an exact function
 of the weights. So a run first finds out whether it is: at weights at which one batch was evaluated,
-the next one has to have the same loss, and one that comes much later. Then a few steps of the user's optimizer show
-curvature and how fast it is, and quasi-Newton steps go on in blocks for as long as a block is
-faster than the optimizer was. What a block is worth beyond its own steps is what the next phase of
-predicted steps stands for.
+the next one has to have the same loss, and one that comes much later. Then a few steps of the
+user's optimizer show curvature and how fast it is, and quasi-Newton steps go on in blocks for as
+long as a block is faster than the optimizer was. What a block is worth beyond its own steps is what
+the next phase of predicted steps stands for.
 """
 
 from __future__ import annotations
