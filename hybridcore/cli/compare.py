@@ -157,6 +157,7 @@ def training(
     forward_cost: float,
     *,
     hybrid: bool,
+    steps: int | None = None,
     config: HybridTrainerConfig | None = None,
 ) -> Generator[Run, None, None]:
     """Train step by step, for ever; yields the record after each step.
@@ -171,12 +172,14 @@ def training(
         Cost of a forward pass in full steps, from :func:`forward_cost`.
     hybrid : bool
         By :class:`HybridTrainer`, or by the plain loop.
+    steps : int, optional
+        Steps after which a falling schedule ends; by default the workload's.
     config : HybridTrainerConfig, optional
         Settings of the hybrid run.
     """
     task = workload.build(seed)
     optimizer = workload.optimizer(task.model, learning_rate)
-    schedule = scheduler(optimizer, workload.schedule, workload.steps)
+    schedule = scheduler(optimizer, workload.schedule, steps or workload.steps)
     trainer = HybridTrainer(task.model, optimizer, config, scheduler=schedule) if hybrid else None
     meter = Meter()
     run = Run(learning_rate, task, trainer)
@@ -330,8 +333,11 @@ def compare(
     seed: int,
     config: HybridTrainerConfig | None = None,
     watch: Watch | None = None,
+    share: float = 1.0,
 ) -> Comparison:
     """Train plain and hybrid over the workload's grid, step by step in turn.
+
+    The hybrid run takes a `share` of the plain one's steps, its schedule with it.
 
     In turn, so that a machine whose speed drifts slows both alike. Then, where the rate is constant
     and the target not reached, the hybrid runs go on, to at most the cost of the plain ones.
@@ -339,16 +345,19 @@ def compare(
     price = forward_cost(workload)
     plain, hybrid, going = [], [], []
     for rate in workload.learning_rates:
+        short = round(share * workload.steps)
         loops = [
-            training(workload, seed, rate, price, hybrid=is_hybrid, config=config)
-            for is_hybrid in (False, True)
+            training(workload, seed, rate, price, hybrid=is_hybrid, steps=steps, config=config)
+            for is_hybrid, steps in ((False, workload.steps), (True, short))
         ]
         for step in range(workload.steps):
-            runs = [next(loop) for loop in loops]
+            of_plain = next(loops[0])
+            if step < short:
+                of_hybrid = next(loops[1])
             if watch is not None and step % 10 == 0:
-                watch(rate, step, runs[1])
-        plain.append(runs[0].finish())
-        hybrid.append(runs[1].finish())
+                watch(rate, step, of_hybrid)
+        plain.append(of_plain.finish())
+        hybrid.append(of_hybrid.finish())
         going.append(loops[1])
     comparison = Comparison(workload, seed, price, plain, hybrid)
     if not workload.noisy and workload.schedule == "constant":

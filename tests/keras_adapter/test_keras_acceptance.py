@@ -52,7 +52,8 @@ def test_one_core_two_skins():
         phases.append(trainer.engine.phase)
     assert phases == watch.phases
     assert phases.count(Phase.PREDICT) > 100
-    np.testing.assert_allclose(watch.losses, losses, rtol=1e-2)
+    # How far a jump spreads rounding depends on the processor: 3 % was seen, and less than 1 %.
+    np.testing.assert_allclose(watch.losses, losses, rtol=5e-2)
     ours, theirs = hybrid.statistics(), trainer.statistics()
     for name in ("full_steps", "predicted_steps", "probes", "rollbacks"):
         assert getattr(ours, name) == getattr(theirs, name)
