@@ -146,16 +146,19 @@ class TrainingStatistics:
 
     def __str__(self) -> str:
         low, high = self.measured_speedup_interval
-        reach = f"{low:.2f} to {high:.2f}" if math.isfinite(high) else f"at least {low:.2f}"
-        speedup = f"{self.measured_speedup:.2f} (90 %: {reach})"
+        speedup = f"{self.measured_speedup:.2f} (90 %: {low:.2f} to {high:.2f})"
         if self.predicted_steps == self.outer_steps == self.secant_steps == 0:
             speedup = "none, nothing was predicted"
-        elif not math.isfinite(high) and not self.secant_steps:
+        elif not math.isfinite(high) and self.secant_steps:
+            # There were no full steps of the optimizer beside them to compare with.
+            speedup = f"not known for quasi-Newton steps, at least {low:.2f}"
+        elif not math.isfinite(high):
             speedup = "not known yet"
         return (
-            f"{self.steps} steps: {self.full_steps} full, {self.predicted_steps} predicted "
+            f"{self.steps} steps: {self.full_steps} full, {self.secant_steps} of them "
+            f"quasi-Newton, {self.predicted_steps} predicted "
             f"({self.backward_reduction:.0%} fewer backward passes), {self.outer_steps} outer "
-            f"steps, {self.secant_steps} quasi-Newton steps, {self.probes} probes, "
+            f"steps, {self.probes} probes, "
             f"{self.rollbacks} rollbacks, {self.divergences} bad batches; cost {self.cost:.0f} "
             f"full steps, its own time included; measured speed-up {speedup}"
         )
