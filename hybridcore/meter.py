@@ -38,8 +38,7 @@ NOMINAL_PROBE_COST = 1.0 / 3.0
 # What the slopes leave out: times are measured, and settling at half the rate flatters a jump. How
 # it was chosen is in the log of the proving ground.
 MARGIN = 0.16
-# No quasi-Newton step stands for more full steps, however slow the optimizer seemed before it: on
-# five smooth tasks, at two rates each, they stood for two to five.
+# No quasi-Newton step stands for more full steps, however slow the optimizer seemed before it.
 MOST_A_STEP = 5.0
 # No jump stands for more full steps, however little the full steps beside it achieved.
 MOST_STEPS = 600.0
