@@ -16,7 +16,8 @@ MOMENTUM = 0.8
 RATE = 0.4
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
-# The path is held against itself in every fifth of them, as a Gram matrix costs more than a step.
+# The path is held against itself in the fifth of them, the tenth, the twentieth and so on, as a
+# Gram matrix can cost more than a step.
 # Two displacements had a cosine of 0.76 to 0.97 on smooth work, and 0.1 to 0.73 on mini-batches.
 CHECK = 5
 STRAIGHT = 0.8
@@ -72,7 +73,8 @@ class OuterMomentum:
     @property
     def full_step(self) -> Directive:
         """Full step that is due: it ends in a snapshot, the first one of a bank of its own."""
-        checked = self._snapshots % (2 * CHECK) == 2 * CHECK - 1
+        checks, left = divmod(self._snapshots + 1, 2 * CHECK)
+        checked = checks > 0 and left == 0 and checks & (checks - 1) == 0
         return Directive(Action.FULL, snapshot=True, fresh_bank=self._snapshots == 0, gram=checked)
 
     def take(self, gram: NDArray[np.float64] | None) -> bool:

@@ -18,7 +18,7 @@ from hybridcore_torch.secants import fits
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
 
-VERSION = 2
+VERSION = 3
 KEYS = {
     "config",
     "engine",

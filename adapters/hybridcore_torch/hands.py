@@ -103,9 +103,7 @@ class Hands:
             self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
-            self.snapshots.move(directive.coefficients)
-            if directive.snapshot:
-                self.snapshots.take(fresh=False)
+            self.snapshots.move(directive.coefficients, take=directive.snapshot)
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-# Few enough columns for the displacements to stay in the cache.
-_BLOCK = 16384
+# Few enough columns for the displacements to stay in the cache, and enough for the calls not to
+# count.
+_BLOCK = 65536
 
 
 class _Bucket:
-    """Parameters of one group with one device and dtype, as rows of one matrix."""
+    """Parameters of one device and dtype, as rows of one matrix, group after group.
 
-    def __init__(self, parameters: list[torch.nn.Parameter], rows: int) -> None:
-        self.parameters: list[torch.Tensor] = list(parameters)
-        size = sum(p.numel() for p in parameters)
-        first = parameters[0]
-        self.rows = torch.empty(rows, size, dtype=first.dtype, device=first.device)
+    Parameters
+    ----------
+    groups : dict of int to list of Parameter
+        By the number of the layer group.
+    rows : int
+        Places for a copy of them.
+    """
+
+    def __init__(self, groups: dict[int, list[torch.nn.Parameter]], rows: int) -> None:
+        self.parameters: list[torch.Tensor] = [p for group in groups.values() for p in group]
+        sizes = [p.numel() for p in self.parameters]
+        first = self.parameters[0]
+        self.rows = torch.empty(rows, sum(sizes), dtype=first.dtype, device=first.device)
         self.views = [self._split(row) for row in self.rows]
+        # Number and columns of each group.
+        self.spans: list[tuple[int, int, int]] = []
+        start = 0
+        for group, parameters in groups.items():
+            stop = start + sum(p.numel() for p in parameters)
+            self.spans.append((group, start, stop))
+            start = stop
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         sizes = [p.numel() for p in self.parameters]
@@ -34,24 +50,49 @@ class _Bucket:
     def load(self, row: int) -> None:
         torch._foreach_copy_(self.parameters, self.views[row])
 
-    def gram(self, order: Sequence[int]) -> torch.Tensor:
+    def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
-        newest, older = self.rows[order[-1]], list(order[:-1])
-        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self.rows.device)
-        for start in range(0, self.rows.shape[1], _BLOCK):
-            columns = slice(start, start + _BLOCK)
-            moved = wide(self.rows[older, columns]) - wide(newest[columns])
-            out[:-1, :-1] += moved @ moved.T
+        *older, newest = order
+        rows = self.rows[:, start:stop]
+        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=rows.device)
+        moved = wide(rows.new_empty(len(older), min(stop - start, _BLOCK)))
+        for columns in _blocks(stop - start):
+            origin = wide(rows[newest, columns])
+            block = moved[:, : len(origin)]
+            for row, displacement in zip(older, block, strict=True):
+                torch.sub(rows[row, columns], origin, out=displacement)
+            out[:-1, :-1] += block @ block.T
         return out
 
-    def move(self, order: Sequence[int], weights: Sequence[float]) -> None:
-        """Put the parameters at the newest row plus weighted displacements from it."""
-        newest = wide(self.rows[order[-1]])
-        point = newest.clone()
-        for row, weight in zip(order[:-1], weights[:-1], strict=True):
-            if weight != 0.0:
-                point.add_(wide(self.rows[row]) - newest, alpha=weight)
-        torch._foreach_copy_(self.parameters, self._split(point))
+    def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
+        """Put the parameters at the newest row plus weighted displacements from it.
+
+        `weights` is (groups, m), or (1, m) where they are the same for all groups. The point is
+        left in the row `into`, which must not be one of `order`.
+        """
+        *older, newest = order
+        if into is None:
+            point = wide(self.rows[newest]).clone()
+        else:
+            point = wide(self.rows[into].copy_(self.rows[newest]))
+        alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
+        for group, start, stop in alike:
+            rows, target = self.rows[:, start:stop], point[start:stop]
+            shares = [(row, w) for row, w in zip(older, weights[group].tolist(), strict=False) if w]
+            for columns in _blocks(stop - start):
+                origin, block = wide(rows[newest, columns]), target[columns]
+                for row, share in shares:
+                    block.add_(wide(rows[row, columns]) - origin, alpha=share)
+        if into is None:
+            torch._foreach_copy_(self.parameters, self._split(point))
+        else:
+            self.rows[into].copy_(point)
+            self.load(into)
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, _BLOCK):
+        yield slice(start, min(size, start + _BLOCK))
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
@@ -84,12 +125,13 @@ class SnapshotBank:
         self.capacity = capacity
         self._recovery, self._waiting = capacity, capacity + 1
         self._order: list[int] = []
-        self._buckets: list[list[_Bucket]] = []
-        for group in groups:
-            kinds: dict[tuple[torch.device, torch.dtype], list[torch.nn.Parameter]] = {}
+        self._groups = len(groups)
+        kinds: dict[tuple[torch.device, torch.dtype], dict[int, list[torch.nn.Parameter]]] = {}
+        for number, group in enumerate(groups):
             for p in group:
-                kinds.setdefault((p.device, p.dtype), []).append(p)
-            self._buckets.append([_Bucket(same, capacity + 2) for same in kinds.values()])
+                same = kinds.setdefault((p.device, p.dtype), {})
+                same.setdefault(number, []).append(p)
+        self._buckets = [_Bucket(same, capacity + 2) for same in kinds.values()]
 
     @property
     def count(self) -> int:
@@ -97,21 +139,23 @@ class SnapshotBank:
         return len(self._order)
 
     @property
-    def _all(self) -> list[_Bucket]:
-        return [bucket for group in self._buckets for bucket in group]
+    def _spans(self) -> list[list[tuple[int, int, int]]]:
+        return [list(bucket.spans) for bucket in self._buckets]
 
     @torch.no_grad()
     def take(self, *, fresh: bool) -> None:
         """Add the weights as they are; with `fresh`, forget the older snapshots first."""
         if fresh:
             self._order.clear()
-        if len(self._order) == self.capacity:
-            row = self._order.pop(0)
-        else:
-            row = next(i for i in range(self.capacity) if i not in self._order)
-        for bucket in self._all:
+        row = self._free_row()
+        for bucket in self._buckets:
             bucket.store(row)
         self._order.append(row)
+
+    def _free_row(self) -> int:
+        if len(self._order) == self.capacity:
+            return self._order.pop(0)
+        return next(i for i in range(self.capacity) if i not in self._order)
 
     @torch.no_grad()
     def gram(self) -> NDArray[np.float64]:
@@ -120,60 +164,67 @@ class SnapshotBank:
         Products are summed in blocks, in the precision of the parameters inside a block and in
         float64 over blocks: nearly as exact as float64 throughout, at a fraction of its time.
         """
-        out = np.zeros((len(self._buckets), self.count, self.count))
-        for index, group in enumerate(self._buckets):
-            for bucket in group:
-                out[index] += bucket.gram(self._order).cpu().numpy()
+        out = np.zeros((self._groups, self.count, self.count))
+        for bucket in self._buckets:
+            for group, start, stop in bucket.spans:
+                out[group] += bucket.gram(self._order, start, stop).cpu().numpy()
         return out
 
     @torch.no_grad()
-    def move(self, coefficients: NDArray[np.float64]) -> None:
+    def move(self, coefficients: NDArray[np.float64], *, take: bool = False) -> None:
         """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots.
 
-        Written as the newest snapshot plus displacements, so that standing still is exact.
+        Written as the newest snapshot plus displacements, so that standing still is exact. With
+        `take` the point is the newest snapshot from then on.
         """
         order = self._order[-coefficients.shape[1] :]
-        rows = np.broadcast_to(coefficients, (len(self._buckets), len(order)))
-        for weights, group in zip(rows.tolist(), self._buckets, strict=True):
-            for bucket in group:
-                bucket.move(order, weights)
+        row = self._free_row() if take else None
+        for bucket in self._buckets:
+            if row in order:
+                bucket.move(order, coefficients, None)
+                bucket.store(row)
+            else:
+                bucket.move(order, coefficients, row)
+        if row is not None:
+            self._order.append(row)
 
     @torch.no_grad()
     def save(self) -> None:
         """Keep the weights as the recovery point."""
-        for bucket in self._all:
+        for bucket in self._buckets:
             bucket.store(self._recovery)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weights back to the recovery point."""
-        for bucket in self._all:
+        for bucket in self._buckets:
             bucket.load(self._recovery)
 
     @torch.no_grad()
     def set_aside(self) -> None:
         """Remember the weights for :meth:`put_back`."""
-        for bucket in self._all:
+        for bucket in self._buckets:
             bucket.store(self._waiting)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo what was done to the weights since :meth:`set_aside`."""
-        for bucket in self._all:
+        for bucket in self._buckets:
             bucket.load(self._waiting)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshots and the recovery point, cloned."""
-        rows = [bucket.rows[: self._recovery + 1].clone() for bucket in self._all]
-        return {"order": list(self._order), "rows": rows}
+        rows = [bucket.rows[: self._recovery + 1].clone() for bucket in self._buckets]
+        return {"order": list(self._order), "rows": rows, "spans": self._spans}
 
     def takes(self, state: dict[str, Any]) -> bool:
         """Whether `state` is of the same groups and capacity."""
-        shapes = [bucket.rows[: self._recovery + 1].shape for bucket in self._all]
-        return [rows.shape for rows in state["rows"]] == shapes
+        shapes = [bucket.rows[: self._recovery + 1].shape for bucket in self._buckets]
+        alike = [rows.shape for rows in state["rows"]] == shapes
+        return alike and state["spans"] == self._spans
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned for the same groups."""
-        for bucket, saved in zip(self._all, state["rows"], strict=True):
+        for bucket, saved in zip(self._buckets, state["rows"], strict=True):
             bucket.rows[: self._recovery + 1].copy_(saved)
         self._order = list(state["order"])

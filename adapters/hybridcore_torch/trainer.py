@@ -201,7 +201,8 @@ class HybridTrainer:
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
-            if engine.touches_weights:
+            touches = engine.touches_weights
+            if touches:
                 self._check_structure()
             working = 0.0
             try:
@@ -219,7 +220,8 @@ class HybridTrainer:
                 self._hands.abandon()
                 raise
             predicted, observation = step is Action.SKIP, of_step
-        self._hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
+            if touches:
+                self._hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(
