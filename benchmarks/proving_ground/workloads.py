@@ -316,8 +316,7 @@ def _noisy(
 GROUND = {
     workload.name: workload
     for workload in (
-        # Longer, the best rate of the grid ends in the rounding of float32, where no two differ.
-        replace(WORKLOADS["siren"], learning_rates=(1e-3, 2e-3, 4e-3, 8e-3), steps=500),
+        replace(WORKLOADS["siren"], learning_rates=(1e-3, 2e-3, 4e-3, 8e-3), steps=1000),
         replace(WORKLOADS["burgers"], learning_rates=(3e-3, 1e-2, 2e-2, 4e-2), steps=1200),
         _smooth("logistic", "Logistic regression, digits", _logistic, (0.1, 0.3, 1.0, 3.0), 600),
         _smooth(
