@@ -25,7 +25,7 @@ def main() -> None:
     what.add_argument("--quick", action="store_true", help="every workload at toy size")
     what.add_argument("--workload", nargs="+", choices=list(GROUND), metavar="NAME")
     runner.add_argument("--method", nargs="+", choices=list(METHODS), metavar="NAME")
-    runner.add_argument("--seeds", type=int, default=Plan.seeds)
+    runner.add_argument("--seeds", type=int, default=Plan().seeds)
     runner.add_argument("--output", type=Path)
     for name, text in (("table", "print the tables"), ("plot", "draw the picture")):
         reader = commands.add_parser(name, help=text)
