@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.proving_ground import methods, results, runs
+from benchmarks.proving_ground import __main__, methods, results, runs
 from benchmarks.proving_ground.results import Ground, Point, cost_to_target
 from benchmarks.proving_ground.workloads import GROUND
 from hybridcore.cli.workloads import Task, Workload
@@ -235,3 +235,13 @@ def test_an_identical_run_gains_nothing_and_one_that_diverged_is_not_left_out(tm
     row = next(line for line in rows if GROUND["logistic"].title in line)
     assert "1.00 (1.00 to 1.00)" in row
     assert str(diverged) in row
+
+
+def test_the_command_runs_as_readme_gives_it(monkeypatch, tmp_path, capsys):
+    short = dataclasses.replace(VALLEY, steps=10)
+    monkeypatch.setitem(GROUND, "logistic", short)
+    command = ["run", "--workload", "logistic", "--method", "tuned", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["proving_ground", *command])
+    __main__.main()
+    assert len(list(tmp_path.iterdir())) == runs.Plan().seeds == 5
+    assert "seed 4" in capsys.readouterr().out
