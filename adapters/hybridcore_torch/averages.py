@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hybridcore_torch.ranks import local
 from hybridcore_torch.snapshots import wide
 
 
@@ -27,8 +28,8 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._parameters: list[torch.Tensor] = list(parameters)
-        self.values = [wide(p.detach()).clone() for p in parameters]
+        self._parameters = [local(p) for p in parameters]
+        self.values = [wide(p.detach()).clone() for p in self._parameters]
         self.shown = False
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
+from hybridcore_torch.ranks import Ranks
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable
 from hybridcore_torch.snapshots import SnapshotBank
@@ -68,7 +69,8 @@ class Hands:
         self._scheduler, self._scaler, self._probe = scheduler, scaler, probe
         self._config = config
         self._prober = Prober(model)
-        self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm)
+        self._ranks = Ranks()
+        self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
         self._wanted = config.secant_pairs if scaler is None else 0
         self.restart(parameters, groups)
@@ -89,6 +91,7 @@ class Hands:
     def carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""
         action = directive.action
+        self._ranks.turn += 1
         if action is Action.FULL or action is Action.GRADIENT:
             assert closure is not None
             return self._pass(directive, closure)
@@ -170,7 +173,7 @@ class Hands:
                 if self._groups is None
                 else by_user(self._groups, self._parameters)
             )
-            self.bank = SnapshotBank(groups, self._config.snapshots)
+            self.bank = SnapshotBank(groups, self._config.snapshots, self._ranks)
         return self.bank
 
     def new_average(self) -> WeightAverage:
@@ -253,6 +256,7 @@ class Hands:
                 loss = self._prober.loss(closure, "closure")
             else:
                 loss = self._prober.loss(self._probe, "probe")
+            loss, _ = self._ranks.agree(loss)
             seconds, objective = perf_counter() - start, NAN
             if directive.own_batch:
                 objective = loss if self.secants is None else self.secants.objective(loss)

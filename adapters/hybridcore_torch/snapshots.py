@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybridcore_torch.ranks import Ranks, local, share
+
 # Few enough columns for the displacements to stay in the cache, and enough for the calls not to
 # count.
 _BLOCK = 65536
@@ -16,6 +18,8 @@ _BLOCK = 65536
 
 class _Bucket:
     """Parameters of one device and dtype, as rows of one matrix, group after group.
+
+    Of sharded parameters it is the part on this rank.
 
     Parameters
     ----------
@@ -26,7 +30,7 @@ class _Bucket:
     """
 
     def __init__(self, groups: dict[int, list[torch.nn.Parameter]], rows: int) -> None:
-        self.parameters: list[torch.Tensor] = [p for group in groups.values() for p in group]
+        self.parameters = [local(p) for group in groups.values() for p in group]
         sizes = [p.numel() for p in self.parameters]
         first = self.parameters[0]
         self.rows = torch.empty(rows, sum(sizes), dtype=first.dtype, device=first.device)
@@ -35,7 +39,7 @@ class _Bucket:
         self.spans: list[tuple[int, int, int]] = []
         start = 0
         for group, parameters in groups.items():
-            stop = start + sum(p.numel() for p in parameters)
+            stop = start + sum(local(p).numel() for p in parameters)
             self.spans.append((group, start, stop))
             start = stop
 
@@ -78,11 +82,12 @@ class _Bucket:
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
             rows, target = self.rows[:, start:stop], point[start:stop]
-            shares = [(row, w) for row, w in zip(older, weights[group].tolist(), strict=False) if w]
+            by_row = zip(older, weights[group].tolist(), strict=False)
+            weighted = [(row, weight) for row, weight in by_row if weight]
             for columns in _blocks(stop - start):
                 origin, block = wide(rows[newest, columns]), target[columns]
-                for row, share in shares:
-                    block.add_(wide(rows[row, columns]) - origin, alpha=share)
+                for row, weight in weighted:
+                    block.add_(wide(rows[row, columns]) - origin, alpha=weight)
         if into is None:
             torch._foreach_copy_(self.parameters, self._split(point))
         else:
@@ -109,6 +114,8 @@ class SnapshotBank:
         Layer groups; every parameter once.
     capacity : int
         Snapshots that are kept; an older one makes room for a newer one.
+    ranks : Ranks, optional
+        Adds up the Gram matrices of all ranks.
 
     Attributes
     ----------
@@ -121,17 +128,23 @@ class SnapshotBank:
     and the place where the weights wait during a probe.
     """
 
-    def __init__(self, groups: list[list[torch.nn.Parameter]], capacity: int) -> None:
+    def __init__(
+        self, groups: list[list[torch.nn.Parameter]], capacity: int, ranks: Ranks | None = None
+    ) -> None:
         self.capacity = capacity
+        self._ranks = ranks or Ranks()
         self._recovery, self._waiting = capacity, capacity + 1
         self._order: list[int] = []
         self._groups = len(groups)
-        kinds: dict[tuple[torch.device, torch.dtype], dict[int, list[torch.nn.Parameter]]] = {}
+        kinds: dict[
+            tuple[torch.device, torch.dtype, float], dict[int, list[torch.nn.Parameter]]
+        ] = {}
         for number, group in enumerate(groups):
             for p in group:
-                same = kinds.setdefault((p.device, p.dtype), {})
+                same = kinds.setdefault((p.device, p.dtype, share(p)), {})
                 same.setdefault(number, []).append(p)
         self._buckets = [_Bucket(same, capacity + 2) for same in kinds.values()]
+        self._shares = [counts for _, _, counts in kinds]
 
     @property
     def count(self) -> int:
@@ -164,11 +177,11 @@ class SnapshotBank:
         Products are summed in blocks, in the precision of the parameters inside a block and in
         float64 over blocks: nearly as exact as float64 throughout, at a fraction of its time.
         """
-        out = np.zeros((self._groups, self.count, self.count))
-        for bucket in self._buckets:
+        out = torch.zeros(self._groups, self.count, self.count, dtype=torch.float64)
+        for bucket, counts in zip(self._buckets, self._shares, strict=True):
             for group, start, stop in bucket.spans:
-                out[group] += bucket.gram(self._order, start, stop).cpu().numpy()
-        return out
+                out[group] += counts * bucket.gram(self._order, start, stop).cpu()
+        return self._ranks.add(out).numpy()
 
     @torch.no_grad()
     def move(self, coefficients: NDArray[np.float64], *, take: bool = False) -> None:

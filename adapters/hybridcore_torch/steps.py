@@ -15,6 +15,7 @@ from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closure, training_loss
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import outside
+from hybridcore_torch.ranks import Ranks, several
 
 NAN = float("nan")
 Keep = Callable[[], object]
@@ -27,6 +28,8 @@ class Stepper:
     ----------
     model, optimizer, scheduler, scaler, max_grad_norm
         As for :class:`~hybridcore_torch.HybridTrainer`.
+    ranks : Ranks
+        Makes one loss and one norm of those of all ranks.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class Stepper:
         scheduler: Any | None,
         scaler: torch.amp.GradScaler | None,
         max_grad_norm: float | None,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._scaler = scaler
         self._max_grad_norm = max_grad_norm
+        self._ranks = ranks
         # What of a step the plain loop would not have done.
         self._watching = 0.0
         self.refresh()
@@ -103,8 +108,9 @@ class Stepper:
             raise
         value, rate, norm = loss.item(), self.learning_rate, NAN
         self._watching = 0.0
-        if math.isfinite(value):
-            norm = self._watched_backward(loss, keep, clip=update)
+        # Where other ranks may wait in the backward pass, a bad loss goes through it too.
+        if math.isfinite(value) or several():
+            value, norm = self._watched_backward(loss, value, keep, clip=update)
             if math.isfinite(norm):
                 if update:
                     self._update_scaled(scale)
@@ -146,23 +152,31 @@ class Stepper:
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self, most: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self._clipped(), most))
+        norm = nn.utils.clip_grad_norm_(self._clipped(), most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _clipped(self) -> list[torch.nn.Parameter]:
         # Parameters outside the model, of a learned loss for instance, are clipped with the rest.
         # Looked up each time: a layer that was added may train before the structure is looked at.
         return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
-    def _watched_backward(self, loss: torch.Tensor, keep: Keep | None, *, clip: bool) -> float:
-        """Compute gradients, clip them, and return their norm before clipping."""
+    def _watched_backward(
+        self, loss: torch.Tensor, value: float, keep: Keep | None, *, clip: bool
+    ) -> tuple[float, float]:
+        """Compute gradients and clip them; return the loss of all ranks and the norm before.
+
+        The norm is not finite if either is not.
+        """
         self._backward(loss)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         most = self._max_grad_norm if clip else None
-        if most is not None and keep is None:
-            return self._clip(most)
+        if most is not None and keep is None and not several():
+            return value, self._clip(most)
         start = perf_counter()
-        norm = gradient_norm(self._optimizer)
+        value, norm = self._ranks.agree(value, gradient_norm(self._optimizer))
+        if not math.isfinite(value):
+            norm = NAN
         if keep is not None and math.isfinite(norm):
             keep()
         # Elsewhere the norm waits for the backward pass, which is not watching.
@@ -170,7 +184,7 @@ class Stepper:
             self._watching = perf_counter() - start
         if most is not None and math.isfinite(norm):
             self._clip(most)
-        return norm
+        return value, norm
 
     def _update(self) -> None:
         if self._scaler is None:

@@ -1,0 +1,209 @@
+"""Several processes that train one model: the same decisions, and those of a single process."""
+
+import datetime
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hybridcore import Action, Directive, HybridTrainerConfig, Phase, ProtocolError
+from hybridcore_torch import HybridTrainer
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+STEPS, HALF = 260, 130
+# A group of processes takes no quasi-Newton steps, and what is compared with it must not either.
+CONFIG = HybridTrainerConfig(warmup_steps=30, secant_pairs=0)
+ROWS = 48
+BAD = 60
+
+
+def problem():
+    """A smooth regression in float64, so that rounding changes no decision."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, ROWS, dtype=torch.float64).unsqueeze(1)
+    y = torch.sin(3 * x) + 0.3 * torch.cos(7 * x)
+    # Widths that two and four ranks cannot share out evenly.
+    model = nn.Sequential(nn.Linear(1, 21), nn.Tanh(), nn.Linear(21, 1)).double()
+    return model, x, y
+
+
+def train(model, x, y, steps=range(STEPS), bad=None, file=None):
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    arguments = {"max_grad_norm": 10.0}
+    if steps.start:
+        trainer = HybridTrainer.load(file, model, optimizer, **arguments)
+    else:
+        trainer = HybridTrainer(model, optimizer, CONFIG, **arguments)
+    phases, losses = [], []
+    for step in steps:
+
+        def closure(step=step):
+            loss = F.mse_loss(model(x), y)
+            return loss * math.nan if step == bad else loss
+
+        result = trainer.step(closure)
+        phases.append(result.phase.name)
+        losses.append(result.loss)
+    if steps.stop < STEPS and file is not None:
+        trainer.save(file)
+    weights = whole(model)
+    with trainer.averaged():
+        averaged = whole(model)
+    statistics = trainer.statistics()
+    back = rolled_back(trainer, closure)
+    return {
+        "phases": phases,
+        "losses": losses,
+        "weights": weights,
+        "averaged": averaged,
+        "divergences": statistics.divergences,
+        "predicted": statistics.predicted_steps,
+        "passes": statistics.full_steps + statistics.probes + 1,
+        "rolled_back": back,
+    }
+
+
+def rolled_back(trainer, closure):
+    """Whether weights and moments come back, as after a jump that made it worse."""
+    hands, weights = trainer._hands, whole(trainer.model)
+    moments = whole_state(trainer.optimizer)
+    hands.carry_out(Directive(Action.SAVE), None)
+    hands.carry_out(Directive(Action.FULL), closure)
+    moved = not torch.equal(whole(trainer.model)[0], weights[0])
+    hands.carry_out(Directive(Action.ROLLBACK), None)
+    back = zip(
+        weights + moments, whole(trainer.model) + whole_state(trainer.optimizer), strict=True
+    )
+    return moved and all(torch.equal(mine, theirs) for mine, theirs in back)
+
+
+def whole_state(optimizer):
+    return [full(s["exp_avg"]) for s in optimizer.state.values()]
+
+
+def whole(model):
+    return [full(p.detach()) for p in model.parameters()]
+
+
+def full(value):
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
+def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", rendezvous, datetime.timedelta(seconds=120), world_size=world, rank=rank
+    )
+    try:
+        model, x, y = problem()
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        elif kind == "fsdp":
+            mesh = init_device_mesh("cpu", (world,))
+            for layer in (model[0], model[2]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        if kind == "astray":
+            outcome = astray(model, x, y, rank)
+        else:
+            exchanged = watched_exchanges()
+            bad = BAD if rank == bad_rank else None
+            file = folder / "checkpoint" if rank == 0 or steps.start else None
+            # Each rank sees rows of its own; gradients are averaged over equal numbers of rows.
+            outcome = train(model, x[rank::world], y[rank::world], steps, bad, file)
+            outcome["exchanged"] = exchanged
+        torch.save(outcome, folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def astray(model, x, y, rank):
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-3), CONFIG)
+    # One rank has a probe more than the other, so it is one directive ahead from then on.
+    if rank == 1:
+        trainer._hands._ranks.turn += 1
+    with pytest.raises(ProtocolError, match=r"rank 1 is at directive 2 .* others at 1"):
+        trainer.step(lambda: F.mse_loss(model(x), y))
+    return {}
+
+
+def watched_exchanges():
+    """Bytes that each of hybridcore's exchanges hands over, in a list that grows."""
+    sizes, gather = [], dist.all_gather
+
+    def watched(rows, own):
+        sizes.append(own.numel() * own.element_size())
+        gather(rows, own)
+
+    dist.all_gather = watched
+    return sizes
+
+
+def run(world, folder, kind, steps=range(STEPS), bad_rank=None):
+    rendezvous = f"file://{folder}/rendezvous-{world}"
+    mp.spawn(work, (world, rendezvous, folder, kind, steps, bad_rank), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    model, x, y = problem()
+    outcome = train(model, x, y)
+    assert outcome["predicted"] > 50
+    return outcome
+
+
+@pytest.mark.parametrize(("world", "kind"), [(2, "ddp"), (2, "fsdp"), (4, "fsdp")])
+def test_ranks_decide_as_one_process_does(alone, tmp_path, world, kind):
+    first, *others = run(world, tmp_path, kind)
+    for other in others:
+        assert other["phases"] == first["phases"]
+        assert other["losses"] == first["losses"]
+        for mine, theirs in zip(first["weights"], other["weights"], strict=True):
+            assert torch.equal(mine, theirs)
+    assert first["rolled_back"]
+    assert first["phases"] == alone["phases"]
+    assert first["predicted"] == alone["predicted"]
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
+    for name in ("weights", "averaged"):
+        for ours, single in zip(first[name], alone[name], strict=True):
+            torch.testing.assert_close(ours, single, rtol=1e-5, atol=1e-8)
+    # A small one for each pass, and one more for each bank of snapshots that is decided on.
+    exchanged = first["exchanged"]
+    cycles = sum(size > 24 for size in exchanged)
+    assert len(exchanged) - cycles == first["passes"]
+    assert 0 < cycles <= 1 + STEPS // CONFIG.min_full_steps
+    assert max(exchanged) <= 8192
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
+    before = run(2, tmp_path, "ddp", range(HALF))[0]
+    after = run(4, tmp_path, "ddp", range(HALF, STEPS))
+    assert before["phases"] + after[0]["phases"] == alone["phases"]
+    for outcome in after:
+        for ours, single in zip(outcome["weights"], alone["weights"], strict=True):
+            torch.testing.assert_close(ours, single, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_bad_batch_on_one_rank_costs_that_batch_on_all(tmp_path, kind):
+    outcomes = run(2, tmp_path, kind, bad_rank=1)
+    for outcome in outcomes:
+        assert outcome["divergences"] == 1
+        assert math.isnan(outcome["losses"][BAD])
+        assert all(torch.isfinite(w).all() for w in outcome["weights"])
+        assert outcome["phases"] == outcomes[0]["phases"]
+        assert Phase.PREDICT.name in outcome["phases"]
+
+
+def test_a_rank_that_is_elsewhere_is_named(tmp_path):
+    run(2, tmp_path, "astray")
