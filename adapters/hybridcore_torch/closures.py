@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,26 @@ from hybridcore import ClosureError
 from hybridcore_torch import buffers
 
 Closure = Callable[[], torch.Tensor]
+# Several stand for one batch in parts, whose loss is their mean.
+Closures = Closure | Sequence[Closure]
+
+
+def parts(closure: Closures) -> Sequence[Closure]:
+    """Return the closures of the parts of a batch; of a whole one, the only one."""
+    return closure if isinstance(closure, Sequence) else (closure,)
+
+
+def check_callable(closure: object) -> None:
+    """Raise :class:`ClosureError` unless `closure` can be called, or is a list of such."""
+    several = isinstance(closure, Sequence) and not isinstance(closure, str)
+    if several and not closure:
+        raise ClosureError("closure is an empty list: pass one closure for each part of the batch")
+    for part in closure if several else (closure,):  # type: ignore[attr-defined]
+        if not callable(part):
+            raise ClosureError(
+                f"closure must be callable, got {type(part).__name__}: pass a function that "
+                "computes the loss, for example lambda: loss_fn(model(x), y)"
+            )
 
 
 def training_loss(closure: Closure) -> torch.Tensor:
@@ -44,17 +64,17 @@ class Prober:
         self._model = model
         self._needs_graph = False
 
-    def loss(self, closure: Closure, name: str) -> float:
+    def loss(self, closure: Closures, name: str) -> float:
         """Loss of `closure` at the present weights; `name` is what an error calls it."""
         if not self._needs_graph:
             try:
                 with self._no_trace(), torch.no_grad():
-                    return _value(closure(), name)
+                    return _mean(closure, name)
             except RuntimeError:
                 pass
         # From the state that the first attempt began with, so that both see the same data.
         with self._no_trace(), torch.enable_grad():
-            value = _value(closure(), name)
+            value = _mean(closure, name)
         self._needs_graph = True
         return value
 
@@ -69,9 +89,13 @@ class Prober:
                 buffers.put_back(kept)
 
 
-def _value(loss: torch.Tensor, name: str) -> float:
-    _check_scalar(loss, name)
-    return float(loss.detach())
+def _mean(closure: Closures, name: str) -> float:
+    total = 0.0
+    for part in parts(closure):
+        loss = part()
+        _check_scalar(loss, name)
+        total += float(loss.detach())
+    return total / len(parts(closure))
 
 
 def _check_scalar(loss: object, name: str) -> None:

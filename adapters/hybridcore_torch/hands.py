@@ -14,7 +14,7 @@ from torch import nn
 from hybridcore import Action, Directive, HybridTrainerConfig, Observation
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
-from hybridcore_torch.closures import Closure, Prober
+from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
 from hybridcore_torch.ranks import Ranks
 from hybridcore_torch.recovery import RecoveryPoint
@@ -88,7 +88,7 @@ class Hands:
         self.pairs = affordable(self._optimizer, parameters, self._wanted)
         self.stepper.refresh()
 
-    def carry_out(self, directive: Directive, closure: Closure | None) -> Observation:
+    def carry_out(self, directive: Directive, closure: Closures | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""
         action = directive.action
         self._ranks.turn += 1
@@ -186,7 +186,7 @@ class Hands:
         self.secants = SecantBank(self._optimizer, self._parameters, self.pairs)
         return self.secants
 
-    def _pass(self, directive: Directive, closure: Closure) -> Observation:
+    def _pass(self, directive: Directive, closure: Closures) -> Observation:
         update = directive.action is Action.FULL
         if not update:
             # A trial point that is taken back must not stay in running statistics.
@@ -241,7 +241,7 @@ class Hands:
         if weight:
             (self.average or self.new_average()).add(weight)
 
-    def _evaluate(self, directive: Directive, closure: Closure) -> Observation:
+    def _evaluate(self, directive: Directive, closure: Closures) -> Observation:
         coefficients = directive.coefficients
         elsewhere = directive.at_mark or coefficients is not None
         if elsewhere:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from time import perf_counter
@@ -12,7 +13,7 @@ from torch import nn
 
 from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
-from hybridcore_torch.closures import Closure, training_loss
+from hybridcore_torch.closures import Closures, parts, training_loss
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks, several
@@ -65,12 +66,11 @@ class Stepper:
         if self._scheduler is not None:
             self._scheduler.step()
 
-    def plain(self, closure: Closure) -> Observation:
+    def plain(self, closure: Closures) -> Observation:
         """Do what the plain loop does, and nothing else."""
         start = perf_counter()
         self._optimizer.zero_grad()
-        loss = self._loss(closure)
-        self._backward(loss)
+        loss = self._gradients(closure, guarded=False)
         norm = NAN
         if self._max_grad_norm is not None:
             if self._scaler is not None:
@@ -83,14 +83,14 @@ class Stepper:
         return Observation(loss.item(), norm, self.learning_rate, perf_counter() - start)
 
     def full(
-        self, closure: Closure, scale: float, *, keep: Keep | None = None, update: bool = True
+        self, closure: Closures, scale: float, *, keep: Keep | None = None, update: bool = True
     ) -> Observation:
         """Take the step unless loss or gradients are not finite; the schedule advances anyway.
 
         Parameters
         ----------
-        closure : callable
-            Computes the loss.
+        closure : callable or sequence of callables
+            Computes the loss; several, that of one part of the batch each.
         scale : float
             Factor on every learning rate, for this step only.
         keep : callable, optional
@@ -102,15 +102,14 @@ class Stepper:
         start = perf_counter()
         self._optimizer.zero_grad()
         try:
-            loss = self._loss(closure)
+            loss = self._gradients(closure, guarded=True)
         except BaseException:
             buffers.put_back(kept)
             raise
         value, rate, norm = loss.item(), self.learning_rate, NAN
         self._watching = 0.0
-        # Where other ranks may wait in the backward pass, a bad loss goes through it too.
         if math.isfinite(value) or several():
-            value, norm = self._watched_backward(loss, value, keep, clip=update)
+            value, norm = self._watched_norm(value, keep, wait=not loss.is_cpu, clip=update)
             if math.isfinite(norm):
                 if update:
                     self._update_scaled(scale)
@@ -137,15 +136,38 @@ class Stepper:
             self._clip(self._max_grad_norm)
         self._update_scaled(0.0)
 
-    def _loss(self, closure: Closure) -> torch.Tensor:
-        loss = training_loss(closure)
+    def _gradients(self, closure: Closures, *, guarded: bool) -> torch.Tensor:
+        """Compute the loss and its gradients, part by part, and return the mean loss.
+
+        With `guarded` a loss that is not finite is not gone through backwards.
+        """
+        batch = parts(closure)
+        losses: list[torch.Tensor] = []
+        for part in batch:
+            last = len(losses) + 1 == len(batch)
+            with contextlib.nullcontext() if last else self._unsynchronised():
+                loss = training_loss(part)
+                if not losses:
+                    self._check_no_gradients()
+                losses.append(loss.detach())
+                # Where other ranks may wait in the backward pass, a bad loss goes through it too.
+                if guarded and not several() and not math.isfinite(loss.item()):
+                    break
+                self._backward(loss if len(batch) == 1 else loss / len(batch))
+        return losses[0] if len(batch) == 1 else torch.stack(losses).mean()
+
+    def _unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """Keep a data-parallel model from averaging gradients before the last part of a batch."""
+        no_sync = getattr(self._model, "no_sync", None)
+        return contextlib.nullcontext() if no_sync is None else no_sync()
+
+    def _check_no_gradients(self) -> None:
         if any(p.grad is not None for p in self._optimizer.param_groups[0]["params"][:1]):
             self._optimizer.zero_grad()
             raise ClosureError(
                 "closure called backward(), which the trainer does: leave backward(), zero_grad() "
                 "and step() out, and only compute and return the loss"
             )
-        return loss
 
     def _backward(self, loss: torch.Tensor) -> None:
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
@@ -160,14 +182,13 @@ class Stepper:
         # Looked up each time: a layer that was added may train before the structure is looked at.
         return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
-    def _watched_backward(
-        self, loss: torch.Tensor, value: float, keep: Keep | None, *, clip: bool
+    def _watched_norm(
+        self, value: float, keep: Keep | None, *, wait: bool, clip: bool
     ) -> tuple[float, float]:
-        """Compute gradients and clip them; return the loss of all ranks and the norm before.
+        """Clip the gradients; return the loss of all ranks and the norm before.
 
         The norm is not finite if either is not.
         """
-        self._backward(loss)
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         most = self._max_grad_norm if clip else None
@@ -179,8 +200,8 @@ class Stepper:
             norm = NAN
         if keep is not None and math.isfinite(norm):
             keep()
-        # Elsewhere the norm waits for the backward pass, which is not watching.
-        if loss.is_cpu:
+        # On other devices the norm waits for the backward pass, which is not watching.
+        if not wait:
             self._watching = perf_counter() - start
         if most is not None and math.isfinite(norm):
             self._clip(most)

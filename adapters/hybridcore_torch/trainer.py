@@ -14,7 +14,6 @@ from torch import nn
 
 from hybridcore import (
     Action,
-    ClosureError,
     ConfigError,
     DivergenceError,
     Engine,
@@ -28,7 +27,7 @@ from hybridcore.types import STEPS
 from hybridcore_torch import checkpoints
 from hybridcore_torch.batches import Batch, Batches
 from hybridcore_torch.checks import check_arguments
-from hybridcore_torch.closures import Closure
+from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
 
@@ -116,15 +115,17 @@ class HybridTrainer:
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def step(self, closure: Closure) -> StepResult:
+    def step(self, closure: Closures) -> StepResult:
         """Take one step, real or predicted.
 
         Parameters
         ----------
-        closure : callable
+        closure : callable or sequence of callables
             Returns the loss of the present batch, a scalar tensor with its graph. Called once in
             most full steps, not in most predicted ones, and several times where a jump is chosen or
-            where it is found out whether batches are the same.
+            where it is found out whether batches are the same. Several closures are the parts of
+            one batch, of equal size, that is too large for one pass: gradients are accumulated
+            over them, and the loss of the step is their mean.
 
         Raises
         ------
@@ -134,11 +135,7 @@ class HybridTrainer:
             With ``on_divergence="raise"``, after a batch whose loss or gradients were not finite
             was left out.
         """
-        if not callable(closure):
-            raise ClosureError(
-                f"closure must be callable, got {type(closure).__name__}: pass a function that "
-                "computes the loss, for example lambda: loss_fn(model(x), y)"
-            )
+        check_callable(closure)
         self._check_own_weights("step()")
         return self._step(closure)
 
@@ -192,7 +189,7 @@ class HybridTrainer:
         """Return the summary of the run so far."""
         return self.engine.statistics()
 
-    def _step(self, closure: Closure | None) -> StepResult:
+    def _step(self, closure: Closures | None) -> StepResult:
         start = perf_counter()
         engine = self.engine
         if not self.config.enabled:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hybridcore import (
     Action,
+    ClosureError,
     Directive,
     HybridTrainerConfig,
     Phase,
@@ -252,3 +253,69 @@ def test_the_memory_saver_trains_too():
     trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.memory_saver())
     phases = {trainer.step(closure).phase for _ in range(500)}
     assert phases == set(Phase)
+
+
+def accumulate_by_hand(model, optimizer, halves, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for x, y in halves:
+            (F.mse_loss(model(x), y) / len(halves)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_parts_of_a_batch_are_accumulated_as_by_hand(enabled):
+    x, y = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(64, 1)
+    halves = [(x[:32], y[:32]), (x[32:], y[32:])]
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)))
+    plain, model = models
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig(enabled=enabled, secant_pairs=0))
+    accumulate_by_hand(plain, torch.optim.Adam(plain.parameters(), 1e-2), halves, 50)
+    for _ in range(50):
+        result = trainer.step([lambda a=a, b=b: F.mse_loss(model(a), b) for a, b in halves])
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    before = sum(F.mse_loss(model(a), b).item() for a, b in halves) / 2
+    again = trainer.step([lambda a=a, b=b: F.mse_loss(model(a), b) for a, b in halves])
+    assert again.loss == pytest.approx(before, rel=1e-6)
+    assert result.loss > again.loss
+    assert trainer.statistics().backward_passes == 51
+
+
+def test_parts_are_predicted_with_and_a_bad_one_costs_the_batch():
+    x = torch.linspace(-1, 1, 64).unsqueeze(1)
+    y = torch.sin(3 * x)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 3e-3))
+    losses = []
+    for step in range(500):
+
+        def half(rows, factor):
+            return lambda: F.mse_loss(model(x[rows]), y[rows]) * factor
+
+        bad = float("nan") if step == 60 else 1.0
+        losses.append(trainer.step([half(slice(0, 32), 1.0), half(slice(32, 64), bad)]).loss)
+    summary = trainer.statistics()
+    assert summary.divergences == 1
+    assert summary.predicted_steps > 50
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("closure", "message"),
+    [
+        ([], "empty list"),
+        ([lambda: torch.zeros(()), 3], "must be callable, got int"),
+        ("loss", "must be callable, got str"),
+    ],
+)
+def test_what_is_no_list_of_closures_is_refused(closure, message):
+    model = nn.Linear(2, 1)
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()))
+    with pytest.raises(ClosureError, match=message):
+        trainer.step(closure)

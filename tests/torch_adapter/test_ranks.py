@@ -36,7 +36,7 @@ def problem():
     return model, x, y
 
 
-def train(model, x, y, steps=range(STEPS), bad=None, file=None):
+def train(model, x, y, steps=range(STEPS), bad=None, file=None, parts=1):
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     arguments = {"max_grad_norm": 10.0}
     if steps.start:
@@ -46,10 +46,11 @@ def train(model, x, y, steps=range(STEPS), bad=None, file=None):
     phases, losses = [], []
     for step in steps:
 
-        def closure(step=step):
-            loss = F.mse_loss(model(x), y)
+        def loss_of(rows, step=step):
+            loss = F.mse_loss(model(x[rows]), y[rows])
             return loss * math.nan if step == bad else loss
 
+        closure = [lambda rows=slice(part, None, parts): loss_of(rows) for part in range(parts)]
         result = trainer.step(closure)
         phases.append(result.phase.name)
         losses.append(result.loss)
@@ -119,7 +120,8 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
             bad = BAD if rank == bad_rank else None
             file = folder / "checkpoint" if rank == 0 or steps.start else None
             # Each rank sees rows of its own; gradients are averaged over equal numbers of rows.
-            outcome = train(model, x[rank::world], y[rank::world], steps, bad, file)
+            rows, parts = slice(rank, None, world), 2 if kind == "ddp" else 1
+            outcome = train(model, x[rows], y[rows], steps, bad, file, parts)
             outcome["exchanged"] = exchanged
         torch.save(outcome, folder / f"{rank}.pt")
     finally:
