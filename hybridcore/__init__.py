@@ -10,11 +10,13 @@ from hybridcore.errors import (
     HybridCoreError,
     ModelError,
     ProtocolError,
+    StreamError,
     TransitionError,
 )
 from hybridcore.metrics import TrainingStatistics
 from hybridcore.phases import Event, Phase
 from hybridcore.quasi_newton import Secants
+from hybridcore.stream import JsonLines, Stream, read_stream
 from hybridcore.types import Action, Directive, Observation, StepResult
 
 __version__ = "0.1.0"
@@ -30,13 +32,17 @@ __all__ = [
     "Event",
     "HybridCoreError",
     "HybridTrainerConfig",
+    "JsonLines",
     "ModelError",
     "Observation",
     "Phase",
     "ProtocolError",
     "Secants",
     "StepResult",
+    "Stream",
+    "StreamError",
     "TrainingStatistics",
     "TransitionError",
     "__version__",
+    "read_stream",
 ]

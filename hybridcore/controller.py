@@ -20,7 +20,7 @@ from hybridcore.averaging import Averaging
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.decision import DecisionRule
 from hybridcore.descending import descend, leap
-from hybridcore.divergence import DivergenceMonitor, RecoveryAction
+from hybridcore.divergence import DivergenceLevel, DivergenceMonitor, RecoveryAction
 from hybridcore.dynamics import build
 from hybridcore.jumping import correct, predict
 from hybridcore.meter import Meter
@@ -66,6 +66,8 @@ class Controller:
         self.confidence = 0.0
         self.forecast_loss = NAN
         self.prediction_error: float | None = None
+        # Bounded, because an adapter need not take them.
+        self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self.dynamics = build(config.dynamics, config.device)
         self.rule = DecisionRule(config, self.dynamics)
         self.pace = self.rule.pace
@@ -93,6 +95,11 @@ class Controller:
     def divergence_level(self) -> str:
         """Name of the monitor's level."""
         return self.monitor.level.name
+
+    @property
+    def divergence_signals(self) -> dict[str, float]:
+        """Severity of each of the monitor's signals when last measured, above 1 if triggered."""
+        return {signal.value: severity for signal, severity in self.monitor.signals.items()}
 
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
@@ -125,10 +132,12 @@ class Controller:
     def absorb(self, observation: Observation) -> None:
         """Take the figures of a full step into the statistics of its phase."""
         self.forecast_loss = NAN
+        level = self.monitor.level
         if not observation.applied:
-            self.monitor.observe_delta(finite=False)
+            self.note_level(level, self.monitor.observe_delta(finite=False))
+            self.note("batch left out")
             return
-        self.monitor.observe(observation.loss, observation.gradient_norm)
+        self.note_level(level, self.monitor.observe(observation.loss, observation.gradient_norm))
         self.taken += 1
         if self.phase is not Phase.CORRECT:
             self.secant.see(observation)
@@ -174,7 +183,7 @@ class Controller:
             self.pace.wait += self.taken
         self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
         self.rule.restart()
-        logger.info("parameters changed: snapshots and trend start over")
+        self.note("parameters changed")
 
     # -- the phases -------------------------------------------------------------------------
 
@@ -190,6 +199,13 @@ class Controller:
             if self.flight is not None:
                 self.secant.unmark()
                 yield Directive(Action.SAVE)
+                self.note(
+                    "jump",
+                    arm=self.flight.jump.extrapolator,
+                    steps=self.flight.last,
+                    promise=self.flight.promise,
+                    scales=list(self.flight.jump.scales),
+                )
                 self.enter(Event.JUMP_CHOSEN)
                 yield from predict(self)
                 return
@@ -227,6 +243,7 @@ class Controller:
         if not self.outer.active and self._has_rest:
             self.bank = 0
             self.outer.begin()
+            self.note("outer momentum")
         due = self.outer.active and self.outer.until_due(self.taken) == 0
         wanted = due and self.monitor.action() in BEARABLE
         observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
@@ -342,6 +359,16 @@ class Controller:
             self.dynamics.restart()
             self.average.restart()
         logger.debug("%s: now %s", event.value, self.phase.name)
+
+    def note(self, name: str, **figures: Any) -> None:
+        """Report an event of the present step, to who takes :attr:`events` and to the log."""
+        self.events.append({"event": name, **figures})
+        logger.info("%s%s", name, "".join(f", {key} {value}" for key, value in figures.items()))
+
+    def note_level(self, before: DivergenceLevel, now: DivergenceLevel) -> None:
+        """Report a change of the monitor's level."""
+        if now is not before:
+            self.note("divergence level", level=now.name)
 
     @property
     def _has_rest(self) -> bool:

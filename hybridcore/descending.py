@@ -36,6 +36,7 @@ def descend(controller: Controller) -> Turn:
         controller.absorb(observation)
     if controller.phase is Phase.CORRECT:
         controller.counters.rollbacks += not secant.accepted
+        controller.note("leap kept" if secant.accepted else "leap rolled back")
         controller.enter(Event.VALIDATED if secant.accepted else Event.ROLLED_BACK)
     if secant.stage is Stage.PROVE is not stage and controller.phase is Phase.FULL:
         # A jump would take the place of the mark.
@@ -46,6 +47,8 @@ def descend(controller: Controller) -> Turn:
     elif ended:
         _end(controller)
     elif landing or (secant.stage is Stage.GATHER is not stage):
+        if not landing:
+            controller.note("quasi-Newton steps")
         controller.forget_path()
     if landing:
         controller.close(math.log(secant.loss), predicting=False, progress=NAN)
@@ -69,6 +72,7 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         return
     if surplus >= controller.config.snapshot_interval:
         controller.leap = round(min(surplus, controller.config.horizon))
+        controller.note("leap", steps=controller.leap)
         controller.enter(Event.JUMP_CHOSEN)
 
 
@@ -78,6 +82,7 @@ def _end(controller: Controller) -> None:
     if controller.secant.stage is Stage.DESCEND and math.isfinite(loss):
         meter.close_block(math.log(loss), counters.full_steps, counters.probes)
     meter.mark = (NAN, counters.full_steps, counters.probes)
+    controller.note("quasi-Newton steps end")
     controller.secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()
@@ -95,6 +100,7 @@ def leap(controller: Controller) -> Turn:
         else:
             yield from controller.secant.take_back(probe)
             controller.forecast_loss = controller.secant.loss
+            controller.note("leap cut short", steps=controller.taken + 1)
             event = Event.DIVERGED
     yield Directive(Action.SKIP)
     controller.taken += 1

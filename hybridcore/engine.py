@@ -132,6 +132,18 @@ class Engine:
         """
         self._times.append((phase, seconds, overhead))
 
+    def take_events(self) -> tuple[dict[str, Any], ...]:
+        """Return what happened since the last call, for :class:`~hybridcore.StepResult`.
+
+        Of full steps whose figures are read later it is told with the step that reads them.
+        """
+        events = self._controller.events
+        if not events:
+            return ()
+        taken = tuple(events)
+        events.clear()
+        return taken
+
     # -- what an adapter may ask ------------------------------------------------------------
 
     @property

@@ -31,5 +31,9 @@ class CheckpointError(HybridCoreError, ValueError):
     """A saved state cannot be restored into this trainer."""
 
 
+class StreamError(HybridCoreError, ValueError):
+    """A file is no stream of a run, or cannot be written as one."""
+
+
 class DivergenceError(HybridCoreError, FloatingPointError):
     """Training left the finite numbers, and the user asked for ``on_divergence="raise"``."""

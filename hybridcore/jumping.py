@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING
@@ -13,8 +12,6 @@ from hybridcore.types import NAN, Action, Directive, Observation
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
-
-logger = logging.getLogger("hybridcore")
 
 SETTLE_RATE = 0.5
 ABORT_RISE = math.log(1.3)
@@ -35,13 +32,18 @@ def predict(controller: Controller) -> Turn:
         probe = yield _PROBE
         # A probe that is not finite is a bad batch, or settling and validation will tell.
         if usable(probe.loss):
-            controller.monitor.observe_prediction(controller.forecast_loss, probe.loss)
+            monitor = controller.monitor
+            before = monitor.level
+            now = monitor.observe_prediction(controller.forecast_loss, probe.loss)
+            controller.note_level(before, now)
             controller.prediction_error = abs(controller.forecast_loss - probe.loss) / probe.loss
             controller.forecast_loss = probe.loss
             event = (
                 flight.correct(controller.taken + 1, math.log(probe.loss), controller.margin)
                 or event
             )
+            if event in (Event.DIVERGED, Event.CONFIDENCE_LOST):
+                controller.note("jump cut short", steps=controller.taken + 1)
             if event is Event.DIVERGED:
                 yield controller.move(flight.best_share)
     yield _SKIP
@@ -55,6 +57,7 @@ def correct(controller: Controller) -> Turn:
     settling = max(AVERAGED_SNAPSHOTS, controller.config.snapshot_interval)
     if controller.taken == settling:
         if (yield from validate(controller)):
+            controller.note("jump kept", arm=controller.in_flight.jump.extrapolator)
             controller.enter(Event.VALIDATED)
         else:
             yield from roll_back(controller)
@@ -101,7 +104,7 @@ def roll_back(controller: Controller) -> Turn:
     controller.lost = 0
     yield Directive(Action.ROLLBACK)
     controller.counters.rollbacks += 1
-    logger.info("jump by %s rolled back", controller.in_flight.jump.extrapolator)
+    controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator)
     controller.close(controller.meter.mark[0], predicting=True, progress=0.0)
     controller.enter(Event.ROLLED_BACK)
 

@@ -86,6 +86,9 @@ class TrainingStatistics:
     divergence_level : str
         Name of the :class:`~hybridcore.divergence.DivergenceLevel` now. Above NORMAL jumps are
         shortened, above CAUTION there are none.
+    divergence_signals : dict of str to float
+        By :class:`~hybridcore.divergence.Signal`, its severity when last measured, above 1 if
+        triggered.
     """
 
     steps: int
@@ -108,6 +111,7 @@ class TrainingStatistics:
     arm_values: dict[str, float]
     confidence: float
     divergence_level: str
+    divergence_signals: dict[str, float]
 
     @classmethod
     def of(
@@ -138,6 +142,7 @@ class TrainingStatistics:
             arm_values=dict(controller.arm_values),
             confidence=controller.confidence,
             divergence_level=controller.divergence_level,
+            divergence_signals=dict(controller.divergence_signals),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,13 +159,26 @@ class TrainingStatistics:
             speedup = f"not known for quasi-Newton steps, at least {low:.2f}"
         elif not math.isfinite(high):
             speedup = "not known yet"
-        return (
-            f"{self.steps} steps: {self.full_steps} full, {self.secant_steps} of them "
-            f"quasi-Newton, {self.predicted_steps} predicted "
-            f"({self.backward_reduction:.0%} fewer backward passes), {self.outer_steps} outer "
-            f"steps, {self.probes} probes, "
-            f"{self.rollbacks} rollbacks, {self.divergences} bad batches; cost {self.cost:.0f} "
-            f"full steps, its own time included; measured speed-up {speedup}"
+        seconds = sum(self.phase_seconds.values())
+        phases = ", ".join(
+            f"{name.lower()} {spent / seconds:.0%}"
+            for name, spent in self.phase_seconds.items()
+            if spent > 0.0
+        )
+        own = self.overhead_seconds / seconds if seconds > 0.0 else 0.0
+        return "\n".join(
+            [
+                f"{self.steps} steps: {self.full_steps} full, {self.secant_steps} of them "
+                f"quasi-Newton, and {self.predicted_steps} predicted "
+                f"({self.backward_reduction:.0%} fewer backward passes)",
+                f"measured speed-up: {speedup}",
+                f"cost:              {self.cost:.0f} full steps, with {self.probes} probes and "
+                "hybridcore's own time",
+                f"time:              {seconds:.1f} s ({phases or 'none'}), {own:.1%} of it "
+                "hybridcore's own",
+                f"events:            {self.outer_steps} outer steps, {self.rollbacks} rollbacks, "
+                f"{self.divergences} bad batches; divergence level {self.divergence_level}",
+            ]
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -96,12 +97,15 @@ class PhaseController(Protocol):
         it was predicted. NaN elsewhere.
     prediction_error : float or None
         ``|forecast - loss| / loss`` of the newest step, None where it could not compare them.
+    events : deque of dict
+        What happened since they were last taken: ``event`` is its name, the rest its figures.
     """
 
     phase: Phase
     confidence: float
     forecast_loss: float
     prediction_error: float | None
+    events: deque[dict[str, Any]]
 
     @property
     def arm_values(self) -> dict[str, float]:
@@ -111,6 +115,11 @@ class PhaseController(Protocol):
     @property
     def divergence_level(self) -> str:
         """Name of how serious the signs of divergence are."""
+        ...
+
+    @property
+    def divergence_signals(self) -> dict[str, float]:
+        """Severity of each of these signs, above 1 if triggered."""
         ...
 
     def turn(self) -> Turn:

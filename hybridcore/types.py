@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,6 +148,9 @@ class StepResult(NamedTuple):
         Wall-clock milliseconds of the whole call.
     metrics : dict of str to float
         Further figures of this step, for example ``learning_rate``.
+    events : tuple of dict
+        What happened, oldest first: ``event`` names it (``jump``, ``jump kept``, ``jump rolled
+        back``, ``leap``, ``divergence level``, ...), the other keys are its figures.
     """
 
     loss: float
@@ -158,3 +161,4 @@ class StepResult(NamedTuple):
     gradient_norm: float | None
     step_time_ms: float
     metrics: dict[str, float]
+    events: tuple[dict[str, Any], ...] = ()

@@ -1,6 +1,7 @@
 """hybridcore inside PyTorch loops."""
 
-from hybridcore import HybridTrainerConfig, Phase
+from hybridcore import HybridTrainerConfig, JsonLines, Phase
+from hybridcore_torch.tensorboard import TensorBoard
 from hybridcore_torch.trainer import HybridTrainer
 
-__all__ = ["HybridTrainer", "HybridTrainerConfig", "Phase"]
+__all__ = ["HybridTrainer", "HybridTrainerConfig", "JsonLines", "Phase", "TensorBoard"]

@@ -63,7 +63,8 @@ class HybridTrainer:
     layer_groups : iterable of iterables of Parameter, optional
         Layer groups; by default up to 8 by depth.
     callbacks : sequence of callable
-        Each is called with the :class:`~hybridcore.StepResult` of every step.
+        Each is called with the :class:`~hybridcore.StepResult` of every step. One with a method
+        ``begin`` is given the trainer first, as :class:`~hybridcore.JsonLines` is.
 
     Raises
     ------
@@ -112,6 +113,10 @@ class HybridTrainer:
             groups,
         )
         self.engine = Engine(self.config, self._hands.pairs)
+        for callback in self.callbacks:
+            begin = getattr(callback, "begin", None)
+            if callable(begin):
+                begin(self)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -230,6 +235,7 @@ class HybridTrainer:
             None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
             1e3 * seconds,
             {"learning_rate": self._hands.stepper.learning_rate},
+            engine.take_events(),
         )
         for callback in self.callbacks:
             callback(result)

@@ -1,6 +1,7 @@
 """The phase table of the specification, section 5, and a controller of one's own."""
 
 import math
+from collections import deque
 
 import pytest
 from descent import BRISK
@@ -72,6 +73,7 @@ class OnlyFull:
     def __init__(self, config, counters, meter, pairs):
         self.phase, self.confidence, self.seen = Phase.WARMUP, 0.0, 0
         self.forecast_loss, self.prediction_error = math.nan, None
+        self.events, self.divergence_signals = deque(), {}
         self.arm_values, self.needs_batch, self.may_roll_back = {}, True, False
         self.holds_pairs = False
         self.divergence_level = "NORMAL"

@@ -1,0 +1,263 @@
+"""The stream of a run: a file of JSON Lines, written while it goes on, and its reader.
+
+The first line says what wrote it and with which settings. Each step is a line; after every
+``BLOCK`` steps, or each second of slow ones, comes a line with the statistics so far. The last line
+of a run that was closed is of statistics and says so. A run that was killed has a file that ends
+anywhere, at most one block short.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any, Protocol
+
+from hybridcore.config import HybridTrainerConfig
+from hybridcore.errors import StreamError
+from hybridcore.metrics import TrainingStatistics, finite
+from hybridcore.types import StepResult
+
+logger = logging.getLogger("hybridcore")
+
+VERSION = 1
+BLOCK = 200
+SECONDS = 1.0
+
+
+class Trainer(Protocol):
+    """What a callback may ask of the trainer that it is given first."""
+
+    config: HybridTrainerConfig
+
+    def statistics(self) -> TrainingStatistics:
+        """Return the summary of the run so far."""
+        ...
+
+
+class JsonLines:
+    """Callback of a trainer that writes the run to a file, step by step.
+
+    ::
+
+        with JsonLines("run.jsonl") as stream:
+            trainer = HybridTrainer(model, optimizer, callbacks=[stream])
+            ...
+
+    The file is closed at the end of the block, or else with the program. If writing fails later on,
+    because the disk is full for instance, training goes on and a warning is logged.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write; what was there before is overwritten.
+    append : bool
+        Go on with the file of a run that is resumed instead; a cut last line is cut off.
+
+    Raises
+    ------
+    StreamError
+        If the file cannot be written, or, with `append`, is no stream.
+    """
+
+    def __init__(self, path: str | Path, *, append: bool = False) -> None:
+        self.path = Path(path)
+        self._trainer: Trainer | None = None
+        self._pending: list[tuple[int, StepResult]] = []
+        self._step: int | None = None
+        self._written = 0.0
+        self._file: Any = None
+        try:
+            if append and self.path.exists():
+                _cut(self.path)
+            self._file = self.path.open("ab" if append else "wb", buffering=0)
+        except OSError as error:
+            raise StreamError(
+                f"path {str(path)!r} cannot be written ({error.strerror}): name a file in a folder "
+                "that exists"
+            ) from error
+        atexit.register(_close, weakref.ref(self))
+
+    def begin(self, trainer: Trainer) -> None:
+        """Take the trainer whose steps will follow; it calls this itself."""
+        from hybridcore import __version__
+
+        self._trainer = trainer
+        self._written = monotonic()
+        head = {"hybridcore": __version__, "stream": VERSION, "config": trainer.config.to_dict()}
+        self._write([json.dumps(head)])
+
+    def __call__(self, result: StepResult) -> None:
+        """Take a step."""
+        if self._file is None:
+            return
+        if self._trainer is None:
+            raise StreamError(
+                "JsonLines was called without a trainer: pass it as callbacks=[stream]"
+            )
+        if self._step is None:
+            self._step = self._trainer.statistics().steps - 1
+        self._step += 1
+        self._pending.append((self._step, result))
+        if len(self._pending) >= BLOCK or monotonic() - self._written > SECONDS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the statistics as the last line. Later steps are left out."""
+        if self._file is None:
+            return
+        if self._trainer is not None:
+            self._flush(final=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
+    def _flush(self, *, final: bool = False) -> None:
+        assert self._trainer is not None
+        statistics = self._trainer.statistics()
+        lines = [json.dumps(_line(step, result)) for step, result in self._pending]
+        summary = {"statistics": statistics.to_dict(), "step": statistics.steps, "final": final}
+        self._pending.clear()
+        self._step = statistics.steps
+        self._written = monotonic()
+        self._write([*lines, json.dumps(summary)])
+
+    def _write(self, lines: list[str]) -> None:
+        if self._file is None:
+            return
+        try:
+            left = "".join(line + "\n" for line in lines).encode()
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            logger.warning("%s: %s; the rest of the run is not recorded", self.path, error)
+            self._file.close()
+            self._file = None
+
+
+def _close(reference: weakref.ref[JsonLines]) -> None:
+    stream = reference()
+    if stream is not None:
+        stream.close()
+
+
+def _line(step: int, result: StepResult) -> dict[str, Any]:
+    fields = result._asdict()
+    line = {"step": step, **fields, **fields.pop("metrics"), "phase": result.phase.name}
+    del line["metrics"]
+    return finite(line)  # type: ignore[no-any-return]
+
+
+def _cut(path: Path) -> None:
+    """Cut a last line off that was not written to its end."""
+    content = path.read_bytes()
+    if content:
+        _parse(content.split(b"\n")[0].decode("utf-8", "replace"), path, 1)
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+@dataclass(slots=True)
+class Stream:
+    """What a file of :class:`JsonLines` holds.
+
+    Attributes
+    ----------
+    config : dict
+        Settings of the run.
+    steps : list of dict
+        The steps, oldest first: ``step`` and the fields of :class:`~hybridcore.StepResult`, with
+        the metrics among them. The phase is its name; what is not finite is None.
+    statistics : list of dict
+        Statistics from time to time, oldest first, each with the ``step`` after which it was taken.
+    complete : bool
+        Whether the run was closed; if not, it was killed or is still going on.
+    """
+
+    config: dict[str, Any]
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    statistics: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False
+
+    def column(self, name: str) -> list[float]:
+        """One field of all steps as numbers, NaN where there is none."""
+        values = (step.get(name) for step in self.steps)
+        return [float("nan") if value is None else float(value) for value in values]
+
+
+def read_stream(path: str | Path) -> Stream:
+    """Read what :class:`JsonLines` wrote; a last line that was cut is left out.
+
+    Where a run went back to an earlier step, because it was resumed from there, the later account
+    of a step counts.
+
+    Raises
+    ------
+    StreamError
+        If the file is missing, is no such stream, or is damaged before its last line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise StreamError(
+            f"{path} cannot be read ({error.strerror}): name a file that JsonLines wrote"
+        ) from error
+    if not lines[0]:
+        raise StreamError(f"{path} is empty: no run has written to it yet")
+    stream = Stream(_parse(lines[0], path, 1)["config"])
+    by_step: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(lines[1:-1], start=2):
+        line = _parse(text, path, number)
+        if "stream" in line:
+            stream.complete = False
+        elif "statistics" in line:
+            taken = [s for s in stream.statistics if s["step"] < line["step"]]
+            stream.statistics = [*taken, {**line["statistics"], "step": line["step"]}]
+            stream.complete = line["final"]
+        else:
+            stream.complete = False
+            if by_step and line["step"] <= next(reversed(by_step)):
+                by_step = {s: v for s, v in by_step.items() if s < line["step"]}
+            by_step[line["step"]] = line
+    stream.steps = list(by_step.values())
+    return stream
+
+
+def _parse(text: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        line = None
+    if number == 1:
+        if not (isinstance(line, dict) and "stream" in line):
+            raise StreamError(
+                f"{path} is no stream of a run: its first line is not that of a file that "
+                "JsonLines wrote"
+            )
+        if line["stream"] != VERSION:
+            raise StreamError(
+                f"{path} has stream version {line['stream']!r}, this hybridcore reads {VERSION}: "
+                "read it with the version that wrote it"
+            )
+    if not (isinstance(line, dict) and line.keys() & {"step", "stream"}):
+        raise StreamError(
+            f"{path} is damaged in line {number}: take the line out, or restore the file"
+        )
+    return line
