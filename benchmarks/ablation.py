@@ -22,8 +22,8 @@ import torch
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.bandit import LinUCB
+from hybridcore.cli.common import environment
 from hybridcore.cli.compare import Run, forward_cost, training
-from hybridcore.cli.demo import environment
 from hybridcore.cli.workloads import WORKLOADS
 from hybridcore.controller import Controller
 from hybridcore.divergence import DivergenceMonitor, RecoveryAction

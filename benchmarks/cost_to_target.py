@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from hybridcore.cli.common import environment
 from hybridcore.cli.compare import compare
-from hybridcore.cli.demo import environment
 from hybridcore.cli.workloads import WORKLOADS
 from hybridcore.metrics import finite
 

@@ -37,7 +37,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.recordings import FOLDER, INDEX
-from hybridcore.cli.demo import environment
+from hybridcore.cli.common import environment
 from hybridcore.cli.workloads import WORKLOADS, Closure, scheduler
 
 Step = Callable[[int], Closure]

@@ -25,7 +25,7 @@ from hybridcore.types import StepResult
 logger = logging.getLogger("hybridcore")
 
 VERSION = 1
-BLOCK = 200
+BLOCK = 100
 SECONDS = 1.0
 
 
@@ -129,7 +129,7 @@ class JsonLines:
     def _flush(self, *, final: bool = False) -> None:
         assert self._trainer is not None
         statistics = self._trainer.statistics()
-        lines = [json.dumps(_line(step, result)) for step, result in self._pending]
+        lines = [_line(step, result) for step, result in self._pending]
         summary = {"statistics": statistics.to_dict(), "step": statistics.steps, "final": final}
         self._pending.clear()
         self._step = statistics.steps
@@ -155,11 +155,13 @@ def _close(reference: weakref.ref[JsonLines]) -> None:
         stream.close()
 
 
-def _line(step: int, result: StepResult) -> dict[str, Any]:
-    fields = result._asdict()
-    line = {"step": step, **fields, **fields.pop("metrics"), "phase": result.phase.name}
+def _line(step: int, result: StepResult) -> str:
+    line = {"step": step} | result._asdict() | result.metrics | {"phase": result.phase.name}
     del line["metrics"]
-    return finite(line)  # type: ignore[no-any-return]
+    try:
+        return json.dumps(line, allow_nan=False)
+    except ValueError:
+        return json.dumps(finite(line))
 
 
 def _cut(path: Path) -> None:

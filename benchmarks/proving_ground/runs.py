@@ -13,8 +13,8 @@ from time import perf_counter, process_time
 from typing import Any
 
 from benchmarks.proving_ground.methods import METHODS, Method, missing
+from hybridcore.cli.common import environment
 from hybridcore.cli.compare import SMOOTHING, Meter, forward_cost
-from hybridcore.cli.demo import environment
 from hybridcore.cli.workloads import Workload
 from hybridcore.metrics import finite
 

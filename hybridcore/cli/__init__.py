@@ -6,16 +6,22 @@ import sys
 
 try:
     import typer
-except ImportError as error:
-    sys.exit(f'hybridcore: {error.name} is missing; pip install "hybridcore[torch,cli]"')
 
+    from hybridcore.cli.common import Commands
+except ImportError as error:
+    sys.exit(f'hybridcore: {error.name} is missing: pip install "hybridcore[torch,cli]"')
+
+from hybridcore.cli.comparing import compare
 from hybridcore.cli.demo import demo
+from hybridcore.cli.report import report
 
 app = typer.Typer(
     help="Train by real steps and predicted ones, and measure whether predicting pays.",
+    cls=Commands,
     no_args_is_help=True,
 )
-app.command()(demo)
+for command in (demo, compare, report):
+    app.command()(command)
 
 
 @app.callback()

@@ -160,7 +160,7 @@ def training(
     steps: int | None = None,
     config: HybridTrainerConfig | None = None,
 ) -> Generator[Run, None, None]:
-    """Train step by step, for ever; yields the record after each step.
+    """Train a workload step by step, for ever; yields the record after each step.
 
     Runs with the same seed start from the same weights and see the same batches.
 
@@ -180,6 +180,22 @@ def training(
     task = workload.build(seed)
     optimizer = workload.optimizer(task.model, learning_rate)
     schedule = scheduler(optimizer, workload.schedule, steps or workload.steps)
+    yield from train(
+        task, optimizer, schedule, learning_rate, forward_cost, hybrid=hybrid, config=config
+    )
+
+
+def train(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any | None,
+    learning_rate: float,
+    forward_cost: float,
+    *,
+    hybrid: bool,
+    config: HybridTrainerConfig | None = None,
+) -> Generator[Run, None, None]:
+    """Train `task` step by step, for ever; yields the record after each step."""
     trainer = HybridTrainer(task.model, optimizer, config, scheduler=schedule) if hybrid else None
     meter = Meter()
     run = Run(learning_rate, task, trainer)
@@ -207,10 +223,17 @@ def training(
         yield run
 
 
-def forward_cost(workload: Workload, repeats: int = 30) -> float:
-    """Measure what a forward pass takes in full steps: medians of interleaved timings."""
+def forward_cost(workload: Workload) -> float:
+    """Measure what a forward pass of a workload takes in full steps."""
     task = workload.build(0)
-    optimizer = workload.optimizer(task.model, workload.learning_rates[0])
+    return measured_forward_cost(task, workload.optimizer(task.model, workload.learning_rates[0]))
+
+
+def measured_forward_cost(task: Task, optimizer: torch.optim.Optimizer, repeats: int = 30) -> float:
+    """Measure what a forward pass takes in full steps: medians of interleaved timings.
+
+    It trains the model.
+    """
     forward, full = [], []
     for step in range(repeats):
         closure = task.closure(step)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import platform
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from hybridcore.metrics import finite
+from hybridcore.cli.common import (
+    INTERRUPTED,
+    JsonFlag,
+    QuietFlag,
+    UserError,
+    check_output,
+    environment,
+    output_console,
+    print_json,
+    progress,
+)
 
 if TYPE_CHECKING:
     from hybridcore.cli.compare import Run, Watch
@@ -34,69 +41,56 @@ def demo(
     only: Annotated[str | None, typer.Option(help="Run this workload alone.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds.")] = 1,
     quick: Annotated[bool, typer.Option(help="Short runs, to see that all works.")] = False,
-    json_output: Annotated[
-        str | None, typer.Option("--json", help="Write all figures to this file, - for stdout.")
-    ] = None,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Train real models on real data, plain and with hybridcore, and compare the cost."""
-    try:
-        import torch
+    import torch
 
-        from hybridcore.cli.compare import compare
-        from hybridcore.cli.picture import draw
-        from hybridcore.cli.workloads import WORKLOADS, classifier_at_hand
-    except ImportError as error:
-        print(f'{error.name} is missing; pip install "hybridcore[torch,cli]"', file=sys.stderr)
-        raise typer.Exit(1) from error
+    from hybridcore.cli.compare import compare
+    from hybridcore.cli.picture import draw
+    from hybridcore.cli.workloads import FASHION, WORKLOADS, classifier_at_hand
+
     if only is not None and only not in WORKLOADS:
-        raise typer.BadParameter(
-            f"{only!r} is not one of {', '.join(WORKLOADS)}", param_hint="only"
+        raise UserError(f"--only {only} is not one of {', '.join(WORKLOADS)}")
+    if only == "fashion" and not FASHION.is_dir():
+        raise UserError(
+            f"--only fashion needs {FASHION}: install Debian's package dataset-fashion-mnist, or "
+            "take --only digits"
         )
-    if not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{output.parent} is no folder", param_hint="output")
+    check_output(output)
     # Side by side on a busy machine, more threads measure the scheduler.
     torch.set_num_threads(1)
     names = ["siren", classifier_at_hand()] if only is None else [only]
     workloads = [WORKLOADS[name] for name in names]
     if quick:
         workloads = [_shortened(workload) for workload in workloads]
-    console = Console(stderr=json_output == "-")
+    console = output_console(as_json=as_json, quiet=quiet)
     if only is None and names[1] == "digits":
         console.print("Fashion-MNIST (Debian: dataset-fashion-mnist) is not here: using digits.")
-    comparisons = []
-    with _progress(console) as show:
-        for workload in workloads:
-            for seed in range(seeds):
-                with show(workload, seed) as watch:
-                    comparisons.append(compare(workload, seed, watch=watch))
+    comparisons, interrupted = [], False
+    try:
+        with progress(quiet=quiet) as shown:
+            for workload in workloads:
+                for seed in range(seeds):
+                    with _watching(shown, workload, seed) as watch:
+                        comparisons.append(compare(workload, seed, watch=watch))
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print(f"Interrupted after {len(comparisons)} finished comparisons.")
+        if not comparisons:
+            raise typer.Exit(INTERRUPTED) from None
     summaries = [comparison.summary() for comparison in comparisons]
     for workload in workloads:
-        _print(console, workload, [s for s in summaries if s["workload"] == workload.name])
+        finished = [s for s in summaries if s["workload"] == workload.name]
+        if finished:
+            _print(console, workload, finished)
     draw([c for c in comparisons if c.seed == 0], output)
     console.print(f"Picture: {output}")
-    if json_output is not None:
-        text = json.dumps({**environment(), "comparisons": finite(summaries)}, indent=1)
-        if json_output == "-":
-            print(text)
-        else:
-            Path(json_output).write_text(text + "\n", encoding="utf-8")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and threads that a recorded figure depends on."""
-    import numpy as np
-    import torch
-
-    import hybridcore
-
-    return {
-        "hybridcore": hybridcore.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["hybridcore", *sys.argv[1:]]),
-    }
+    if as_json:
+        print_json({**environment(), "comparisons": summaries})
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _shortened(workload: Workload) -> Workload:
@@ -108,33 +102,20 @@ def _shortened(workload: Workload) -> Workload:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Any]:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
+def _watching(shown: Progress, workload: Workload, seed: int) -> Iterator[Watch]:
+    rates = list(workload.learning_rates)
+    total = len(rates) * workload.steps
+    task = shown.add_task(f"{workload.name}, seed {seed}", total=total, state="")
 
-    @contextmanager
-    def show(workload: Workload, seed: int) -> Iterator[Watch]:
-        rates = list(workload.learning_rates)
-        total = len(rates) * workload.steps
-        task = progress.add_task(f"{workload.name}, seed {seed}", total=total, state="")
+    def watch(rate: float, step: int, run: Run) -> None:
+        done = rates.index(rate) * workload.steps + step
+        state = f"rate {rate:g}  {run.phase[-1]:<7} loss {run.loss[-1]:.3g}"
+        if step == workload.steps:
+            done, state = total, f"{state}, on to the target"
+        shown.update(task, completed=done, state=state)
 
-        def watch(rate: float, step: int, run: Run) -> None:
-            done = rates.index(rate) * workload.steps + step
-            state = f"rate {rate:g}  {run.phase[-1]:<7} loss {run.loss[-1]:.3g}"
-            if step == workload.steps:
-                done, state = total, f"{state}, on to the target"
-            progress.update(task, completed=done, state=state)
-
-        yield watch
-        progress.update(task, completed=total, state="done")
-
-    with progress:
-        yield show
+    yield watch
+    shown.update(task, completed=total, state="done")
 
 
 def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from hybridcore import Phase
 from hybridcore.cli.compare import Comparison, Run
+from hybridcore.cli.paired import Pair
 
 COLOURS = {
     Phase.WARMUP.name: "#8c6bb1",
@@ -35,14 +37,7 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> None:
         _panel(panel, comparison)
     entries = [Line2D([], [], color="0.45", label="plain, best rate")]
     entries += [Line2D([], [], color="0.8", label="plain, other rates")]
-    entries += [
-        Line2D([], [], color=colour, label=f"hybridcore, {name.lower()} steps")
-        for name, colour in COLOURS.items()
-    ]
-    entries += [
-        Line2D([], [], color=JUMP, marker="v", linestyle=":", label="jump (predicted steps)"),
-        Line2D([], [], color="black", linestyle="--", label="target: plain's lowest loss"),
-    ]
+    entries += _entries()
     figure.legend(handles=entries, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.11, 1, 1))
     figure.savefig(path, dpi=110)
@@ -76,6 +71,57 @@ def _panel(panel: Axes, comparison: Comparison) -> None:
     panel.grid(visible=True, which="major", color="0.92")
 
 
+def draw_pairs(pairs: Sequence[Pair], verdict: str, judged_by: str, path: Path) -> None:
+    """Draw the judged losses of plain and hybrid runs over their cost into a PNG at `path`.
+
+    The pair whose hybrid run is coloured by phase is the one with the median ratio of costs.
+    """
+    figure, panel = plt.subplots(figsize=(8.0, 5.6))
+    order = sorted(pairs, key=lambda pair: pair.summary()["cost_ratio"])
+    shown = order[(len(order) - 1) // 2]
+    for pair in pairs:
+        front = pair is shown
+        steps, losses = zip(*pair.plain.smooth(), strict=True)
+        cost = [pair.plain.run.cost[step] for step in steps]
+        panel.plot(cost, losses, color="0.45" if front else "0.8", linewidth=1.6, zorder=2)
+        steps, losses = zip(*pair.hybrid.smooth(), strict=True)
+        cost = [pair.hybrid.run.cost[step] for step in steps]
+        if front:
+            phases = [pair.hybrid.run.phase[step] for step in steps]
+            _coloured(panel, np.array(cost), np.array(losses), phases)
+            _jumps(panel, pair.hybrid.run, np.array(cost), np.array(losses))
+        else:
+            panel.plot(cost, losses, color="#b8cfe6", linewidth=1.2, zorder=2)
+    panel.axhline(shown.target, color="black", linestyle="--", linewidth=0.9, zorder=1)
+    several = len(pairs) > 1
+    entries = [Line2D([], [], color="0.45", label="your loop, plain")]
+    entries += [Line2D([], [], color="0.8", label="other seeds, plain")] * several
+    entries += [Line2D([], [], color="#b8cfe6", label="other seeds, hybridcore")] * several
+    entries += _entries()
+    figure.legend(handles=entries, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    panel.set_title("\n".join(textwrap.wrap(verdict, 92)), fontsize=9, loc="left")
+    panel.set_xlabel("cost (full steps)")
+    panel.set_ylabel(judged_by)
+    if all(min(run.loss) > 0.0 for pair in pairs for run in (pair.plain, pair.hybrid)):
+        panel.set_yscale("log")
+    panel.grid(visible=True, which="major", color="0.92")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _entries() -> list[Line2D]:
+    entries = [
+        Line2D([], [], color=colour, label=f"hybridcore, {name.lower()} steps")
+        for name, colour in COLOURS.items()
+    ]
+    return [
+        *entries,
+        Line2D([], [], color=JUMP, marker="v", linestyle=":", label="jump (predicted steps)"),
+        Line2D([], [], color="black", linestyle="--", label="target: plain's lowest loss"),
+    ]
+
+
 def _window(run: Run) -> int:
     return max(5, len(run.loss) // 40)
 
@@ -97,6 +143,11 @@ def _is_rough(loss: np.ndarray) -> bool:
 def _hybrid_curve(panel: Axes, run: Run) -> None:
     cost, loss = _curve(run)
     phases = [phase for phase in run.phase if phase != Phase.PREDICT.name]
+    _coloured(panel, cost, loss, phases)
+    _jumps(panel, run, cost, loss)
+
+
+def _coloured(panel: Axes, cost: np.ndarray, loss: np.ndarray, phases: list[str]) -> None:
     start = 0
     for index in range(1, len(phases) + 1):
         if index == len(phases) or phases[index] != phases[start]:
@@ -109,10 +160,11 @@ def _hybrid_curve(panel: Axes, run: Run) -> None:
                 zorder=3,
             )
             start = index
-    real = -1
+
+
+def _jumps(panel: Axes, run: Run, cost: np.ndarray, loss: np.ndarray) -> None:
     for step, phase in enumerate(run.phase):
-        if phase != Phase.PREDICT.name:
-            real += 1
-        elif step > 0 and run.phase[step - 1] != Phase.PREDICT.name:
+        if step and phase == Phase.PREDICT.name != run.phase[step - 1]:
+            before = max(0, int(np.searchsorted(cost, run.cost[step - 1], side="right")) - 1)
             panel.axvline(run.cost[step], color=JUMP, linestyle=":", linewidth=0.9, zorder=1)
-            panel.plot(run.cost[step], loss[max(real, 0)], "v", color=JUMP, markersize=7, zorder=4)
+            panel.plot(run.cost[step], loss[before], "v", color=JUMP, markersize=7, zorder=4)

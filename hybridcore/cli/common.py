@@ -1,0 +1,135 @@
+"""What the commands share: their errors, their output, their progress."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from hybridcore.errors import HybridCoreError
+from hybridcore.metrics import finite
+
+INTERRUPTED = 130
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print all figures as JSON, and the rest on standard error.")
+]
+QuietFlag = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no text, only errors.")
+]
+
+
+class UserError(HybridCoreError):
+    """Something that the user can put right; the message says what and how, in one line."""
+
+
+class Commands(TyperGroup):
+    """Group of commands whose errors are one line on standard error, with exit code 2."""
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> Any:
+        """Run the command line; see :meth:`click.Command.main`."""
+        standalone = extra.pop("standalone_mode", True)
+        try:
+            code = super().main(args, *others, **{**extra, "standalone_mode": False})
+        except HybridCoreError as error:
+            message = str(error)
+        except ImportError as error:
+            if not error.name or error.name.partition(".")[0] not in _OURS:
+                raise
+            message = f'{error.name} is missing: pip install "hybridcore[torch,cli]"'
+        # Typer brings its own copy of click, which has no public name.
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            message = error.format_message()
+            if message.lstrip().lower().startswith("usage"):
+                sys.stderr.write(message + "\n")
+                sys.exit(2)
+            path = getattr(getattr(error, "ctx", None), "command_path", "hybridcore")
+            message = f"{message.rstrip('.')}: see {path} --help"
+        else:
+            if standalone:
+                sys.exit(code if isinstance(code, int) else 0)
+            return code
+        sys.stderr.write(f"hybridcore: {' '.join(message.split())}\n")
+        sys.exit(2)
+
+
+_OURS = {"torch", "sklearn", "matplotlib", "PIL", "joblib", "rich", "tensorboard"}
+
+
+def output_console(*, as_json: bool, quiet: bool) -> Console:
+    """Console for text: standard output, or standard error where JSON goes there."""
+    return Console(stderr=as_json, quiet=quiet)
+
+
+def print_json(figures: Any) -> None:
+    """Print `figures` on standard output; what is not finite is null."""
+    print(json.dumps(finite(figures), indent=1))
+
+
+def check_output(path: Path, option: str = "--output") -> None:
+    """Raise :class:`UserError` unless a file can be made at `path`."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: the folder {folder} does not exist, make it first")
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it")
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """Show progress with the time left on standard error, where that is a terminal."""
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
+    columns += [TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TextColumn("left")]
+    shown = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
+    with shown:
+        yield shown
+
+
+@contextmanager
+def blamed(name: str, doing: str) -> Iterator[None]:
+    """Turn an error of the user's code into one line that says where it was raised."""
+    try:
+        yield
+    except (UserError, HybridCoreError, KeyboardInterrupt):
+        raise
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            raise
+        raise UserError(f"{name}: module {error.name} is missing, install it") from error
+    except SyntaxError as error:
+        raise UserError(f"{name}:{error.lineno}: {error.msg}") from error
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if Path(frame.filename).name == Path(name).name]
+        where = f"{name}:{own[-1].lineno}" if own else name
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UserError(f"{where}: {doing} raised {what}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and threads that a recorded figure depends on."""
+    import numpy as np
+    import torch
+
+    import hybridcore
+
+    return {
+        "hybridcore": hybridcore.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "command": " ".join(["hybridcore", *sys.argv[1:]]),
+    }
