@@ -13,6 +13,7 @@ except ImportError as error:
 
 from hybridcore.cli.comparing import compare
 from hybridcore.cli.demo import demo
+from hybridcore.cli.doctor import doctor
 from hybridcore.cli.report import report
 
 app = typer.Typer(
@@ -20,7 +21,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
 )
-for command in (demo, compare, report):
+for command in (demo, compare, report, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,134 @@
+"""What a model of some size takes in memory with hybridcore; nothing of that size is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybridcore import HybridTrainerConfig
+from hybridcore.cli.common import UserError
+from hybridcore.secant import LEAST_PAIRS
+from hybridcore_torch.secants import affordable
+
+# Where momentum is off unless asked for.
+WITH_MOMENTUM = ("sgd", "rmsprop")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Parameters of the small tensor on which an optimizer shows what it keeps.
+_SIDE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by what they are for; activations come on top of both.
+
+    Attributes
+    ----------
+    weights, gradients, optimizer : int
+        What the plain loop takes.
+    snapshots : int
+        The bank, with its recovery point and the place where the weights wait during a probe.
+    average : int
+        The running average of the weights.
+    recovery : int
+        Copy of the optimizer's state, while a jump may be rolled back.
+    secants : int
+        Secant pairs, where every batch is the same.
+    pairs : int
+        How many of them there is room for.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    snapshots: int
+    average: int
+    recovery: int
+    secants: int
+    pairs: int
+
+    @property
+    def plain(self) -> int:
+        """Bytes without hybridcore."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Bytes at most, where batches differ."""
+        return self.plain + self.snapshots + self.average + self.recovery
+
+    @property
+    def same_batch(self) -> int:
+        """Bytes at most, where every batch is the same."""
+        return self.total + self.secants
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Optimizer of torch by its name in any case, as ``adamw``; :class:`UserError` otherwise."""
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+    }
+    if name.lower() not in known:
+        raise UserError(f"--optimizer {name} is not one of {', '.join(sorted(known))}")
+    return known[name.lower()]
+
+
+def estimate(
+    parameters: int, optimizer: str, dtype: str, config: HybridTrainerConfig, momentum: float = 0.0
+) -> Memory:
+    """Estimate the memory of a run.
+
+    Parameters
+    ----------
+    parameters : int
+        Trainable parameters of the model, at least 1.
+    optimizer : str
+        Name in ``torch.optim``, in any case.
+    dtype : str
+        Type of the parameters, one of ``DTYPES``.
+    config : HybridTrainerConfig
+        Settings.
+    momentum : float
+        Of SGD and RMSprop, which keep a copy more with it.
+    """
+    kind, build = DTYPES[dtype], optimizer_class(optimizer)
+    arguments = {"momentum": momentum} if momentum and optimizer.lower() in WITH_MOMENTUM else {}
+    size = kind.itemsize
+    kept = _kept_bytes(build, kind, arguments)
+    weights = size * parameters
+    held = nn.Parameter(torch.empty(parameters, dtype=kind, device="meta"))
+    asked: Any = build
+    pairs = affordable(asked([held], lr=1e-3, **arguments), [held], config.secant_pairs)
+    pairs = pairs if pairs >= LEAST_PAIRS else 0
+    state = round(kept * parameters)
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer=state,
+        snapshots=(config.snapshots + 2) * weights,
+        average=max(4, size) * parameters if config.averaging else 0,
+        recovery=state,
+        secants=(2 * pairs + 5) * max(4, size) * parameters if pairs else 0,
+        pairs=pairs,
+    )
+
+
+def _kept_bytes(build: Any, kind: torch.dtype, arguments: dict[str, float]) -> float:
+    """Bytes of state for each parameter, as seen after a step with a small one."""
+    small = nn.Parameter(torch.zeros(_SIDE, _SIDE, dtype=kind))
+    optimizer = build([small], lr=1e-3, **arguments)
+    small.grad = torch.ones_like(small)
+    optimizer.step()
+    tensors = [v for v in optimizer.state[small].values() if isinstance(v, torch.Tensor)]
+    return sum(v.numel() * v.element_size() for v in tensors if v.numel() > 1) / small.numel()
