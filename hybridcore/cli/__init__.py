@@ -15,13 +15,14 @@ from hybridcore.cli.comparing import compare
 from hybridcore.cli.demo import demo
 from hybridcore.cli.doctor import doctor
 from hybridcore.cli.report import report
+from hybridcore.cli.sweep import sweep
 
 app = typer.Typer(
     help="Train by real steps and predicted ones, and measure whether predicting pays.",
     cls=Commands,
     no_args_is_help=True,
 )
-for command in (demo, compare, report, doctor):
+for command in (demo, compare, sweep, report, doctor):
     app.command()(command)
 
 
