@@ -21,8 +21,7 @@ class ProgressLine:
             trainer = HybridTrainer(model, optimizer, callbacks=[line])
             ...
 
-    It is drawn on standard error, five times a second, and only where that is a terminal; its last
-    state stays there.
+    It is drawn on standard error, five times a second; where that is no terminal, once at the end.
 
     Parameters
     ----------

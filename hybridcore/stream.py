@@ -221,7 +221,7 @@ def read_stream(path: str | Path) -> Stream:
         raise StreamError(
             f"{path} cannot be read ({error.strerror}): name a file that JsonLines wrote"
         ) from error
-    if not lines[0]:
+    if lines == [""]:
         raise StreamError(f"{path} is empty: no run has written to it yet")
     stream = Stream(_parse(lines[0], path, 1)["config"])
     by_step: dict[int, dict[str, Any]] = {}

@@ -9,7 +9,8 @@ try:
 
     from hybridcore.cli.common import Commands
 except ImportError as error:
-    sys.exit(f'hybridcore: {error.name} is missing: pip install "hybridcore[torch,cli]"')
+    sys.stderr.write(f'hybridcore: {error.name} is missing: pip install "hybridcore[torch,cli]"\n')
+    sys.exit(2)
 
 from hybridcore.cli.comparing import compare
 from hybridcore.cli.demo import demo

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
+import threading
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -28,6 +30,10 @@ GRID: dict[str, tuple[Any, ...]] = {
     "horizon": (15, 30, 50, 75, 150),
 }
 MOST_SETTINGS = 3
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_LOCK = threading.Lock()
 
 
 def parse_grid(options: Sequence[str]) -> dict[str, tuple[Any, ...]]:
@@ -80,6 +86,21 @@ def combinations(
     return cells
 
 
+def _alone(cell: Callable[P, R]) -> Callable[P, R]:
+    """Let one cell run at a time in a process: random states are the whole process's.
+
+    A Dask worker may have several threads.
+    """
+
+    @functools.wraps(cell)
+    def locked(*arguments: P.args, **named: P.kwargs) -> R:
+        with _LOCK:
+            return cell(*arguments, **named)
+
+    return locked
+
+
+@_alone
 def plain_cell(source: Source, seed: int, steps: int, forward_cost: float) -> dict[str, Any]:
     """Run a seed plain, and return what its cells are held against."""
     judged = _run(Judge(source, seed, steps, forward_cost, hybrid=False), steps)
@@ -89,6 +110,7 @@ def plain_cell(source: Source, seed: int, steps: int, forward_cost: float) -> di
     return {"seed": seed, "target": target, "cost": cost, "total_cost": judged.run.cost[-1]}
 
 
+@_alone
 def hybrid_cell(
     source: Source,
     steps: int,

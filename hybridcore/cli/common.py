@@ -92,7 +92,9 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     """Show progress with the time left on standard error, where that is a terminal."""
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
     columns += [TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TextColumn("left")]
-    shown = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    shown = Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden)
     with shown:
         yield shown
 

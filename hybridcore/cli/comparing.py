@@ -99,6 +99,12 @@ def compare(
         if not pairs:
             raise typer.Exit(INTERRUPTED) from None
     summaries = [pair.summary() for pair in pairs]
+    for figures in summaries:
+        if not math.isfinite(figures["target"]):
+            raise UserError(
+                f"{target}: the plain run's loss is not finite for seed {figures['seed']}: lower "
+                "the learning rate or check the data"
+            )
     judged_by = source.build(0, count).judged_by
     helped, text = verdict(summaries, judged_by)
     _print(console, target, count, summaries, judged_by)
@@ -106,10 +112,8 @@ def compare(
     draw_pairs(pairs, text, judged_by, output)
     console.print(f"Picture: {output}")
     if as_json:
-        figures = {"target": target, "steps": count, "judged_by": judged_by, "forward_cost": price}
-        print_json(
-            {**environment(), **figures, "helped": helped, "verdict": text, "pairs": summaries}
-        )
+        head = {"target": target, "steps": count, "judged_by": judged_by, "forward_cost": price}
+        print_json({**environment(), **head, "helped": helped, "verdict": text, "pairs": summaries})
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -129,11 +133,6 @@ def read_config(path: Path | None) -> Any:
 def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]:
     """Whether hybridcore helped, and a sentence with the figures that say so."""
     ratios = [s["cost_ratio"] for s in summaries]
-    if not all(math.isfinite(s["target"]) for s in summaries):
-        return False, (
-            "No comparison: the plain run's loss is not finite. Lower the learning rate or check "
-            "the data."
-        )
     cost, seconds = _middle(ratios), _middle([s["seconds_ratio"] for s in summaries])
     share = _middle([s["predicted_share"] for s in summaries])
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} seeds)"

@@ -138,7 +138,7 @@ def _backend(jobs: int, dask: str | None) -> Iterator[Run]:
     except ImportError as error:
         raise UserError("--dask needs Dask: pip install distributed") from error
     try:
-        client = Client(dask, timeout=10, set_as_default=False)
+        client = Client(dask, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--dask {dask}: no scheduler answers there, start one with `dask scheduler`"

@@ -1,0 +1,109 @@
+"""``hybridcore doctor``: an estimate that is what a run takes, and a self-test that can fail."""
+
+import importlib.metadata
+
+import pytest
+import torch
+import torch.nn.functional as F
+from command_line import call, figures
+from torch import nn
+
+from hybridcore import HybridTrainerConfig
+from hybridcore.cli import selftest
+from hybridcore.cli.memory import estimate
+from hybridcore_torch import HybridTrainer
+from hybridcore_torch.recovery import RecoveryPoint
+
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, {}),
+    "sgd": (torch.optim.SGD, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+}
+
+
+def bytes_of(value):
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() if value.numel() > 1 else 0
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
+    return sum(map(bytes_of, value)) if isinstance(value, list | tuple) else 0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_estimate_is_what_a_run_takes(optimizer, dtype):
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4)).to(kind)
+    build, arguments = OPTIMIZERS[optimizer]
+    config = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=20)
+    trainer = HybridTrainer(model, build(model.parameters(), lr=1e-3, **arguments), config)
+    x, y = torch.randn(32, 16, dtype=kind), torch.randn(32, 4, dtype=kind)
+    most = {"snapshots": 0, "secants": 0, "average": 0, "recovery": 0, "optimizer": 0}
+    for _ in range(150):
+        trainer.step(lambda: F.mse_loss(model(x), y))
+        hands = trainer._hands
+        seen = {
+            "snapshots": [b.rows for b in hands.bank._all] if hands.bank else [],
+            "secants": hands.secants._rows if hands.secants else [],
+            "average": hands.average.values if hands.average else [],
+            # What SAVE makes; not every one of these runs has a jump.
+            "recovery": RecoveryPoint(model, trainer.optimizer, None, None)._optimizer["state"],
+            "optimizer": list(trainer.optimizer.state.values()),
+        }
+        for name, tensors in seen.items():
+            most[name] = max(most[name], bytes_of(tensors))
+    count = sum(p.numel() for p in model.parameters())
+    told = estimate(count, optimizer, dtype, config)
+    assert most["secants"] > 0
+    for name, taken in most.items():
+        assert getattr(told, name) == taken, name
+    assert told.weights == bytes_of(list(model.parameters()))
+
+
+def test_large_models_keep_no_pairs_and_memory_saver_takes_less():
+    told = figures("doctor", "--model-params", "1.2e9", "--no-self-test")["memory"]
+    plain = told["as set"]["plain"]
+    # Weights, gradients and Adam's two moments, in four bytes.
+    assert plain == 4 * 4 * 1_200_000_000
+    assert told["as set"]["pairs"] == 0
+    assert plain < told["memory_saver()"]["total"] < told["as set"]["total"]
+
+
+def test_momentum_and_half_precision_are_in_the_estimate():
+    config = HybridTrainerConfig()
+    without, with_it = (estimate(1000, "sgd", "float32", config, m) for m in (0.0, 0.9))
+    assert without.optimizer == 0
+    assert with_it.optimizer == with_it.weights == 4000
+    half = estimate(1000, "adamw", "bfloat16", config)
+    assert half.weights == 2000
+    # It is averaged in single precision.
+    assert half.average == 4000
+
+
+def test_it_tells_versions_devices_and_threads():
+    told = figures("doctor", "--no-self-test")
+    assert told["versions"]["torch"] == importlib.metadata.version("torch")
+    assert told["versions"]["hybridcore"]
+    assert told["devices"][0]["kind"] == "cpu"
+    assert told["devices"][0]["bytes"] > 2**28
+    assert told["threads"]["torch"] == torch.get_num_threads()
+    assert "numba threading layer" in told["threads"]
+    assert "self_test" not in told
+
+
+def test_the_self_test_passes_here():
+    told = figures("doctor")
+    assert [check["check"] for check in told["self_test"]] == list(selftest.CHECKS)
+    assert all(check["passed"] for check in told["self_test"]), told
+
+
+def test_a_check_that_fails_is_told_and_is_the_exit_code(monkeypatch):
+    def broken():
+        raise ImportError("libfoo.so is missing")
+
+    monkeypatch.setattr(selftest, "CHECKS", {"plain loop": broken})
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert "FAILED" in result.stdout
+    assert "libfoo.so is missing" in result.stdout
