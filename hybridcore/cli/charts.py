@@ -98,7 +98,7 @@ def _loss(axes: Axes, stream: Stream) -> None:
                 label=f"jump, {outcome}",
             )
     if np.nanmin(loss, initial=np.inf) > 0.0:
-        _logarithmic(axes)
+        logarithmic(axes)
     axes.set_ylabel("loss")
     _legend(axes)
 
@@ -205,10 +205,12 @@ def _signals(axes: Axes, stream: Stream) -> None:
         severity = [max(value.get(name) or 0.0, 1e-3) for value in values]
         axes.plot(steps, severity, color=LIGHT[colour], linewidth=1.5, marker=".", label=name)
     axes.axhline(1.0, color=LIGHT["muted"], linestyle="--", linewidth=1.0)
-    _logarithmic(axes)
-    axes.set_ylim(bottom=8e-4)
+    logarithmic(axes)
+    # Room for the legend.
+    most = max(severity or 0.0 for value in values for severity in value.values())
+    axes.set_ylim(8e-4, 40.0 * max(most, 1.0))
     axes.set_ylabel("severity, triggered above 1")
-    _legend(axes)
+    axes.legend(loc="upper center", ncols=3, framealpha=0.85)
 
 
 def _scales(axes: Axes, stream: Stream) -> None:
@@ -263,7 +265,7 @@ def _gradients(axes: Axes, stream: Stream) -> None:
         values[~(values > 0.0)] = np.nan
         kept = thinned(values, POINTS)
         axes.plot(steps[kept], values[kept], color=LIGHT[colour], linewidth=1.2, label=label)
-    _logarithmic(axes)
+    logarithmic(axes)
     _legend(axes)
 
 
@@ -396,7 +398,8 @@ def draw_svg(chart: Chart, stream: Stream) -> str:
     return text.replace("<svg", label, 1)
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers beside it."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low) if low > 0.0 else 0.0

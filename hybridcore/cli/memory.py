@@ -109,8 +109,14 @@ def estimate(
     weights = size * parameters
     held = nn.Parameter(torch.empty(parameters, dtype=kind, device="meta"))
     asked: Any = build
-    pairs = affordable(asked([held], lr=1e-3, **arguments), [held], config.secant_pairs)
+    made = asked([held], lr=1e-3, **arguments)
+    pairs = affordable(made, [held], config.secant_pairs)
     pairs = pairs if pairs >= LEAST_PAIRS else 0
+    group = made.param_groups[0]
+    # Decay that is no part of the gradient has a strength of its own for each parameter.
+    decays = group.get("decoupled_weight_decay", isinstance(made, torch.optim.AdamW))
+    strengths = weights if decays and group.get("weight_decay") else 0
+    secants = (2 * pairs + 5) * max(4, size) * parameters + strengths
     state = round(kept * parameters)
     return Memory(
         weights=weights,
@@ -119,7 +125,7 @@ def estimate(
         snapshots=(config.snapshots + 2) * weights,
         average=max(4, size) * parameters if config.averaging else 0,
         recovery=state,
-        secants=(2 * pairs + 5) * max(4, size) * parameters if pairs else 0,
+        secants=secants if pairs else 0,
         pairs=pairs,
     )
 

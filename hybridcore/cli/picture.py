@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridcore import Phase
+from hybridcore.cli.charts import logarithmic
 from hybridcore.cli.compare import Comparison, Run
 from hybridcore.cli.paired import Pair
 
@@ -103,7 +104,7 @@ def draw_pairs(pairs: Sequence[Pair], verdict: str, judged_by: str, path: Path) 
     panel.set_xlabel("cost (full steps)")
     panel.set_ylabel(judged_by)
     if all(min(run.loss) > 0.0 for pair in pairs for run in (pair.plain, pair.hybrid)):
-        panel.set_yscale("log")
+        logarithmic(panel)
     panel.grid(visible=True, which="major", color="0.92")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)

@@ -180,7 +180,7 @@ def speedup_text(statistics: dict[str, Any] | None) -> str:
 
 
 def thinned(values: NDArray[np.float64], most: int) -> NDArray[np.intp]:
-    """Return indices of about `most` of `values` that keep every peak and every end."""
+    """Return indices of about `most` of `values` that keep every peak, gap and end."""
     if len(values) <= most:
         return np.arange(len(values))
     chunks = np.array_split(np.arange(len(values)), max(1, most // 2))
@@ -189,6 +189,8 @@ def thinned(values: NDArray[np.float64], most: int) -> NDArray[np.intp]:
         part = values[chunk]
         if np.isfinite(part).any():
             kept |= {int(chunk[np.nanargmin(part)]), int(chunk[np.nanargmax(part)])}
+        # A gap stays one, and is not bridged.
+        kept |= set(chunk[np.isnan(part)][:1].tolist())
     return np.array(sorted(kept))
 
 
