@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -18,25 +17,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hybridcore import Phase, Stream
+from hybridcore.cli.palette import LIGHT, legend, logarithmic, style
 from hybridcore.cli.reading import calibration, history, jumps, phases, segments, thinned
 
-# By name, light and dark. The page swaps them, so the light ones must differ from each other.
-COLOURS = {
-    "ink": ("#1b1f24", "#e6e8eb"),
-    "muted": ("#59636e", "#9aa4af"),
-    "grid": ("#e3e6ea", "#333a42"),
-    "paper": ("#ffffff", "#15191e"),
-    "warmup": ("#8c6bb1", "#b79adb"),
-    "full": ("#2171b5", "#6baed6"),
-    "predict": ("#238b45", "#66c27c"),
-    "correct": ("#d9570c", "#fd9a55"),
-    "rose": ("#b5265b", "#f07aa5"),
-    "gold": ("#8a6d00", "#e0b93a"),
-}
-LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 POINTS = 2000
 SERIES = ("full", "correct", "predict", "warmup", "rose", "gold")
 
@@ -100,7 +85,7 @@ def _loss(axes: Axes, stream: Stream) -> None:
     if np.nanmin(loss, initial=np.inf) > 0.0:
         logarithmic(axes)
     axes.set_ylabel("loss")
-    _legend(axes)
+    legend(axes)
 
 
 def _running_median(
@@ -144,7 +129,7 @@ def _confidence(axes: Axes, stream: Stream) -> None:
         )
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("confidence, relative error")
-    _legend(axes)
+    legend(axes)
 
 
 def _calibration(axes: Axes, stream: Stream) -> None:
@@ -169,7 +154,7 @@ def _calibration(axes: Axes, stream: Stream) -> None:
     axes.set_ylim(0.0, 1.05)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share within 20 %")
-    _legend(axes, loc="upper left")
+    legend(axes, loc="upper left")
 
 
 def _speedup(axes: Axes, stream: Stream) -> None:
@@ -196,7 +181,7 @@ def _speedup(axes: Axes, stream: Stream) -> None:
         )
     axes.axhline(1.0, color=LIGHT["muted"], linestyle="--", linewidth=1.0)
     axes.set_ylabel("speed-up")
-    _legend(axes)
+    legend(axes)
 
 
 def _signals(axes: Axes, stream: Stream) -> None:
@@ -230,7 +215,7 @@ def _scales(axes: Axes, stream: Stream) -> None:
         )
     axes.axhline(1.0, color=LIGHT["muted"], linestyle="--", linewidth=1.0)
     axes.set_ylabel("factor on the displacement")
-    _legend(axes)
+    legend(axes)
 
 
 def _time(axes: Axes, stream: Stream) -> None:
@@ -266,7 +251,7 @@ def _gradients(axes: Axes, stream: Stream) -> None:
         kept = thinned(values, POINTS)
         axes.plot(steps[kept], values[kept], color=LIGHT[colour], linewidth=1.2, label=label)
     logarithmic(axes)
-    _legend(axes)
+    legend(axes)
 
 
 def _has_statistics(stream: Stream) -> bool:
@@ -335,29 +320,6 @@ CHARTS = (
 )
 
 
-def _style() -> Any:
-    ink = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), LIGHT["ink"]
-    )
-    return {
-        **ink,
-        "axes.edgecolor": LIGHT["muted"],
-        "axes.facecolor": LIGHT["paper"],
-        "figure.facecolor": LIGHT["paper"],
-        "legend.facecolor": LIGHT["paper"],
-        "legend.edgecolor": LIGHT["grid"],
-        "legend.fontsize": 8,
-        "grid.color": LIGHT["grid"],
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 9,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "hybridcore",
-    }
-
-
 def _draw(chart: Chart, axes: Axes, stream: Stream) -> None:
     chart.draw(axes, stream)
     if not axes.get_xlabel():
@@ -368,7 +330,7 @@ def draw_png(stream: Stream, title: str, path: Path) -> None:
     """Draw all charts that the stream has something for into one PNG."""
     shown = [chart for chart in CHARTS if chart.shown(stream)]
     rows = math.ceil(len(shown) / 2)
-    with plt.rc_context(_style()):
+    with plt.rc_context(style()):
         figure = plt.figure(figsize=(13.0, 3.9 * rows + 0.5), layout="constrained")
         figure.suptitle(title, fontsize=12)
         for index, chart in enumerate(shown, start=1):
@@ -381,7 +343,7 @@ def draw_png(stream: Stream, title: str, path: Path) -> None:
 
 def draw_svg(chart: Chart, stream: Stream) -> str:
     """Draw a chart as an SVG element for a page that defines the colours as variables."""
-    with plt.rc_context(_style()):
+    with plt.rc_context(style()):
         figure = Figure(figsize=(8.0, 3.9), layout="constrained")
         _draw(chart, figure.add_subplot(), stream)
         buffer = io.StringIO()
@@ -396,18 +358,3 @@ def draw_svg(chart: Chart, stream: Stream) -> str:
         text = text.replace(colour, f"var(--{name})")
     label = f'<svg role="img" aria-labelledby="{chart.name}-title {chart.name}-caption"'
     return text.replace("<svg", label, 1)
-
-
-def logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers beside it."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    decades = math.log10(high / low) if low > 0.0 else 0.0
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if decades < 1.5:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-
-
-def _legend(axes: Axes, loc: Any = "best") -> None:
-    axes.legend(loc=loc, framealpha=0.85)

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from hybridcore import Stream, __version__
-from hybridcore.cli.charts import CHARTS, COLOURS, draw_svg
+from hybridcore.cli.charts import CHARTS, draw_svg
+from hybridcore.cli.palette import COLOURS
 from hybridcore.cli.reading import calibration, history, jumps, phases, speedup_text
 
 MOST_ROWS = 300

@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridcore import Phase
-from hybridcore.cli.charts import logarithmic
 from hybridcore.cli.compare import Comparison, Run
 from hybridcore.cli.paired import Pair
+from hybridcore.cli.palette import logarithmic
 
 COLOURS = {
     Phase.WARMUP.name: "#8c6bb1",

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hybridcore import HybridTrainerConfig, JsonLines, read_stream
-from hybridcore.cli.charts import COLOURS
 from hybridcore.cli.page import render
+from hybridcore.cli.palette import COLOURS
 from hybridcore.cli.reading import calibration, jumps, phases, thinned, wilson
 from hybridcore_torch import HybridTrainer
 
