@@ -27,6 +27,7 @@ logger = logging.getLogger("hybridcore")
 VERSION = 1
 BLOCK = 100
 SECONDS = 1.0
+_FIELDS = set(StepResult._fields) - {"metrics"}
 
 
 class Trainer(Protocol):
@@ -49,7 +50,8 @@ class JsonLines:
             ...
 
     The file is closed at the end of the block, or else with the program. If writing fails later on,
-    because the disk is full for instance, training goes on and a warning is logged.
+    because the disk is full for instance, training goes on and a warning is logged. In a group of
+    processes, give it to one of them.
 
     Parameters
     ----------
@@ -234,6 +236,8 @@ def read_stream(path: str | Path) -> Stream:
             stream.statistics = [*taken, {**line["statistics"], "step": line["step"]}]
             stream.complete = line["final"]
         else:
+            if not line.keys() >= _FIELDS:
+                raise _damaged(path, number)
             stream.complete = False
             if by_step and line["step"] <= next(reversed(by_step)):
                 by_step = {s: v for s, v in by_step.items() if s < line["step"]}
@@ -259,7 +263,11 @@ def _parse(text: str, path: Path, number: int) -> dict[str, Any]:
                 "read it with the version that wrote it"
             )
     if not (isinstance(line, dict) and line.keys() & {"step", "stream"}):
-        raise StreamError(
-            f"{path} is damaged in line {number}: take the line out, or restore the file"
-        )
+        raise _damaged(path, number)
     return line
+
+
+def _damaged(path: Path, number: int) -> StreamError:
+    return StreamError(
+        f"{path} is damaged in line {number}: take the line out, or restore the file"
+    )

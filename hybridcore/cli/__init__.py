@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Train by real steps and predicted ones, and measure whether predicting pays.",
     cls=Commands,
     no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
 for command in (demo, compare, sweep, report, doctor):
     app.command()(command)

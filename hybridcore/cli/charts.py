@@ -234,7 +234,7 @@ def _time(axes: Axes, stream: Stream) -> None:
         _beside(axes, f"{own:.2f} s, {share:.1%} of all of it", own, -1)
         names = ["of which its own", *names]
     axes.set_yticks(range(-1 if stream.statistics else 0, len(figures)), names)
-    axes.set_xlim(0.0, 1.55 * max((figure.seconds for figure in figures), default=1.0))
+    axes.set_xlim(0.0, 1.55 * max(*(figure.seconds for figure in figures), 1e-3))
     axes.set_xlabel("seconds")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 import traceback
@@ -47,14 +48,18 @@ class Commands(TyperGroup):
             if not error.name or error.name.partition(".")[0] not in _OURS:
                 raise
             message = f'{error.name} is missing: pip install "hybridcore[torch,cli]"'
+        except OSError as error:
+            where = "the output" if error.filename is None else error.filename
+            message = f"{where}: {error.strerror or error}, name another file or make room"
         # Typer brings its own copy of click, which has no public name.
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise
             message = error.format_message()
-            if message.lstrip().lower().startswith("usage"):
-                sys.stderr.write(message + "\n")
-                sys.exit(2)
+            if type(error).__name__ == "NoArgsIsHelpError":
+                # With rich it has been printed by now, and the message is empty.
+                sys.stdout.write(message)
+                sys.exit(0)
             path = getattr(getattr(error, "ctx", None), "command_path", "hybridcore")
             message = f"{message.rstrip('.')}: see {path} --help"
         else:
@@ -85,6 +90,8 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise UserError(f"{option} {path}: the folder {folder} does not exist, make it first")
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"{option} {path} cannot be written: name a file that you may write")
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def compare(
         ),
     ],
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of each run.", show_default="1000")
+        int | None,
+        typer.Option(min=1, help="Steps of each run.", show_default="1000, or the workload's own"),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs, each of its own seed.")] = 3,
     config: Annotated[

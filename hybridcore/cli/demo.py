@@ -48,16 +48,14 @@ def demo(
     import torch
 
     from hybridcore.cli.compare import compare
+    from hybridcore.cli.own import Source
     from hybridcore.cli.picture import draw
-    from hybridcore.cli.workloads import FASHION, WORKLOADS, classifier_at_hand
+    from hybridcore.cli.workloads import WORKLOADS, classifier_at_hand
 
     if only is not None and only not in WORKLOADS:
         raise UserError(f"--only {only} is not one of {', '.join(WORKLOADS)}")
-    if only == "fashion" and not FASHION.is_dir():
-        raise UserError(
-            f"--only fashion needs {FASHION}: install Debian's package dataset-fashion-mnist, or "
-            "take --only digits"
-        )
+    if only is not None:
+        Source.of(only)
     check_output(output)
     # Side by side on a busy machine, more threads measure the scheduler.
     torch.set_num_threads(1)

@@ -43,7 +43,7 @@ from hybridcore.cli.loops import (
     of_workload,
     set_random_states,
 )
-from hybridcore.cli.workloads import WORKLOADS
+from hybridcore.cli.workloads import FASHION, WORKLOADS
 
 STEPS = 1000
 
@@ -77,6 +77,11 @@ class Source:
         UserError
             If there is no such thing.
         """
+        if target == "fashion" and not FASHION.is_dir():
+            raise UserError(
+                f"fashion needs {FASHION}: install Debian's package dataset-fashion-mnist, or take "
+                "digits"
+            )
         if target in WORKLOADS:
             return cls(target, steps=WORKLOADS[target].steps)
         path = Path(target)

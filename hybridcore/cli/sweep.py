@@ -51,7 +51,8 @@ def sweep(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of each run.", show_default="1000")
+        int | None,
+        typer.Option(min=1, help="Steps of each run.", show_default="1000, or the workload's own"),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 1,
     config: Annotated[

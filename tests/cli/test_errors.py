@@ -1,11 +1,15 @@
 """Every error path of every command: one line that says the fix, exit code 2, no traceback."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from command_line import HEAD, SMOOTH, call, check_lines, write
+
+from hybridcore import StepResult
+from hybridcore.cli import own
 
 MODEL = "    model = nn.Linear(1, 1)\n    optimizer = torch.optim.SGD(model.parameters(), 0.1)\n"
 DATA = "    data = [(torch.zeros(4, 1), torch.zeros(4, 1))]\n"
@@ -81,6 +85,7 @@ ARGUMENTS = {
     "report: no stream": (["report", "good.py"], "no stream of a run"),
     "report: no step": (["report", "begun.jsonl"], "holds no step yet"),
     "report: no folder": (["report", "one.jsonl", "--html", "no/r.html"], "make it first"),
+    "report: no room": (["report", "one.jsonl", "--html", "/dev/full"], "No space left"),
     "sweep: no equals": (["sweep", "good.py", "--set", "horizon"], "NAME=VALUE"),
     "sweep: no setting": (["sweep", "good.py", "--set", "speed=1,2"], "no setting 'speed'"),
     "sweep: no value": (["sweep", "good.py", "--set", "horizon=0,1"], "horizon must be"),
@@ -119,10 +124,17 @@ def test_a_file_that_cannot_be_run(command, text, words):
 def test_arguments_that_make_no_sense(arguments, words):
     write(SMOOTH, "good.py")
     write("horizont = 3\n", "bad.toml")
-    head = '{"stream": 1, "config": {}}\n'
+    head = json.dumps({"stream": 1, "config": {}}) + "\n"
+    step = dict.fromkeys(StepResult._fields, 0) | {"step": 1, "phase": "FULL", "events": []}
     write(head, "begun.jsonl")
-    write(head + '{"step": 1, "phase": "FULL", "loss": 1.0, "events": []}\n', "one.jsonl")
+    write(head + json.dumps(step) + "\n", "one.jsonl")
     check_lines(call(*arguments), words)
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_a_data_set_that_is_not_here(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(own, "FASHION", tmp_path / "none")
+    check_lines(call(command, "fashion", "--quiet"), "dataset-fashion-mnist")
 
 
 def test_what_goes_wrong_in_the_middle_is_one_line_too():
@@ -166,6 +178,13 @@ def test_every_command_has_help_with_json_and_quiet(command):
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "--quiet" in result.stdout
+
+
+def test_without_a_command_there_is_help():
+    result = call()
+    assert result.exit_code == 0
+    assert "compare" in result.stdout
+    assert result.stderr == ""
 
 
 def test_the_shell_can_complete():

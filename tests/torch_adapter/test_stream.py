@@ -180,6 +180,10 @@ def test_what_is_no_stream_is_refused(recorded, tmp_path):
     other.write_text("\n".join([lines[0].replace('"stream": 1', '"stream": 7'), *lines[1:], ""]))
     with pytest.raises(StreamError, match="version 7"):
         read_stream(other)
+    for damaged in (lines[5][:20], '{"step": 5}', '{"loss": 1.0}', ""):
+        other.write_text("\n".join([*lines[:5], damaged, *lines[6:], ""]))
+        with pytest.raises(StreamError, match="damaged in line 6"):
+            read_stream(other)
     other.write_text("\n".join([*lines[:5], lines[5][:20], *lines[6:], ""]))
     with pytest.raises(StreamError, match="damaged in line 6"):
         read_stream(other)
