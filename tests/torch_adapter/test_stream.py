@@ -12,6 +12,7 @@ from problems import BRISK, noisy, regression, weights
 
 from hybridcore import HybridTrainerConfig, JsonLines, StreamError, read_stream
 from hybridcore.progress import ProgressLine
+from hybridcore.stream import BLOCK
 from hybridcore_torch import HybridTrainer, TensorBoard
 
 
@@ -131,7 +132,8 @@ def test_a_run_that_is_killed_leaves_all_but_its_last_block(tmp_path):
     command = [sys.executable, "-c", code, folder, str(killed), str(ended)]
     subprocess.run(command, check=True)
     assert not read_stream(killed).complete
-    assert len(read_stream(killed).steps) >= 200
+    # On a slow machine blocks end at other steps, because a second has passed.
+    assert len(read_stream(killed).steps) > 250 - BLOCK
     assert read_stream(ended).complete
     assert len(read_stream(ended).steps) == 250
 
