@@ -11,7 +11,14 @@ import torch
 from hybridcore import Observation
 from hybridcore.dynamics import DynamicsModel, build
 from hybridcore.dynamics.rssm.ensemble import RSSMEnsemble
-from hybridcore.dynamics.rssm.params import Sizes, aligned_zeros, initialize, parameter_count, split
+from hybridcore.dynamics.rssm.params import (
+    Sizes,
+    aligned_zeros,
+    initialize,
+    parameter_count,
+    side_by_side,
+    split,
+)
 from hybridcore.kernels.cpu import bptt, rssm, training
 from hybridcore.state import TrainingState
 
@@ -20,11 +27,12 @@ SIZES = Sizes()
 HORIZONS = (1, 5, 10, 15, 25, 50, 75)
 
 
-def weights() -> np.ndarray:
-    params = aligned_zeros(MEMBERS, parameter_count(SIZES))
+def weights() -> list[np.ndarray]:
+    """Weights, and zeros for the gradients and Adam's moments, where an ensemble has them."""
+    params, *rest = side_by_side(4, MEMBERS, parameter_count(SIZES))
     for member, row in enumerate(params):
         initialize(row, SIZES, np.random.default_rng(member))
-    return params
+    return [params, *rest]
 
 
 def observations(count: int) -> list[Observation]:
@@ -49,7 +57,7 @@ class Rollout:
 
     def setup(self, horizon):
         rng = np.random.default_rng(0)
-        self.params = weights()
+        self.params, *_ = weights()
         self.state = np.zeros((MEMBERS, SIZES.latent), np.float32)
         self.classes = np.zeros((MEMBERS, SIZES.categoricals), np.int64)
         self.uniforms = rng.random((MEMBERS, 1, horizon, SIZES.categoricals), dtype=np.float32)
@@ -114,7 +122,7 @@ class Encoding:
     """Features of one step, and their encoding by each of five members."""
 
     def setup(self):
-        self.params = weights()
+        self.params, *_ = weights()
         self.state = TrainingState()
         self.seen = observations(200)
         self.out = np.zeros((MEMBERS, SIZES.latent), np.float32)
@@ -138,8 +146,7 @@ class OnlineUpdate:
 
     def setup(self, steps):
         rng = np.random.default_rng(0)
-        self.params = weights()
-        self.rest = [np.zeros_like(self.params) for _ in range(3)]
+        self.params, *self.rest = weights()
         self.updates = np.zeros(MEMBERS, np.int64)
         self.generators = rng.integers(1, 2**63, MEMBERS, dtype=np.uint64)
         self.replay = training.empty_replay(SIZES, MEMBERS, 256)
@@ -223,30 +230,35 @@ class WeightDelta:
 
 
 class Compilation:
-    """Seconds until the RSSM has made its first updates and forecast, in a fresh process."""
+    """Seconds until a model has used all of its kernels, in a fresh process; imports included."""
 
-    params = (("cold", "cached"),)
-    param_names = ("cache",)
+    params = (("linear", "mlp", "rssm"), ("cold", "cached"))
+    param_names = ("model", "cache")
     timeout = 600
     CODE = """
+import sys
 import time
 start = time.perf_counter()
+import numpy as np
 from hybridcore import Observation
-from hybridcore.dynamics import build
-model = build("rssm", "cpu")
-for k in range(40):
-    model.observe(Observation(0.99**k, 1.0, 1e-3))
+from hybridcore.dynamics import DeltaHead, build
+model = build(sys.argv[1], "cpu")
+for k in range(120):
+    model.observe(Observation(0.99**k, 1.0, 1e-3, gram=np.eye(6)[None] if k == 50 else None))
 model.forecast(75)
+if isinstance(model, DeltaHead):
+    model.teach_delta(np.ones((1, 2)))
+    model.delta()
 print(time.perf_counter() - start)
 """
 
-    def track_first_forecast(self, cache):
+    def track_first_forecast(self, model, cache):
         with tempfile.TemporaryDirectory() as folder:
-            return [self.seconds(folder) for _ in range(2)][cache == "cached"]
+            return [self.seconds(model, folder) for _ in range(2)][cache == "cached"]
 
-    def seconds(self, folder: str) -> float:
+    def seconds(self, model: str, folder: str) -> float:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
-        command = [sys.executable, "-c", self.CODE]
+        command = [sys.executable, "-c", self.CODE, model]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(done.stdout)
 

@@ -84,12 +84,12 @@ class RSSMEnsemble:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._kernels = kernels(resolve(device, members * PATHS * USUAL_HORIZON))
         self._sizes = sizes = Sizes() if sizes is None else sizes
-        self._params = layout.aligned_zeros(members, layout.parameter_count(sizes))
+        # Weights, gradients and Adam's two moments.
+        self._params, self._gradients, self._first, self._second = layout.side_by_side(
+            4, members, layout.parameter_count(sizes)
+        )
         for member, row in enumerate(self._params):
             layout.initialize(row, sizes, np.random.default_rng([seed, member]))
-        self._gradients, self._first, self._second = (
-            layout.aligned_zeros(*self._params.shape) for _ in range(3)
-        )
         self._updates = np.zeros(members, np.int64)
         states = np.random.SeedSequence(seed).generate_state(members, np.uint64)
         # The generator's state must not be 0.

@@ -13,6 +13,9 @@ FloatArray = NDArray[np.float32]
 # Floats of a cache line, where every weight starts: vector loads that straddle two lines made
 # products a third slower.
 ALIGNMENT = 16
+# Floats of a page of memory. A load waits for an earlier store at the same place of another page:
+# the processor compares the low twelve bits of their addresses first.
+PAGE = 1024
 # Floats of a vector register: rows of this length need no remainder loop.
 VECTOR = 8
 
@@ -116,6 +119,15 @@ def aligned_zeros(*shape: int) -> FloatArray:
     store = np.zeros(size + ALIGNMENT, np.float32)
     skip = -store.ctypes.data // store.itemsize % ALIGNMENT
     return store[skip : skip + size].reshape(shape)
+
+
+def side_by_side(count: int, *shape: int) -> list[FloatArray]:
+    """`count` arrays of zeros for one loop over all of them: each at its own place of a page."""
+    size = math.prod(shape)
+    apart = PAGE // count // ALIGNMENT * ALIGNMENT
+    stride = -(-size // PAGE) * PAGE + apart
+    store = aligned_zeros(count * stride)
+    return [store[k * stride : k * stride + size].reshape(shape) for k in range(count)]
 
 
 def initialize(flat: FloatArray, sizes: Sizes, rng: np.random.Generator) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from hybridcore.dynamics.rssm import params as layout
 from hybridcore.dynamics.rssm.params import FloatArray, Sizes
 from hybridcore.kernels import bodies
-from hybridcore.kernels.cpu import jit, jit_sums
+from hybridcore.kernels.cpu import inlined, part, part_sums
 from hybridcore.kernels.cpu.rssm import (
     LOG_SCALE_LIMIT,
     ONE,
@@ -39,13 +39,13 @@ from hybridcore.kernels.cpu.rssm import (
     tanh,
 )
 
-laplace_nll = jit(bodies.laplace_nll)
-laplace_mean_slope = jit(bodies.laplace_mean_slope)
-laplace_scale_slope = jit(bodies.laplace_scale_slope)
-softplus_slope = jit(bodies.softplus_slope)
-sigmoid_slope = jit(bodies.sigmoid_slope)
-tanh_slope = jit(bodies.tanh_slope)
-mixed_slope = jit(bodies.mixed_slope)
+laplace_nll = part(bodies.laplace_nll)
+laplace_mean_slope = part(bodies.laplace_mean_slope)
+laplace_scale_slope = part(bodies.laplace_scale_slope)
+softplus_slope = part(bodies.softplus_slope)
+sigmoid_slope = part(bodies.sigmoid_slope)
+tanh_slope = part(bodies.tanh_slope)
+mixed_slope = part(bodies.mixed_slope)
 
 
 class Window(NamedTuple):
@@ -82,13 +82,14 @@ class Trace(NamedTuple):
     posteriors: FloatArray  # (k, S), softmax
     raw_deltas: FloatArray  # (k, D)
     divergences: FloatArray  # (k,), nats
-    d_recurrent: FloatArray  # (H,)
+    # Gradients. Of d_recurrent, the gates of the last row and the rest of the first one stay 0: no
+    # step follows the window, and of its initial state only the gates saw anything.
+    d_recurrent: FloatArray  # (k + 1, H)
+    d_posteriors: FloatArray  # (k, S), that in the stochastic state before it becomes the logits'
+    d_encodings: FloatArray  # (k, L)
     d_gates: FloatArray  # (I,)
     d_hidden: FloatArray  # (L,)
-    d_encoding: FloatArray  # (L,)
-    d_stochastic: FloatArray  # (S,)
-    d_prior: FloatArray  # (S,)
-    d_delta: FloatArray  # (D,)
+    d_delta: FloatArray  # (1, D)
 
 
 def trace(sizes: Sizes, steps: int) -> Trace:
@@ -105,57 +106,85 @@ def trace(sizes: Sizes, steps: int) -> Trace:
         posteriors=rows(steps, n_s),
         raw_deltas=rows(steps, sizes.outputs),
         divergences=rows(steps),
-        d_recurrent=rows(n_h),
+        d_recurrent=rows(steps + 1, n_h),
+        d_posteriors=rows(steps, n_s),
+        d_encodings=rows(steps, sizes.latent),
         d_gates=rows(n_i),
         d_hidden=rows(sizes.latent),
-        d_encoding=rows(sizes.latent),
-        d_stochastic=rows(n_s),
-        d_prior=rows(n_s),
-        d_delta=rows(sizes.outputs),
+        d_delta=rows(1, sizes.outputs),
     )
 
 
-@jit_sums
-def add_transposed(weight: FloatArray, d: FloatArray, first: int, x: FloatArray) -> None:
-    """``x += weight[:, first:] @ d[first:]``, by rows: the gradient in the input of a product."""
-    # Slices, because an index that starts at `first` might be negative, and numba would check.
-    tail = d[first:]
-    for i in range(x.shape[0]):
-        row = weight[i, first:]
-        total = ZERO
-        for j in range(tail.shape[0]):
-            total += row[j] * tail[j]
-        x[i] += total
+@part
+def clear(x: FloatArray) -> None:
+    """``x[:] = 0`` without the checks of a slice assignment."""
+    for j in range(x.shape[0]):
+        x[j] = ZERO
 
 
-@jit
-def add_outer(x: FloatArray, d: FloatArray, grad: FloatArray) -> None:
-    """``grad += outer(x, d)``: the gradient in the weight of a product."""
-    for i in range(x.shape[0]):
-        x0 = x[i]
-        for j in range(d.shape[0]):
-            grad[i, j] += x0 * d[j]
+@part_sums
+def add_transposed(weight: FloatArray, d: FloatArray, x: FloatArray) -> None:
+    """``x += weight @ d``, four rows at a time: the gradient in the input of a product."""
+    rows, columns = weight.shape
+    last = rows - 1
+    for i in range(0, rows, 4):
+        # Beyond the last row the last one again, and what comes of it is not used.
+        i1, i2, i3 = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+        s0 = s1 = s2 = s3 = ZERO
+        for j in range(columns):
+            dj = d[j]
+            s0 += weight[i, j] * dj
+            s1 += weight[i1, j] * dj
+            s2 += weight[i2, j] * dj
+            s3 += weight[i3, j] * dj
+        x[i] += s0
+        if i < i1:
+            x[i1] += s1
+        if i1 < i2:
+            x[i2] += s2
+        if i2 < i3:
+            x[i3] += s3
 
 
-@jit
-def add(d: FloatArray, grad: FloatArray) -> None:
-    """``grad += d``."""
-    for j in range(d.shape[0]):
-        grad[j] += d[j]
+@part
+def add_outers(x: FloatArray, d: FloatArray, grad: FloatArray) -> None:
+    """``grad += x.T @ d``: the gradient in the weight of a product, of all steps.
+
+    Four steps at a time: each pass over `grad` costs a load and a store.
+    """
+    steps, last = x.shape[0], x.shape[0] - 1
+    for t in range(0, steps, 4):
+        t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+        for i in range(x.shape[1]):
+            # Beyond the last step the last one again, times 0.
+            x0 = x[t, i]
+            x1 = x[t1, i] if t < t1 else ZERO
+            x2 = x[t2, i] if t1 < t2 else ZERO
+            x3 = x[t3, i] if t2 < t3 else ZERO
+            for j in range(d.shape[1]):
+                # From the left: four fused products.
+                sum1 = grad[i, j] + x0 * d[t, j] + x1 * d[t1, j]
+                grad[i, j] = sum1 + x2 * d[t2, j] + x3 * d[t3, j]
 
 
-@jit
-def add_to_rows(
-    classes: Classes, n_classes: int, d: FloatArray, first_row: int, grad: FloatArray
-) -> None:
-    """``grad[first_row:] += outer(s, d)`` for one-hot vectors s."""
+@part
+def add_rows(d: FloatArray, grad: FloatArray) -> None:
+    """``grad += d.sum(axis=0)``: the gradient in a bias, of all steps."""
+    for t in range(d.shape[0]):
+        for j in range(d.shape[1]):
+            grad[j] += d[t, j]
+
+
+@part
+def add_to_rows(classes: Classes, n_classes: int, d: FloatArray, grad: FloatArray) -> None:
+    """``grad += outer(s, d)`` for one-hot vectors s."""
     for c in range(classes.shape[0]):
-        row = first_row + c * n_classes + classes[c]
+        row = c * n_classes + classes[c]
         for j in range(d.shape[0]):
             grad[row, j] += d[j]
 
 
-@jit
+@part
 def divergence(posterior: FloatArray, prior: FloatArray, n_classes: int) -> float:
     """KL divergence in nats of the posterior from the prior, summed over the categoricals."""
     uniform = ONE / np.float32(n_classes)
@@ -166,7 +195,7 @@ def divergence(posterior: FloatArray, prior: FloatArray, n_classes: int) -> floa
     return total
 
 
-@jit
+@part
 def through_softmax(probabilities: FloatArray, n_classes: int, d: FloatArray) -> None:
     """Turn the gradient in the mixed probabilities into that in the logits, in place."""
     for first in range(0, d.shape[0], n_classes):
@@ -177,7 +206,7 @@ def through_softmax(probabilities: FloatArray, n_classes: int, d: FloatArray) ->
             d[k] = mixed_slope(probabilities[k], d[k], mean)
 
 
-@jit
+@inlined
 def window_forward(w: Any, sizes: Sizes, window: Window, tr: Trace) -> float:
     """Run the model over the window from row 0 of ``tr.hidden`` and ``tr.classes``.
 
@@ -218,7 +247,7 @@ def window_forward(w: Any, sizes: Sizes, window: Window, tr: Trace) -> float:
     return loss
 
 
-@jit
+@inlined
 def window_gradient(
     params: FloatArray,
     sizes: Sizes,
@@ -263,43 +292,40 @@ def window_gradient(
     steps = window.changes.shape[0]
     uniform = ONE / np.float32(n_k)
     d_loss = 3 * n_l + n_s
-    # Without a step after the last, no gradient reaches the gates: only columns from 3 L on count.
-    first = 3 * n_l
-    tr.d_recurrent[:] = ZERO
-    tr.d_gates[:] = ZERO
-    tr.d_hidden[:] = ZERO
+    clear(tr.d_gates)
+    clear(tr.d_hidden)
     for t in range(steps - 1, -1, -1):
-        hidden, classes = tr.hidden[t + 1], tr.classes[t + 1]
+        classes, d_recurrent = tr.classes[t + 1], tr.d_recurrent[t + 1]
         prior, posterior = tr.recurrent[t + 1, 3 * n_l : d_loss], tr.posteriors[t]
+        d_prior, d_posterior = d_recurrent[3 * n_l : d_loss], tr.d_posteriors[t]
 
         bend = tanh(tr.recurrent[t + 1, d_loss + 1] / LOG_SCALE_LIMIT)
         error = window.changes[t] - tr.recurrent[t + 1, d_loss]
         weight = window.change_weights[t]
         d_mean = weight * laplace_mean_slope(error, log_scale(bend))
         d_raw = weight * laplace_scale_slope(error, log_scale(bend)) * tanh_slope(bend)
-        tr.d_recurrent[d_loss] = d_mean
-        tr.d_recurrent[d_loss + 1] = d_raw
+        d_recurrent[d_loss] = d_mean
+        d_recurrent[d_loss + 1] = d_raw
         tr.d_gates[3 * n_l] = d_mean
         tr.d_gates[3 * n_l + 1] = d_raw
 
-        tr.d_stochastic[:] = ZERO
-        add_transposed(w.stochastic_weight, tr.d_gates, first, tr.d_stochastic)
-        add_to_rows(classes, n_k, tr.d_gates, 0, g.stochastic_weight)
+        clear(d_posterior)
+        add_transposed(w.stochastic_weight, tr.d_gates, d_posterior)
+        add_to_rows(classes, n_k, tr.d_gates, g.stochastic_weight)
         if window.delta_weights[t] > ZERO:
             for j in range(sizes.outputs):
                 raw = tr.raw_deltas[t, j]
                 mapped = delta_mapped(raw, j)
                 slope = sigmoid_slope(mapped) if j == 1 else softplus_slope(raw)
                 miss = mapped - window.deltas[t, j]
-                tr.d_delta[j] = TWO * window.delta_weights[t] * miss * slope
-            add_transposed(w.delta_weight[:n_l], tr.d_delta, 0, tr.d_hidden)
-            add_transposed(w.delta_weight[n_l:], tr.d_delta, 0, tr.d_stochastic)
-            add_outer(hidden, tr.d_delta, g.delta_weight[:n_l])
-            add_to_rows(classes, n_k, tr.d_delta, n_l, g.delta_weight)
-            add(tr.d_delta, g.delta_bias)
+                tr.d_delta[0, j] = TWO * window.delta_weights[t] * miss * slope
+            add_transposed(w.delta_weight[:n_l], tr.d_delta[0], tr.d_hidden)
+            add_transposed(w.delta_weight[n_l:], tr.d_delta[0], d_posterior)
+            add_outers(tr.hidden[t + 1 : t + 2], tr.d_delta, g.delta_weight[:n_l])
+            add_to_rows(classes, n_k, tr.d_delta[0], g.delta_weight[n_l:])
+            add_rows(tr.d_delta, g.delta_bias)
 
-        d_posterior, d_prior = tr.d_stochastic, tr.d_prior
-        d_prior[:] = ZERO
+        clear(d_prior)
         loss += (dynamics + representation) * max(free, tr.divergences[t])
         if tr.divergences[t] > free:
             for j in range(n_s):
@@ -309,54 +335,62 @@ def window_gradient(
                 d_posterior[j] += np.float32(representation) * np.float32(math.log(ratio))
         through_softmax(prior, n_k, d_prior)
         through_softmax(posterior, n_k, d_posterior)
-        copy(d_prior, tr.d_recurrent[3 * n_l : d_loss])
 
-        add_transposed(w.hidden_weight, tr.d_recurrent, first, tr.d_hidden)
-        add_outer(hidden, tr.d_recurrent, g.hidden_weight)
-        add(tr.d_recurrent, g.hidden_bias)
-        add_transposed(w.posterior_weight[:n_l], d_posterior, 0, tr.d_hidden)
-        add_outer(hidden, d_posterior, g.posterior_weight[:n_l])
-        add_outer(tr.encodings[t], d_posterior, g.posterior_weight[n_l:])
-        add(d_posterior, g.posterior_bias)
-
-        tr.d_encoding[:] = ZERO
-        add_transposed(w.posterior_weight[n_l:], d_posterior, 0, tr.d_encoding)
+        add_transposed(w.hidden_weight, d_recurrent, tr.d_hidden)
+        add_transposed(w.posterior_weight[:n_l], d_posterior, tr.d_hidden)
+        d_encoding = tr.d_encodings[t]
+        clear(d_encoding)
+        add_transposed(w.posterior_weight[n_l:], d_posterior, d_encoding)
         for j in range(n_l):
-            tr.d_encoding[j] *= tanh_slope(tr.encodings[t, j])
-        add_outer(window.features[t], tr.d_encoding, g.encoder_weight)
-        add(tr.d_encoding, g.encoder_bias)
+            d_encoding[j] *= tanh_slope(tr.encodings[t, j])
 
-        gru_backward(tr.gates[t], tr.recurrent[t], tr.hidden[t], tr)
-        add(tr.d_gates[: 3 * n_l], g.stochastic_bias)
-        first = 0
-    # Of the initial state, only the gates of the first step saw anything.
-    tr.d_recurrent[3 * n_l :] = ZERO
-    tr.d_gates[3 * n_l :] = ZERO
-    add_outer(tr.hidden[0], tr.d_recurrent, g.hidden_weight)
-    add(tr.d_recurrent, g.hidden_bias)
-    add_to_rows(tr.classes[0], n_k, tr.d_gates, 0, g.stochastic_weight)
+        gru_backward(
+            tr.gates[t],
+            tr.recurrent[t],
+            tr.hidden[t],
+            tr.d_gates,
+            tr.d_recurrent[t],
+            tr.d_hidden,
+        )
+        for j in range(3 * n_l):
+            g.stochastic_bias[j] += tr.d_gates[j]
+    clear(tr.d_gates[3 * n_l :])
+    add_to_rows(tr.classes[0], n_k, tr.d_gates, g.stochastic_weight)
+    add_outers(tr.hidden, tr.d_recurrent, g.hidden_weight)
+    add_rows(tr.d_recurrent, g.hidden_bias)
+    add_outers(tr.hidden[1:], tr.d_posteriors, g.posterior_weight[:n_l])
+    add_outers(tr.encodings, tr.d_posteriors, g.posterior_weight[n_l:])
+    add_rows(tr.d_posteriors, g.posterior_bias)
+    add_outers(window.features, tr.d_encodings, g.encoder_weight)
+    add_rows(tr.d_encodings, g.encoder_bias)
     return loss
 
 
-@jit
-def gru_backward(gates: FloatArray, recurrent: FloatArray, old: FloatArray, tr: Trace) -> None:
+@inlined
+def gru_backward(
+    gates: FloatArray,
+    recurrent: FloatArray,
+    old: FloatArray,
+    d_gates: FloatArray,
+    d_recurrent: FloatArray,
+    d_hidden: FloatArray,
+) -> None:
     """Turn the gradient in the new hidden state into those in the gates' arguments and the old.
 
-    The first 3 L of ``tr.d_gates`` and ``tr.d_recurrent`` receive the gradients in the two shares
-    of the arguments; ``tr.d_hidden`` that in the old hidden state, but for what its recurrent
-    share still adds.
+    The first 3 L of `d_gates` and `d_recurrent` receive the gradients in the two shares of the
+    arguments; `d_hidden` that in the old hidden state, but for what its recurrent share still adds.
     """
     n = old.shape[0]
     for j in range(n):
         reset, update, candidate = gates[j], gates[n + j], gates[2 * n + j]
-        d = tr.d_hidden[j]
+        d = d_hidden[j]
         d_candidate = d * (ONE - update) * tanh_slope(candidate)
         d_update = d * (old[j] - candidate) * sigmoid_slope(update)
         d_reset = d_candidate * recurrent[2 * n + j] * sigmoid_slope(reset)
-        tr.d_gates[j] = d_reset
-        tr.d_gates[n + j] = d_update
-        tr.d_gates[2 * n + j] = d_candidate
-        tr.d_recurrent[j] = d_reset
-        tr.d_recurrent[n + j] = d_update
-        tr.d_recurrent[2 * n + j] = d_candidate * reset
-        tr.d_hidden[j] = d * update
+        d_gates[j] = d_reset
+        d_gates[n + j] = d_update
+        d_gates[2 * n + j] = d_candidate
+        d_recurrent[j] = d_reset
+        d_recurrent[n + j] = d_update
+        d_recurrent[2 * n + j] = d_candidate * reset
+        d_hidden[j] = d * update

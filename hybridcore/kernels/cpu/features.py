@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.kernels import bodies
-from hybridcore.kernels.cpu import jit
+from hybridcore.kernels.cpu import jit, part
 
 FloatArray = NDArray[np.float64]
 
@@ -149,24 +149,24 @@ MOST_GROWTH = 5.0
 MOST_PRODUCT = 1e150
 
 # One formula for the float32 of the networks and the float64 here.
-moving_mean: Any = jit(bodies.moving_mean)
-log_or = jit(bodies.log_or)
-clipped = jit(bodies.clipped)
-averaged_gaps = jit(bodies.averaged_gaps)
-signed_log = jit(bodies.signed_log)
-half_log = jit(bodies.half_log)
-in_deviations = jit(bodies.in_deviations)
-aligned = jit(bodies.aligned)
-per_variance = jit(bodies.per_variance)
-correlation = jit(bodies.correlation)
-contrast = jit(bodies.contrast)
-log_ratio = jit(bodies.log_ratio)
-skewness = jit(bodies.skewness)
-moving_variance = jit(bodies.moving_variance)
-standardised = jit(bodies.standardised)
+moving_mean: Any = part(bodies.moving_mean)
+log_or = part(bodies.log_or)
+clipped = part(bodies.clipped)
+averaged_gaps = part(bodies.averaged_gaps)
+signed_log = part(bodies.signed_log)
+half_log = part(bodies.half_log)
+in_deviations = part(bodies.in_deviations)
+aligned = part(bodies.aligned)
+per_variance = part(bodies.per_variance)
+correlation = part(bodies.correlation)
+contrast = part(bodies.contrast)
+log_ratio = part(bodies.log_ratio)
+skewness = part(bodies.skewness)
+moving_variance = part(bodies.moving_variance)
+standardised = part(bodies.standardised)
 
 
-@jit
+@part
 def average(
     s: FloatArray,
     loss_move: float,
@@ -216,7 +216,7 @@ def average(
         s[GAIN + k] = moving_mean(s[GAIN + k], gain, share)
 
 
-@jit
+@part
 def write_values(s: FloatArray, first_order: float, length: float) -> None:
     """Write the features that follow from the state, before normalisation, into it.
 
@@ -279,7 +279,7 @@ def write_values(s: FloatArray, first_order: float, length: float) -> None:
             s[v + COSINE + k] = aligned(-s[NORM_GAP_2 + k], s[NORM_VARIANCE + k])
 
 
-@jit
+@part
 def normalise(
     s: FloatArray, start: int, stop: int, count: float, memory: float, limit: float, out: Any
 ) -> None:
@@ -352,10 +352,11 @@ def step(
 
     write_values(s, first_order, length)
     s[TAIL_COUNT] += 1.0
-    normalise(s, 0, FIXED, s[COUNT], memory, limit, out)
     for i in range(TAIL - FIXED):
         out[FIXED + i] = clipped((s[VALUES + FIXED + i] - CENTRES[i]) / WIDTHS[i], limit)
-    normalise(s, TAIL, FEATURES, s[TAIL_COUNT], memory, limit, out)
+    # One call, because numba compiles a function once more for other literal arguments.
+    for start, stop, count in ((0, FIXED, COUNT), (TAIL, FEATURES, TAIL_COUNT)):
+        normalise(s, start, stop, s[count], memory, limit, out)
 
 
 @jit

@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from hybridcore.dynamics.rssm import params as layout
 from hybridcore.dynamics.rssm.params import FloatArray, Sizes
 from hybridcore.kernels import bodies
-from hybridcore.kernels.cpu import jit
+from hybridcore.kernels.cpu import jit, part
 
 Classes = NDArray[np.int64]
 
-split = jit(layout.split)
+split = part(layout.split)
 tanh = jit(bodies.tanh)
-sigmoid = jit(bodies.sigmoid)
+sigmoid = part(bodies.sigmoid)
 exp_of_negative = jit(bodies.exp_of_negative)
 softplus = jit(bodies.softplus)
-gru_output = jit(bodies.gru_output)
-mixed = jit(bodies.mixed)
-log_scale = jit(bodies.log_scale)
-laplace_variance = jit(bodies.laplace_variance)
-next_state = jit(bodies.next_state)
-unit_uniform = jit(bodies.unit_uniform)
+gru_output = part(bodies.gru_output)
+mixed = part(bodies.mixed)
+log_scale = part(bodies.log_scale)
+laplace_variance = part(bodies.laplace_variance)
+next_state = part(bodies.next_state)
+unit_uniform = part(bodies.unit_uniform)
 
 HALF, ONE, TWO, ZERO = bodies.HALF, bodies.ONE, bodies.TWO, bodies.ZERO
 LOG_SCALE_LIMIT = bodies.LOG_SCALE_LIMIT
@@ -44,7 +44,7 @@ def work_size(sizes: Sizes) -> int:
     return 7 * sizes.latent + sizes.categoricals * sizes.classes + 4 + 2 * layout.VECTOR
 
 
-@jit
+@part
 def add_product(x: FloatArray, weight: FloatArray, y: FloatArray) -> None:
     """``y += x @ weight``, four rows at a time: each pass over `y` costs a load and a store."""
     rows, columns = weight.shape
@@ -61,16 +61,14 @@ def add_product(x: FloatArray, weight: FloatArray, y: FloatArray) -> None:
             y[j] += x0 * weight[i, j]
 
 
-@jit
-def add_one_hots(
-    classes: Classes, n_classes: int, weight: FloatArray, first_row: int, y: FloatArray
-) -> None:
-    """``y += s @ weight[first_row:]`` for one-hot vectors s: the rows of their classes."""
+@part
+def add_one_hots(classes: Classes, n_classes: int, weight: FloatArray, y: FloatArray) -> None:
+    """``y += s @ weight`` for one-hot vectors s: the rows of their classes."""
     columns = y.shape[0]
     n = classes.shape[0]
     whole = n - n % 4
     for c in range(0, whole, 4):
-        row = first_row + c * n_classes
+        row = c * n_classes
         r0 = row + classes[c]
         r1 = row + n_classes + classes[c + 1]
         r2 = row + 2 * n_classes + classes[c + 2]
@@ -78,19 +76,19 @@ def add_one_hots(
         for j in range(columns):
             y[j] += (weight[r0, j] + weight[r1, j]) + (weight[r2, j] + weight[r3, j])
     for c in range(whole, n):
-        row = first_row + c * n_classes + classes[c]
+        row = c * n_classes + classes[c]
         for j in range(columns):
             y[j] += weight[row, j]
 
 
-@jit
+@part
 def copy(source: FloatArray, target: FloatArray) -> None:
     """``target[:] = source`` without the checks of a slice assignment."""
     for j in range(target.shape[0]):
         target[j] = source[j]
 
 
-@jit
+@part
 def encode_member(features: FloatArray, w: Any, encoding: FloatArray) -> None:
     """Encode: ``encoding = tanh(features @ encoder_weight + encoder_bias)``."""
     copy(w.encoder_bias, encoding)
@@ -118,7 +116,7 @@ def from_classes(classes: Classes, n_classes: int, w: Any, out: FloatArray) -> N
     the loss head.
     """
     copy(w.stochastic_bias, out)
-    add_one_hots(classes, n_classes, w.stochastic_weight, 0, out)
+    add_one_hots(classes, n_classes, w.stochastic_weight, out)
 
 
 @jit
@@ -140,23 +138,22 @@ def gru(gates: FloatArray, recurrent: FloatArray, hidden: FloatArray) -> None:
 @jit
 def softmax(logits: FloatArray, categoricals: int, n_classes: int) -> None:
     """Softmax within each categorical, in place."""
-    for c in range(categoricals):
-        group = logits[c * n_classes : (c + 1) * n_classes]
-        top = group[0]
-        for k in range(1, n_classes):
-            top = group[k] if group[k] > top else top
-        for k in range(n_classes):
-            group[k] -= top
-    for j in range(categoricals * n_classes):
+    end = categoricals * n_classes
+    for first in range(0, end, n_classes):
+        top = logits[first]
+        for j in range(first + 1, first + n_classes):
+            top = logits[j] if logits[j] > top else top
+        for j in range(first, first + n_classes):
+            logits[j] -= top
+    for j in range(end):
         logits[j] = exp_of_negative(logits[j])
-    for c in range(categoricals):
-        group = logits[c * n_classes : (c + 1) * n_classes]
+    for first in range(0, end, n_classes):
         total = ZERO
-        for k in range(n_classes):
-            total += group[k]
+        for j in range(first, first + n_classes):
+            total += logits[j]
         inverse = ONE / total
-        for k in range(n_classes):
-            group[k] *= inverse
+        for j in range(first, first + n_classes):
+            logits[j] *= inverse
 
 
 @jit
@@ -175,7 +172,7 @@ def sample(
         classes[c] = chosen
 
 
-@jit
+@part
 def accumulate(mean: FloatArray, variance: FloatArray) -> None:
     """Turn the loss head's outputs along a path into running sums of means and variances."""
     horizon = mean.shape[0]
@@ -187,7 +184,7 @@ def accumulate(mean: FloatArray, variance: FloatArray) -> None:
         variance[t] += variance[t - 1]
 
 
-@jit
+@part
 def delta_raw(
     hidden: FloatArray, classes: Classes, n_classes: int, w: Any, out: FloatArray
 ) -> None:
@@ -195,10 +192,10 @@ def delta_raw(
     n = hidden.shape[0]
     copy(w.delta_bias, out)
     add_product(hidden, w.delta_weight[:n], out)
-    add_one_hots(classes, n_classes, w.delta_weight, n, out)
+    add_one_hots(classes, n_classes, w.delta_weight[n:], out)
 
 
-@jit
+@part
 def delta_mapped(raw: np.float32, index: int) -> np.float32:
     """Output `index` of the delta head: the confidence, number 1, logistic; others softplus."""
     if index == 1:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from hybridcore.dynamics.rssm.params import FloatArray, Sizes
 from hybridcore.kernels import bodies
-from hybridcore.kernels.cpu import jit, jit_sums
+from hybridcore.kernels.cpu import inlined, jit, part, part_sums
 from hybridcore.kernels.cpu.bptt import Trace, Window, window_gradient
 from hybridcore.kernels.cpu.rssm import ZERO, Classes, copy, next_state, unit_uniform
 
-moving_mean = jit(bodies.moving_mean)
-adam_change = jit(bodies.adam_change)
+moving_mean = part(bodies.moving_mean)
+adam_change = part(bodies.adam_change)
 
 
 class Objective(NamedTuple):
@@ -98,7 +98,7 @@ def empty_window(sizes: Sizes, steps: int) -> Window:
     )
 
 
-@jit_sums
+@part_sums
 def squared_norm(grad: FloatArray) -> float:
     """Sum of squares, in float64."""
     total = 0.0
@@ -107,7 +107,7 @@ def squared_norm(grad: FloatArray) -> float:
     return total
 
 
-@jit
+@inlined
 def adam_update(
     params: FloatArray,
     grad: FloatArray,
@@ -155,7 +155,7 @@ def adam_update(
     return norm
 
 
-@jit
+@inlined
 def load_window(
     replay: Replay,
     member: int,
@@ -210,7 +210,8 @@ def update(
     Parameters
     ----------
     params, grads, first, second : (M, P) ndarray of float32
-        Weights, gradients (0 before and after) and Adam's moments.
+        Weights, gradients (0 before and after) and Adam's moments. Here the members take turns,
+        and all use the first row of `grads`, which so stays in the cache.
     updates : (M,) ndarray of int64
         Updates made by each member, raised by one unless its gradient was not finite.
     generators : (M,) ndarray of uint64
@@ -259,14 +260,14 @@ def update(
                     objective.dynamics / windows,
                     objective.representation / windows,
                     objective.free,
-                    grads[m],
+                    grads[0],
                 )
         generators[m] = state
         losses[m] = loss * windows / used if used > 0 else np.nan
         if used > 0:
             norm = adam_update(
                 params[m],
-                grads[m],
+                grads[0],
                 first[m],
                 second[m],
                 updates[m] + 1,

@@ -8,7 +8,7 @@ of them ever add to one number, so that a gradient is the same in every run.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -45,14 +45,6 @@ through_softmax = device(cpu.through_softmax)
 gru_backward = device(cpu.gru_backward)
 
 
-class Slopes(NamedTuple):
-    """One column of what ``cpu.bptt.gru_backward`` writes; the names are those of `Trace`."""
-
-    d_gates: FloatArray
-    d_recurrent: FloatArray
-    d_hidden: FloatArray
-
-
 def traces(sizes: Sizes, steps: int, members: int) -> Trace:
     """Allocate the work arrays of `members` blocks, on the host, for windows of `steps` steps."""
     fields = cpu.trace(sizes, steps)
@@ -61,7 +53,7 @@ def traces(sizes: Sizes, steps: int, members: int) -> Trace:
 
 @device
 def trace_of(tr: Trace, m: int) -> Trace:
-    """Take views of the work arrays of one member."""
+    """Take views of the work arrays of one member; of its gradients, one row for all steps."""
     return Trace(
         tr.hidden[m],
         tr.classes[m],
@@ -71,13 +63,12 @@ def trace_of(tr: Trace, m: int) -> Trace:
         tr.posteriors[m],
         tr.raw_deltas[m],
         tr.divergences[m],
-        tr.d_recurrent[m],
+        tr.d_recurrent[m, 0],
+        tr.d_posteriors[m, 0],
+        tr.d_encodings[m, 0],
         tr.d_gates[m],
         tr.d_hidden[m],
-        tr.d_encoding[m],
-        tr.d_stochastic[m],
-        tr.d_prior[m],
-        tr.d_delta[m],
+        tr.d_delta[m, 0],
     )
 
 
@@ -172,7 +163,7 @@ def logit_slopes(
     for c in range(lane, sizes.categoricals, lanes):
         a, b = c * n_k, (c + 1) * n_k
         prior, posterior = tr.recurrent[t + 1, n_p + a : n_p + b], tr.posteriors[t, a:b]
-        d_prior, d_posterior = tr.d_recurrent[n_p + a : n_p + b], tr.d_stochastic[a:b]
+        d_prior, d_posterior = tr.d_recurrent[n_p + a : n_p + b], tr.d_posteriors[a:b]
         for k in range(n_k):
             d_prior[k] = ZERO
         if tr.divergences[t] > free:
@@ -189,16 +180,16 @@ def gate_slopes(tr: Trace, t: int, g: Any, lane: int, lanes: int) -> None:
     """Gradients of step t in the gates' arguments and in the old hidden state, by columns."""
     n = tr.d_hidden.shape[0]
     for j in range(lane, n, lanes):
-        slopes = Slopes(
-            tr.d_gates[j : 3 * n : n], tr.d_recurrent[j : 3 * n : n], tr.d_hidden[j : j + 1]
-        )
+        d_gates = tr.d_gates[j : 3 * n : n]
         gru_backward(
             tr.gates[t, j : 3 * n : n],
             tr.recurrent[t, j : 3 * n : n],
             tr.hidden[t, j : j + 1],
-            slopes,
+            d_gates,
+            tr.d_recurrent[j : 3 * n : n],
+            tr.d_hidden[j : j + 1],
         )
-        add(slopes.d_gates, g.stochastic_bias[j : 3 * n : n], 0, 1)
+        add(d_gates, g.stochastic_bias[j : 3 * n : n], 0, 1)
 
 
 @kernel
@@ -314,35 +305,35 @@ def window_gradients(
             state, drawn_classes = tr.hidden[t + 1], tr.classes[t + 1]
             loss_slopes(window, t, tr, sizes, head, lane, lanes)
             for j in range(lane, n_s, lanes):
-                tr.d_stochastic[j] = ZERO
+                tr.d_posteriors[j] = ZERO
             cuda.syncthreads()
-            add_transposed(w.stochastic_weight, tr.d_gates, first, tr.d_stochastic, lane, lanes)
+            add_transposed(w.stochastic_weight, tr.d_gates, first, tr.d_posteriors, lane, lanes)
             add_to_rows(drawn_classes, n_k, tr.d_gates, g.stochastic_weight, lane, lanes)
             if window.delta_weights[t] > ZERO:
                 add_transposed(w.delta_weight, tr.d_delta, 0, tr.d_hidden, lane, lanes)
-                add_transposed(w.delta_weight[n_l:], tr.d_delta, 0, tr.d_stochastic, lane, lanes)
+                add_transposed(w.delta_weight[n_l:], tr.d_delta, 0, tr.d_posteriors, lane, lanes)
                 add_outer(state, tr.d_delta, g.delta_weight, lane, lanes)
                 add_to_rows(drawn_classes, n_k, tr.d_delta, g.delta_weight[n_l:], lane, lanes)
                 add(tr.d_delta, g.delta_bias, lane, lanes)
             cuda.syncthreads()
             logit_slopes(tr, t, sizes, dynamics, representation, free, lane, lanes)
             for j in range(lane, n_l, lanes):
-                tr.d_encoding[j] = ZERO
+                tr.d_encodings[j] = ZERO
             cuda.syncthreads()
-            d_posterior = tr.d_stochastic
+            d_posterior = tr.d_posteriors
             add_transposed(w.hidden_weight, tr.d_recurrent, first, tr.d_hidden, lane, lanes)
             add_transposed(w.posterior_weight, d_posterior, 0, tr.d_hidden, lane, lanes)
-            add_transposed(w.posterior_weight[n_l:], d_posterior, 0, tr.d_encoding, lane, lanes)
+            add_transposed(w.posterior_weight[n_l:], d_posterior, 0, tr.d_encodings, lane, lanes)
             for j in range(lane, n_l, lanes):
-                tr.d_encoding[j] *= tanh_slope(tr.encodings[t, j])
+                tr.d_encodings[j] *= tanh_slope(tr.encodings[t, j])
             add_outer(state, tr.d_recurrent, g.hidden_weight, lane, lanes)
             add(tr.d_recurrent, g.hidden_bias, lane, lanes)
             add_outer(state, d_posterior, g.posterior_weight, lane, lanes)
             add_outer(tr.encodings[t], d_posterior, g.posterior_weight[n_l:], lane, lanes)
             add(d_posterior, g.posterior_bias, lane, lanes)
             cuda.syncthreads()
-            add_outer(window.features[t], tr.d_encoding, g.encoder_weight, lane, lanes)
-            add(tr.d_encoding, g.encoder_bias, lane, lanes)
+            add_outer(window.features[t], tr.d_encodings, g.encoder_weight, lane, lanes)
+            add(tr.d_encodings, g.encoder_bias, lane, lanes)
             gate_slopes(tr, t, g, lane, lanes)
             first = 0
         cuda.syncthreads()
