@@ -25,9 +25,9 @@ from scipy.special import erf
 
 from benchmarks.forecasters import (
     Array,
-    ExpertMixture,
     Forecaster,
     LinearTrend,
+    Mixture,
     Modelled,
     Persistence,
     PowerLaw,
@@ -60,7 +60,7 @@ BASELINES: dict[str, Factory] = {
     "power law": lambda others: PowerLaw(),
 }
 FORECASTERS: dict[str, Factory] = {
-    "mixture": lambda others: ExpertMixture(),
+    "mixture": lambda others: Mixture(),
     "mlp": lambda others: Modelled(MLPDynamics()),
     "rssm": lambda others: Modelled(RSSMDynamics()),
 }

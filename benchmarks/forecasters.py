@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -16,6 +15,7 @@ from scipy.optimize import OptimizeWarning, curve_fit
 
 from hybridcore import Observation
 from hybridcore.dynamics import DynamicsModel
+from hybridcore.dynamics.mixture import ExpertMixture
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -24,16 +24,6 @@ RECENT = 200
 SMOOTHING = 0.1
 LINE = 50
 EVALUATIONS = 200
-
-# ExpertMixture. Level gain, trend gain and damping of its exponential smoothings.
-SMOOTHINGS = ((0.1, 0.0, 1.0), (0.03, 0.0, 1.0), (0.5, 0.1, 1.0), (0.2, 0.05, 0.995))
-LINES = (20, 50, 150)
-RESIDUAL_GAINS = (0.1, 0.03)
-BANDS = ((0, 5), (5, 15), (15, 75))
-EVERY = 5
-WEIGHT_DISCOUNT = 0.8
-STEEPNESS = 30.0
-SPREAD_DISCOUNT = 0.97
 
 
 class Forecaster(Protocol):
@@ -118,8 +108,7 @@ class Modelled:
         self._model.observe(Observation(loss, gradient_norm, learning_rate))
 
     def forecast(self, horizon: int) -> tuple[Array, Array]:
-        forecasts = [self._model.forecast(step) for step in range(1, horizon + 1)]
-        return np.array([f.mean for f in forecasts]), np.array([f.std for f in forecasts])
+        return _steps(self._model, horizon)
 
 
 class PowerLaw:
@@ -148,15 +137,6 @@ class PowerLaw:
         ahead = np.log(np.arange(count + 1.0, count + horizon + 1.0))
         return power_law(ahead, *self._parameters), np.full(horizon, self._noise)
 
-    def offset(self, gain: float) -> float:
-        """Exponentially weighted mean of the residuals of the last fit."""
-        if not self._fitted:
-            return 0.0
-        y = np.array(self._logs[: self._fitted])
-        residual = y - power_law(np.log(np.arange(1.0, len(y) + 1.0)), *self._parameters)
-        weights = (1.0 - gain) ** np.arange(len(y) - 1.0, -1.0, -1.0)
-        return float(weights @ residual / weights.sum())
-
     def _fit(self) -> None:
         y = np.array(self._logs)
         x = np.log(np.arange(1.0, len(y) + 1.0))
@@ -177,124 +157,22 @@ class PowerLaw:
         self._noise = math.sqrt(float(residual @ residual) / len(residual))
 
 
-class DampedTrend:
-    """Holt's exponential smoothing of level and damped trend (Gardner & McKenzie 1985, eq. 1)."""
-
-    def __init__(self, level_gain: float, trend_gain: float, damping: float) -> None:
-        self._gains = level_gain, trend_gain
-        self._damping = damping
-        self._count = 0
-        self._level = self._trend = 0.0
-
-    def observe(self, y: float) -> None:
-        """Take one log loss."""
-        self._count += 1
-        level_gain, trend_gain = max(self._gains[0], 1.0 / self._count), self._gains[1]
-        trend = self._damping * self._trend
-        # The first gain is 1: the level starts at the first value, whatever it was before.
-        level = self._level + trend + level_gain * (y - self._level - trend)
-        if self._count > 1:
-            self._trend = trend + trend_gain * (level - self._level - trend)
-        self._level = level
-
-    def mean(self, horizon: int) -> Array:
-        """Forecast (horizon,) of the next log losses."""
-        damped = np.cumsum(self._damping ** np.arange(1.0, horizon + 1.0))
-        return self._level + self._trend * damped
-
-
-class ExpertMixture:
-    """Simple forecasts, weighted by how well each did lately at leads like these.
-
-    The experts are levels, damped trends, lines, and power laws (of the whole run, moved to the
-    recent level, and of its second half). Every `EVERY` steps all of them forecast; when the steps
-    have passed, each is charged its mean square error. Within a band of leads the weights are
-    ``error ** -STEEPNESS`` of a discounted mean error: inverse-error combination (Bates & Granger
-    1969), made steep. The spread at a lead is that of a normal distribution with the discounted
-    mean absolute error that the mixture itself made there: losses have heavy tails, and a mean
-    square would state too little confidence in the bulk.
-    """
+class Mixture:
+    """What hybridcore's learned models start from."""
 
     def __init__(self) -> None:
-        self._logs: list[float] = []
-        self._smoothings = [DampedTrend(*gains) for gains in SMOOTHINGS]
-        self._lines = [LinearTrend(window) for window in LINES]
-        self._law = PowerLaw()
-        experts = len(SMOOTHINGS) + len(LINES) + len(RESIDUAL_GAINS) + 1
-        self._errors = np.zeros((len(BANDS), experts))
-        self._weight_sums = np.zeros(len(BANDS))
-        self._misses = np.zeros(BANDS[-1][1])
-        self._spread_sums = np.zeros(BANDS[-1][1])
-        self._pending: list[deque[tuple[int, Array, Array]]] = [deque() for _ in BANDS]
+        self._model = ExpertMixture()
 
     def observe(self, loss: float, gradient_norm: float, learning_rate: float) -> None:
-        y = math.log(loss)
-        self._logs.append(y)
-        for smoothing in self._smoothings:
-            smoothing.observe(y)
-        for line in self._lines:
-            line.observe(loss, gradient_norm, learning_rate)
-        self._law.observe(loss, gradient_norm, learning_rate)
-        self._charge()
-        if len(self._logs) % EVERY == 0:
-            experts = self._experts(BANDS[-1][1])
-            made = len(self._logs), experts, self._mixed(experts)
-            for pending in self._pending:
-                pending.append(made)
+        self._model.observe(math.log(loss))
 
     def forecast(self, horizon: int) -> tuple[Array, Array]:
-        # Leads beyond the last band take the spread of its end.
-        leads = np.minimum(np.arange(horizon), BANDS[-1][1] - 1)
-        sums = self._spread_sums[leads]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            absolute = np.where(sums > 0.0, self._misses[leads] / sums, np.inf)
-        spread = math.sqrt(math.pi / 2.0) * absolute
-        return self._mixed(self._experts(horizon)), spread
+        return _steps(self._model, horizon)
 
-    def _experts(self, horizon: int) -> Array:
-        means = [smoothing.mean(horizon) for smoothing in self._smoothings]
-        means += [line.forecast(horizon)[0] for line in self._lines]
-        law = self._law.forecast(horizon)[0]
-        means += [law + self._law.offset(gain) for gain in RESIDUAL_GAINS]
-        means.append(self._recent_law(horizon))
-        return np.array(means)
 
-    def _recent_law(self, horizon: int) -> Array:
-        """Straight line in log-log through the second half of the run."""
-        count = len(self._logs)
-        y = np.array(self._logs[count // 2 :])
-        x = np.log(np.arange(count // 2 + 1.0, count + 1.0))
-        centred = x - x.mean()
-        energy = float(centred @ centred)
-        slope = float(centred @ y) / energy if energy > 0.0 else 0.0
-        ahead = np.log(np.arange(count + 1.0, count + horizon + 1.0))
-        mean: Array = y.mean() + slope * (ahead - x.mean())
-        return mean
-
-    def _mixed(self, experts: Array) -> Array:
-        mixed = np.empty(experts.shape[1])
-        for band, (first, end) in enumerate(BANDS):
-            ahead = slice(first, None if band == len(BANDS) - 1 else end)
-            errors = self._errors[band] / max(self._weight_sums[band], 1.0)
-            # Below the rounding of float32 losses no expert is better than another.
-            ratio = (errors + 1e-14) / (errors.min() + 1e-14)
-            weights = ratio**-STEEPNESS
-            mixed[ahead] = weights @ experts[:, ahead] / weights.sum()
-        return mixed
-
-    def _charge(self) -> None:
-        for band, (first, end) in enumerate(BANDS):
-            pending = self._pending[band]
-            while pending and pending[0][0] + end <= len(self._logs):
-                made, experts, mixed = pending.popleft()
-                real = np.array(self._logs[made + first : made + end])
-                error = np.mean((experts[:, first:end] - real) ** 2, axis=1)
-                self._errors[band] = WEIGHT_DISCOUNT * self._errors[band] + error
-                self._weight_sums[band] = WEIGHT_DISCOUNT * self._weight_sums[band] + 1.0
-                own = slice(first, end)
-                miss = np.abs(mixed[own] - real)
-                self._misses[own] = SPREAD_DISCOUNT * self._misses[own] + miss
-                self._spread_sums[own] = SPREAD_DISCOUNT * self._spread_sums[own] + 1.0
+def _steps(model: DynamicsModel | ExpertMixture, horizon: int) -> tuple[Array, Array]:
+    forecasts = [model.forecast(step) for step in range(1, horizon + 1)]
+    return np.array([f.mean for f in forecasts]), np.array([f.std for f in forecasts])
 
 
 def power_law(log_step: Array, log_a: float, log_b: float, decay: float) -> Array:

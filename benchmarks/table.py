@@ -26,7 +26,12 @@ SMOOTH = {"siren": "SIREN fits china.jpg", "burgers": "PINN, viscous Burgers equ
 NOISY = {"fashion": "MLP, Fashion-MNIST, batches of 64"}
 # Of plain's steps: about as many as take its processor time.
 LESS = 0.85
-MODELS = {"discounted": "`linear`", "mlp": "`mlp`", "rssm": "`rssm`"}
+MODELS = {
+    "discounted": "`linear`",
+    "mixture": "the mixture alone",
+    "mlp": "`mlp`",
+    "rssm": "`rssm`",
+}
 
 
 def recorded(name: str) -> dict[str, Any]:

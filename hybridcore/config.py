@@ -41,10 +41,10 @@ class HybridTrainerConfig:
         Copies of the trainable parameters that are kept, 4 to 10.
     dynamics : {"linear", "mlp", "rssm"}
         Model of the loss, which decides how far the loss's trend is trusted: a discounted line, or
-        that line corrected by a network or by an ensemble of recurrent state-space models, which
-        learn while the run goes on. All three take the same jumps where it was measured, and the
-        learned ones cost each step more (``benchmarks/ablation.py``); how well they forecast says
-        ``benchmarks/forecast_skill.py``.
+        a mixture of simple forecasts corrected by a network or by an ensemble of recurrent
+        state-space models, which learn while the run goes on. The learned ones forecast better, by
+        the mixture rather than by what corrects it, but gained no jumps where it was measured, and
+        cost each step more (``benchmarks/ablation.py``, ``benchmarks/forecast_skill.py``).
     device : {"auto", "cpu", "cuda"}
         Where the kernels of the "rssm" model run; "cuda" needs that model and a GPU. "auto" is the
         CPU until a recorded measurement says from which size on a GPU pays.

@@ -1,4 +1,4 @@
-"""A small network that learns online by how much the linear trend misses, and how surely."""
+"""A small network that learns online by how much a mixture of simple forecasts misses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 
 from hybridcore.dynamics.conformal import ConformalScale
 from hybridcore.dynamics.linear import LinearDynamics
+from hybridcore.dynamics.mixture import KNOTS, ExpertMixture
 from hybridcore.dynamics.protocol import Forecast
+from hybridcore.dynamics.stacking import Stacking
 from hybridcore.state import FEATURES, TrainingState
 from hybridcore.types import Observation
 
 Array = NDArray[np.float64]
 
 HIDDEN = 32
-# Horizons at which the network speaks; in between it is interpolated over the log of the horizon.
-KNOTS = np.array([1, 2, 3, 5, 8, 15, 25, 45, 75])
+# The network speaks at the knots of the mixture; in between it is interpolated over the log of the
+# horizon.
 PLACES = np.log(KNOTS)
 CAPACITY = 512
 UPDATE_INTERVAL = 4
@@ -30,13 +32,13 @@ LOG_SCALE_LIMIT = 4.0
 
 
 class MLPDynamics:
-    """Corrects a :class:`LinearDynamics`: ``mean += std * miss(x)``, ``std *= exp(log_scale(x))``.
+    """Corrects an :class:`ExpertMixture`: ``mean += share * std * miss(x)``, ``std *= exp(s(x))``.
 
     A network of one hidden layer maps the 64 features of :mod:`hybridcore.state` to the miss and
-    the log-scale at each of ``KNOTS``. It learns from forecasts that have come due, by the negative
-    log likelihood of a Laplace distribution, in mini-batches drawn from a ring of recent steps
-    every ``UPDATE_INTERVAL`` steps with Adam (Kingma & Ba 2015). It starts as the trend itself: its
-    last layer is zero.
+    the log-scale s at each of ``KNOTS``; the share is that of :class:`Stacking`. It learns from
+    forecasts that have come due, by the negative log likelihood of a Laplace distribution, in
+    mini-batches drawn from a ring of recent steps every ``UPDATE_INTERVAL`` steps with Adam (Kingma
+    & Ba 2015). It starts as the mixture itself: its last layer is zero.
 
     Parameters
     ----------
@@ -47,6 +49,7 @@ class MLPDynamics:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._trend = LinearDynamics()
+        self._mixture = ExpertMixture()
         self._state = TrainingState()
         inputs, outputs = len(FEATURES), 2 * len(KNOTS)
         first = np.random.default_rng(seed).normal(size=(inputs, HIDDEN)) / math.sqrt(inputs)
@@ -55,11 +58,12 @@ class MLPDynamics:
         self._count = self._updates = self._segment = 0
         self._features = np.zeros((CAPACITY, inputs))
         self._logs = np.zeros(CAPACITY)
-        # What the trend said at each knot, and the stretch of full steps that a step belongs to.
+        # What the mixture said at each knot, and the stretch of full steps that a step belongs to.
         self._means = np.zeros((CAPACITY, len(KNOTS)))
         self._stds = np.full((CAPACITY, len(KNOTS)), math.inf)
         self._segments = np.full(CAPACITY, -1)
-        self._calibration = ConformalScale(tuple(int(horizon) for horizon in KNOTS))
+        knots = tuple(int(horizon) for horizon in KNOTS)
+        self._calibration, self._stacking = ConformalScale(knots), Stacking(knots)
         self._answers: tuple[Array, Array] | None = None
 
     @property
@@ -87,16 +91,16 @@ class MLPDynamics:
         self._features[slot] = self._state.features()
         self._logs[slot] = math.log(observation.loss)
         self._segments[slot] = self._segment
-        bases = [self._trend.forecast(float(horizon)) for horizon in KNOTS]
-        self._means[slot] = [base.mean for base in bases]
-        self._stds[slot] = [base.std for base in bases]
+        self._mixture.observe(float(self._logs[slot]))
+        self._means[slot], self._stds[slot] = means, stds = self._mixture.at_knots()
         self._calibration.settle(float(self._logs[slot]))
+        self._stacking.settle(float(self._logs[slot]))
         self._answers = None
-        means, stds = self._means[slot].copy(), self._stds[slot].copy()
-        if math.isfinite(stds[0]):
-            shift, width = self._answer()
-            means += shift * stds
-            stds *= np.exp(width)
+        miss, width = self._answer()
+        moved = miss * np.where(np.isfinite(stds), stds, 0.0)
+        self._stacking.follow(means, moved)
+        means = means + self._stacking.shares * moved
+        stds = stds * np.exp(width)
         self._calibration.follow(list(map(Forecast, means.tolist(), stds.tolist())))
         self._count += 1
         if self._count % UPDATE_INTERVAL == 0:
@@ -105,14 +109,16 @@ class MLPDynamics:
 
     def forecast(self, horizon: float) -> Forecast:
         """Forecast of the log loss `horizon` full steps after the last one observed."""
-        raw = self._corrected(self._trend.forecast(horizon), horizon)
+        raw = self._corrected(self._mixture.forecast(horizon), horizon)
         return Forecast(raw.mean, raw.std * self._calibration.factor(horizon))
 
     def restart(self) -> None:
         """Forget the trend: the weights have moved by other means than full steps."""
         self._trend.restart()
+        self._mixture.restart()
         self._state.restart()
         self._calibration.restart()
+        self._stacking.restart()
         self._segment += 1
         self._answers = None
 
@@ -120,6 +126,7 @@ class MLPDynamics:
         """Return the whole state as numbers, lists and arrays."""
         return {
             "trend": self._trend.state_dict(),
+            "mixture": self._mixture.state_dict(),
             "state": self._state.state_dict(),
             "weights": [w.copy() for w in self._weights],
             "moments": [[m.copy() for m in row] for row in self._moments],
@@ -130,11 +137,13 @@ class MLPDynamics:
             "stds": self._stds.copy(),
             "segments": self._segments.copy(),
             "calibration": self._calibration.state_dict(),
+            "stacking": self._stacking.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._trend.load_state_dict(state["trend"])
+        self._mixture.load_state_dict(state["mixture"])
         self._state.load_state_dict(state["state"])
         self._weights = [np.array(w, dtype=np.float64) for w in state["weights"]]
         self._moments = [[np.array(m, dtype=np.float64) for m in row] for row in state["moments"]]
@@ -143,15 +152,17 @@ class MLPDynamics:
             setattr(self, f"_{name}", np.array(state[name], dtype=np.float64))
         self._segments = np.array(state["segments"], dtype=np.int64)
         self._calibration.load_state_dict(state["calibration"])
+        self._stacking.load_state_dict(state["stacking"])
         self._answers = None
 
     def _corrected(self, base: Forecast, horizon: float) -> Forecast:
-        """Correct what the trend says, before calibration."""
+        """Correct what the mixture says, as far as corrections are believed; not calibrated."""
         if not math.isfinite(base.std):
             return base
         at = math.log(max(horizon, 1.0))
         shift, width = (float(np.interp(at, PLACES, answer)) for answer in self._answer())
-        return Forecast(base.mean + shift * base.std, base.std * math.exp(width))
+        share = self._stacking.share(horizon)
+        return Forecast(base.mean + share * shift * base.std, base.std * math.exp(width))
 
     def _answer(self) -> tuple[Array, Array]:
         """Miss and log-scale at the knots, for the newest step."""

@@ -266,32 +266,6 @@ def test_levels():
     assert mean == pytest.approx([level] * 3)
 
 
-def test_an_undamped_trend_continues_a_line_and_a_damped_one_levels_off():
-    def trend(damping):
-        model = forecasters.DampedTrend(0.5, 0.3, damping)
-        for y in 5.0 - 0.1 * np.arange(500):
-            model.observe(y)
-        return model.mean(1000)
-
-    np.testing.assert_allclose(trend(1.0), 5.0 - 0.1 * np.arange(500, 1500), atol=1e-6)
-    damped = trend(0.9)
-    assert abs(damped[-1] - damped[-2]) < 1e-9
-    assert damped[0] > damped[-1]
-
-
-def test_the_mixture_finds_the_expert_that_is_right():
-    line = 5.0 - 0.02 * np.arange(400)
-    mean, _ = fed(forecasters.ExpertMixture(), line).forecast(75)
-    np.testing.assert_allclose(mean, 5.0 - 0.02 * np.arange(400, 475), atol=1e-3)
-    steps = np.arange(1.0, 801.0)
-    mean, _ = fed(forecasters.ExpertMixture(), 1.0 - 0.5 * np.log(steps)).forecast(75)
-    np.testing.assert_allclose(mean, 1.0 - 0.5 * np.log(np.arange(801.0, 876.0)), atol=1e-3)
-    # Of pure noise the best forecast is its mean.
-    mean, std = fed(forecasters.ExpertMixture(), noisy(10, 1500)).forecast(75)
-    assert np.sqrt(np.mean(mean**2)) < 0.12
-    np.testing.assert_allclose(std, 0.3, rtol=0.25)
-
-
 uncompiled = pytest.mark.skipif(numba.config.DISABLE_JIT, reason="takes minutes uncompiled")
 every_forecaster = pytest.mark.parametrize(
     "make",

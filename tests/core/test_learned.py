@@ -12,6 +12,7 @@ from descent import BRISK, Descent
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.dynamics import DeltaHead, LinearDynamics, build
+from hybridcore.dynamics.mixture import ExpertMixture
 from hybridcore.dynamics.mlp import BATCH, CAPACITY, KNOTS, LEARNING_RATE, MLPDynamics
 from hybridcore.dynamics.rssm import RSSMDynamics
 
@@ -64,11 +65,13 @@ def test_an_update_is_that_of_torch(count):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-def test_it_begins_as_the_trend():
-    series = contract.noisy_series(4, 3)
-    model, trend = (contract.fed(make, series) for make in (MLPDynamics, LinearDynamics))
-    for horizon in (0, 1, 7, 75, 500):
-        assert model.forecast(horizon) == pytest.approx(trend.forecast(horizon))
+def test_it_begins_as_the_mixture():
+    model, mixture = MLPDynamics(), ExpertMixture()
+    for loss in contract.noisy_series(4, 14):
+        model.observe(contract.observed(loss))
+        mixture.observe(math.log(loss))
+    for horizon in (0, 1, 3, 7, 75, 500):
+        assert model.forecast(horizon).mean == pytest.approx(mixture.forecast(horizon).mean)
 
 
 @pytest.mark.parametrize("name", ["mlp", pytest.param("rssm", marks=compiled)])

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from hybridcore.dynamics.conformal import ConformalScale
 from hybridcore.dynamics.linear import LinearDynamics
+from hybridcore.dynamics.mixture import ExpertMixture
 from hybridcore.dynamics.protocol import Forecast
 from hybridcore.dynamics.rssm.ensemble import RSSMEnsemble
+from hybridcore.dynamics.stacking import Stacking
 from hybridcore.state import TrainingState
 from hybridcore.types import Observation
 
@@ -27,9 +29,10 @@ LEAST_MAGNITUDE = 0.1
 class RSSMDynamics:
     """An :class:`RSSMEnsemble` on the 64 features of :class:`~hybridcore.state.TrainingState`.
 
-    The ensemble forecasts how the level of a :class:`LinearDynamics` moves away from its line, so
-    that it begins as that line. Its intervals are widened or narrowed until nine in ten of its
-    recent forecasts were covered.
+    The ensemble forecasts how the level of an :class:`~hybridcore.dynamics.mixture.ExpertMixture`
+    moves away from the mixture's path, and is believed as far as that was right
+    (:class:`~hybridcore.dynamics.stacking.Stacking`): it begins as the mixture. Its intervals are
+    widened or narrowed until nine in ten of its recent forecasts were covered.
 
     Parameters
     ----------
@@ -45,10 +48,12 @@ class RSSMDynamics:
         self, seed: int = 0, members: int = 5, device: Literal["auto", "cpu", "cuda"] = "auto"
     ) -> None:
         self._trend = LinearDynamics()
+        self._mixture = ExpertMixture()
         self._state = TrainingState()
         self._ensemble = RSSMEnsemble(seed, members, device=device)
         # In follow intervals, which are the calibration's steps.
-        self._calibration = ConformalScale(tuple(h // FOLLOW_INTERVAL for h in KNOTS))
+        follows = tuple(h // FOLLOW_INTERVAL for h in KNOTS)
+        self._calibration, self._stacking = ConformalScale(follows), Stacking(follows)
         self._count = 0
         self._line = math.nan
         self._groups = HEADS
@@ -74,15 +79,21 @@ class RSSMDynamics:
             return
         self._trend.observe(observation)
         self._state.update(observation)
-        level = self._trend.forecast(0.0).mean
+        log_loss = math.log(observation.loss)
+        self._mixture.observe(log_loss)
+        level = self._mixture.mean(0.0)
         # NaN after a restart: then no full step led here.
         self._ensemble.observe(self._state.features(), level - self._line)
-        self._line = self._trend.forecast(1.0).mean
+        self._line = self._mixture.mean(1.0)
         self._count += 1
         if self._count % FOLLOW_INTERVAL == 0:
-            self._calibration.settle(math.log(observation.loss))
+            self._calibration.settle(log_loss)
+            self._stacking.settle(log_loss)
             # The longest first: it holds the others.
-            self._calibration.follow([self._forecast(h) for h in reversed(KNOTS)][::-1])
+            moved = [self._moved(h) for h in reversed(KNOTS)][::-1]
+            plain = [self._mixture.mean(h) for h in KNOTS]
+            self._stacking.follow(plain, moved)
+            self._calibration.follow([self._forecast(h) for h in KNOTS])
 
     def forecast(self, horizon: float) -> Forecast:
         """Forecast of the log loss `horizon` full steps after the last one observed."""
@@ -119,18 +130,22 @@ class RSSMDynamics:
     def restart(self) -> None:
         """Forget the trend: the weights have moved by other means than full steps."""
         self._trend.restart()
+        self._mixture.restart()
         self._state.restart()
         self._ensemble.restart()
         self._calibration.restart()
+        self._stacking.restart()
         self._line = math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as numbers, lists and arrays."""
         return {
             "trend": self._trend.state_dict(),
+            "mixture": self._mixture.state_dict(),
             "state": self._state.state_dict(),
             "ensemble": self._ensemble.state_dict(),
             "calibration": self._calibration.state_dict(),
+            "stacking": self._stacking.state_dict(),
             "count": self._count,
             "line": self._line,
             "groups": self._groups,
@@ -140,8 +155,10 @@ class RSSMDynamics:
         """Take back what :meth:`state_dict` returned."""
         self._ensemble.load_state_dict(state["ensemble"])
         self._trend.load_state_dict(state["trend"])
+        self._mixture.load_state_dict(state["mixture"])
         self._state.load_state_dict(state["state"])
         self._calibration.load_state_dict(state["calibration"])
+        self._stacking.load_state_dict(state["stacking"])
         self._count, self._line = int(state["count"]), float(state["line"])
         self._groups = int(state["groups"])
 
@@ -151,12 +168,22 @@ class RSSMDynamics:
         return slice(first, max(first + 1, (head + 1) * self._groups // HEADS))
 
     def _forecast(self, horizon: float) -> Forecast:
-        """Before calibration: the line, moved by the ensemble, with the variances of both."""
-        base = self._trend.forecast(horizon)
-        if not math.isfinite(base.std) or self._ensemble.updates < LEAST_UPDATES:
+        """Before calibration: the mixture, moved as far as the ensemble is believed.
+
+        The spread is the mixture's, and what the ensemble doubts of its move.
+        """
+        base = self._mixture.forecast(horizon)
+        share = self._stacking.share(horizon / FOLLOW_INTERVAL)
+        if share == 0.0 or not math.isfinite(base.std) or self._ensemble.updates < LEAST_UPDATES:
             return base
-        steps = max(1, round(horizon))
-        rollout = self._ensemble.forecast(steps)
-        moved = rollout.mean[-1] if horizon > 0.0 else 0.0
-        variance = self._trend.noise**2 + rollout.aleatoric[-1] + rollout.epistemic[-1]
-        return Forecast(base.mean + float(moved), math.sqrt(variance))
+        rollout = self._ensemble.forecast(max(1, round(horizon)))
+        doubt = share * share * float(rollout.epistemic[-1])
+        return Forecast(
+            base.mean + share * self._moved(horizon), math.sqrt(base.std * base.std + doubt)
+        )
+
+    def _moved(self, horizon: float) -> float:
+        """How far the ensemble says that the level will have left the mixture's path."""
+        if horizon == 0.0 or self._ensemble.updates < LEAST_UPDATES:
+            return 0.0
+        return float(self._ensemble.forecast(max(1, round(horizon))).mean[-1])
