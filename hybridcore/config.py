@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -128,10 +129,16 @@ class HybridTrainerConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> HybridTrainerConfig:
         """Build from a mapping; a name that is not a setting raises :class:`ConfigError`."""
+        if not isinstance(settings, Mapping):
+            raise _error("settings", settings, "a mapping of names to values")
         known = [f.name for f in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
+                near = difflib.get_close_matches(str(name), known, 1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(
+                    f"unknown setting {name!r}; known settings: {', '.join(known)}{meant}"
+                )
         return cls(**settings)
 
     @classmethod
@@ -140,7 +147,8 @@ class HybridTrainerConfig:
         try:
             with Path(path).open("rb") as file:
                 document = tomllib.load(file)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        # Not only the decoder's own: numbers may be too long, and brackets nested too deeply.
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
         settings = document.get("hybridcore", document)
         if not isinstance(settings, Mapping):

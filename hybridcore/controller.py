@@ -134,8 +134,9 @@ class Controller:
         self.forecast_loss = NAN
         level = self.monitor.level
         if not observation.applied:
-            self.note_level(level, self.monitor.observe_delta(finite=False))
-            self.note("batch left out")
+            if not observation.overflow:
+                self.note_level(level, self.monitor.observe_delta(finite=False))
+            self.note("loss scale overflowed" if observation.overflow else "batch left out")
             return
         self.note_level(level, self.monitor.observe(observation.loss, observation.gradient_norm))
         self.taken += 1
@@ -171,9 +172,15 @@ class Controller:
         self.average.restart()
         self.outer.stop()
 
-    def restart(self, pairs: int) -> None:
+    @property
+    def snapshots(self) -> int:
+        """Snapshots that there is room for."""
+        return self.pace.snapshots
+
+    def restart(self, pairs: int, snapshots: int | None = None) -> None:
         """Forget the trajectory, and a jump under way: the parameters are others now."""
         self.forget_path()
+        self.pace.snapshots = self.pace.snapshots if snapshots is None else snapshots
         self.secant.pairs = pairs
         self.flight, self.leap = None, 0
         self.secant.rest(self.taken)
@@ -183,7 +190,7 @@ class Controller:
             self.pace.wait += self.taken
         self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
         self.rule.restart()
-        self.note("parameters changed")
+        self.note("snapshots and trend start over")
 
     # -- the phases -------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class Controller:
 
     def full(self) -> Turn:
         """Take a full step, with what is due beside it: a decision, a snapshot, an outer step."""
-        if self.gram is not None and self.bank == self.config.snapshots:
+        if self.gram is not None and self.bank == self.pace.snapshots:
             self.flight = yield from self._choose(self.gram)
             if self.flight is not None:
                 self.secant.unmark()
@@ -230,11 +237,11 @@ class Controller:
             self.regular = regular
             if last and not wanted:
                 self.pace.wait += self.config.snapshot_interval
-            self.bank = min(self.bank + 1, self.config.snapshots)
+            self.bank = min(self.bank + 1, self.pace.snapshots)
             gram = observation.gram
             # Weights that are not finite can hide from the loss, but not from the bank.
             self.gram = gram if gram is not None and np.isfinite(gram).all() else None
-            long = self.bank == self.config.snapshots and regular <= -self.config.snapshots
+            long = self.bank == self.pace.snapshots and regular <= -self.pace.snapshots
             if last and long and not self.outer.straight:
                 self.pace.rest(self.taken)
 
@@ -280,7 +287,7 @@ class Controller:
         if action not in BEARABLE:
             return None
         if self.confidence < config.confidence_threshold:
-            if in_path < config.confidence_threshold / 2 and self.regular >= config.snapshots:
+            if in_path < config.confidence_threshold / 2 and self.regular >= self.pace.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
                 self.pace.look_later(self.taken)
             return None
@@ -373,7 +380,8 @@ class Controller:
     @property
     def _has_rest(self) -> bool:
         """Whether outer steps, if they are wanted, have the time to pay."""
-        return self.config.outer_momentum and self.pace.until_snapshot(self.taken) >= LEAST
+        wanted = self.config.outer_momentum and self.pace.snapshots > 0
+        return wanted and self.pace.until_snapshot(self.taken) >= LEAST
 
     @property
     def in_flight(self) -> Flight:

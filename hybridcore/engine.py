@@ -107,17 +107,19 @@ class Engine:
         """Drop the present step, because the user's code raised in it."""
         self._turn = self._directive = None
 
-    def regroup(self, pairs: int = 0) -> None:
-        """Start over with an empty bank: the parameters are others than they were.
+    def regroup(self, pairs: int = 0, snapshots: int | None = None) -> None:
+        """Start over with an empty bank: the parameters, or the room for copies of them, changed.
 
         Parameters
         ----------
         pairs : int
             Secant pairs that the adapter can hold now.
+        snapshots : int, optional
+            Snapshots that it can hold now, 0 or at least 4; by default as many as before.
         """
         self._read()
         self.pairs = pairs
-        self._controller.restart(pairs)
+        self._controller.restart(pairs, snapshots)
         self._quiet = self._controller.quiet_steps()
 
     def count_plain(self, observation: Observation) -> None:
@@ -183,6 +185,11 @@ class Engine:
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self._controller.holds_pairs
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots that there is room for, as far as the engine knows."""
+        return self._controller.snapshots
 
     @property
     def needs_batch(self) -> bool:
@@ -262,7 +269,8 @@ class Engine:
             counters.full_steps += 1
             counters.backward_passes += math.isfinite(observation.loss)
             # A trial point may be far off: that is no fault of the batch.
-            counters.divergences += not observation.applied and directive.action is Action.FULL
+            bad = not (observation.applied or observation.overflow)
+            counters.divergences += bad and directive.action is Action.FULL
             counters.secant_steps += directive.action is Action.GRADIENT
             meter.full_seconds.append(observation.seconds)
         elif directive.action is Action.SKIP:

@@ -66,7 +66,8 @@ def correct(controller: Controller) -> Turn:
     due = controller.taken + 1 in (settling // 2, settling)
     observation = yield Directive(Action.FULL, snapshot=due, learning_rate_scale=SETTLE_RATE)
     controller.absorb(observation)
-    controller.lost = 0 if observation.applied else controller.lost + 1
+    bad = not (observation.applied or observation.overflow)
+    controller.lost = controller.lost + 1 if bad else 0
     # One bad batch is the data's fault, several in a row are the jump's.
     hopeless = controller.lost == PATIENT_STEPS
     # The fast directions that a jump excites fall back within a few steps, or never.

@@ -81,6 +81,8 @@ class TrainingStatistics:
     arm_values : dict of str to float
         By extrapolator, how many full steps its last jumps gained, net; under "secant" what the
         last blocks of quasi-Newton steps did.
+    snapshots : int
+        Snapshots that there is room for: the setting, or fewer where memory ran out.
     confidence : float
         Confidence in [0, 1] at the last decision.
     divergence_level : str
@@ -109,6 +111,7 @@ class TrainingStatistics:
     measured_speedup: float
     measured_speedup_interval: Interval
     arm_values: dict[str, float]
+    snapshots: int
     confidence: float
     divergence_level: str
     divergence_signals: dict[str, float]
@@ -140,6 +143,7 @@ class TrainingStatistics:
             measured_speedup=speedup,
             measured_speedup_interval=interval,
             arm_values=dict(controller.arm_values),
+            snapshots=controller.snapshots,
             confidence=controller.confidence,
             divergence_level=controller.divergence_level,
             divergence_signals=dict(controller.divergence_signals),

@@ -149,8 +149,16 @@ class PhaseController(Protocol):
         """False if the next step will neither train nor probe."""
         ...
 
-    def restart(self, pairs: int) -> None:
-        """Forget the trajectory: the parameters are others, with room for `pairs` secant pairs."""
+    @property
+    def snapshots(self) -> int:
+        """Snapshots that there is room for."""
+        ...
+
+    def restart(self, pairs: int, snapshots: int | None = None) -> None:
+        """Forget the trajectory: the parameters, or the room for copies of them, are others.
+
+        There is room for `pairs` secant pairs, and for `snapshots` snapshots, as before if None.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

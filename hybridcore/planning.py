@@ -30,6 +30,8 @@ BACKTEST_INTERVALS = (1, 2)
 # Error of a forecast, relative to the distance moved, at which nothing can be trusted.
 WORTHLESS_ERROR = 0.5
 MOST_REACH = 8
+# Steps to the next look at whether there is room for snapshots again.
+LONG = 1000
 MOST_PATIENCE = 16
 # Looking at the path again costs no forward pass, so that a path which has become regular, as it
 # does when a learning rate falls, is not overlooked for long.
@@ -168,6 +170,8 @@ class Pace:
 
     Attributes
     ----------
+    snapshots : int
+        Snapshots that there is room for; with 0 there are no jumps.
     wait : int
         Full steps in the present phase after which a jump may be chosen.
     put_offs : int
@@ -185,6 +189,7 @@ class Pace:
 
     def __init__(self, config: HybridTrainerConfig) -> None:
         self._config = config
+        self.snapshots = config.snapshots
         self.wait = config.min_full_steps
         self.put_offs = 0
         self.patience = 1
@@ -197,8 +202,10 @@ class Pace:
 
         Snapshots are spread over the last of the wait, and go on at the same distance after it.
         """
+        if not self.snapshots:
+            return LONG
         lead, interval = self.wait - taken - 1, self._config.snapshot_interval
-        return max(lead % interval, lead - interval * (self._config.snapshots - 1))
+        return max(lead % interval, lead - interval * (self.snapshots - 1))
 
     def look_later(self, taken: int) -> None:
         """Wait, after full step number `taken` of the phase, for the path to become regular."""
@@ -280,15 +287,18 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
-        names = ("wait", "put_offs", "patience", "worth", "surprise")
+        names = ("snapshots", "wait", "put_offs", "patience", "worth", "surprise")
         return {name: getattr(self, name) for name in names} | {"arms": dict(self.arm_values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+        # Before there could be fewer than the settings ask for, there was no such entry.
+        self.snapshots = int(state.get("snapshots", self._config.snapshots))
         self.wait, self.put_offs = int(state["wait"]), int(state["put_offs"])
         self.patience = int(state["patience"])
         self.worth, self.surprise = float(state["worth"]), float(state["surprise"])
-        self.arm_values = dict(state["arms"])
+        # Some savers leave out what is empty.
+        self.arm_values = dict(state.get("arms", {}))
 
     def steps_for(self, progress: float, slope: float) -> float:
         """Full steps that would have made `progress` in log loss at `slope` per step."""

@@ -114,6 +114,9 @@ class Observation(NamedTuple):
         Loss with what the optimizer's weight decay adds to it.
     secants : Secants or None
         For ``BASE``: inner products of the pairs and the gradient.
+    overflow : bool
+        It was not applied because gradients overflowed under a loss scale, which is lower now: a
+        batch lost, but no sign of divergence.
     """
 
     loss: float = NAN
@@ -124,6 +127,7 @@ class Observation(NamedTuple):
     applied: bool = True
     objective: float = NAN
     secants: Secants | None = None
+    overflow: bool = False
 
 
 class StepResult(NamedTuple):

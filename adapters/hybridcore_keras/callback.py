@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +23,7 @@ from hybridcore import (
     Phase,
     ProtocolError,
     TrainingStatistics,
+    checkpoint,
 )
 from hybridcore_keras import saving
 from hybridcore_keras.averages import WeightAverage
@@ -364,6 +366,26 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             If the state is of another version or was saved with other settings.
         """
         saving.restore(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        checkpoint.write(path, self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Take back what :meth:`save` wrote, as :meth:`load_state_dict` does.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            If there is no such file, or if it is damaged or does not fit.
+        """
+        saving.restore(self, checkpoint.read(path))
 
 
 def _ends_the_data(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from keras import ops
 
-from hybridcore import CheckpointError
+from hybridcore import CheckpointError, Engine
 from hybridcore_keras.averages import WeightAverage
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def restore(callback: HybridCallback, state: dict[str, Any]) -> None:
             f"state was saved with settings {state['config']}, this callback has "
             f"{callback.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
         )
+    try:
+        # What the engine does not take must not wait for the beginning of fit to be found out.
+        Engine(callback.config).load_state_dict(state["engine"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
+        ) from error
     callback._loaded = state
 
 

@@ -10,6 +10,10 @@ from typing import Generic, TypeVar
 Batch = TypeVar("Batch")
 
 
+class NeedsBatchError(Exception):
+    """A step that was to need no batch has to be a real one: copies of the weights are gone."""
+
+
 class Batches(Generic[Batch]):
     """Iterates over a loader, once an epoch, and takes the steps that need no data by itself.
 

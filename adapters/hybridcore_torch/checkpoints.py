@@ -1,24 +1,26 @@
-"""The trainer's state: collected, checked, restored, written and read."""
+"""The trainer's state: collected, checked and restored."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
-from pathlib import Path
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from hybridcore import CheckpointError
+from hybridcore import CheckpointError, Engine
+from hybridcore.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_torch.groups import outside
-from hybridcore_torch.recovery import RecoveryPoint
-from hybridcore_torch.secants import fits
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
 
-VERSION = 3
+logger = logging.getLogger("hybridcore")
+
+VERSION = 4
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 KEYS = {
     "config",
     "engine",
@@ -35,18 +37,30 @@ KEYS = {
     "scheduler_class",
     "scheduler",
     "scaler",
+    "snapshots",
+    "room",
+    "random",
 }
 
 
-def collect(trainer: HybridTrainer) -> dict[str, Any]:
-    """Return all that `trainer` needs to go on as if it had not been interrupted."""
+def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
+    """Return all that `trainer` needs to go on as if it had not been interrupted.
+
+    Without `snapshots` no copies of the weights are in it, unless a jump may have to be taken back.
+    """
     hands = trainer._hands
     bank, secants, average, recovery = hands.bank, hands.secants, hands.average, hands.recovery
     scheduler, scaler = trainer.scheduler, trainer.scaler
+    if not snapshots and recovery is None:
+        bank = secants = average = None
+    else:
+        snapshots = True
     return {
         "hybridcore": VERSION,
         "config": trainer.config.to_dict(),
         "engine": to_tensors(trainer.engine.state_dict()),
+        "snapshots": snapshots,
+        "room": hands.room_beside(),
         "bank": None if bank is None else bank.state_dict(),
         "secants": None if secants is None else secants.state_dict(),
         "average": None if average is None else [v.clone() for v in average.values],
@@ -60,6 +74,7 @@ def collect(trainer: HybridTrainer) -> dict[str, Any]:
         "scheduler_class": None if scheduler is None else type(scheduler).__name__,
         "scheduler": None if scheduler is None else to_tensors(scheduler.state_dict()),
         "scaler": None if scaler is None else scaler.state_dict(),
+        "random": to_tensors(random_states()) | _torch_random_states(),
     }
 
 
@@ -71,33 +86,117 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     CheckpointError
         If it does not; nothing has been changed then.
     """
-    check(state)
-    _check_fits(trainer, state)
-    engine = from_tensors(state["engine"])
-    trainer.model.load_state_dict(state["model"])
-    with torch.no_grad():
-        for p, saved in zip(
-            outside(trainer.model, trainer.optimizer), state["outside"], strict=True
-        ):
-            p.copy_(saved)
-    # A copy: an optimizer may keep the very tensors that it is given, and train on them.
-    trainer.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-    if trainer.scheduler is not None:
-        trainer.scheduler.load_state_dict(state["scheduler"])
-    if trainer.scaler is not None:
-        trainer.scaler.load_state_dict(state["scaler"])
-    trainer.engine.load_state_dict(engine)
     hands = trainer._hands
-    hands.bank = hands.secants = hands.average = None
-    if state["bank"] is not None:
-        hands.snapshots.load_state_dict(state["bank"])
-    if state["secants"] is not None:
-        hands.new_secants().load_state_dict(state["secants"])
-    if state["average"] is not None:
-        torch._foreach_copy_(hands.new_average().values, state["average"])
-    recovery = state["recovery"]
-    hands.recovery = None if recovery is None else RecoveryPoint.from_state_dict(recovery)
-    hands.steps_since_recovery = state["steps_since_recovery"]
+    try:
+        state = _rekeyed(migrated(state), trainer)
+        _check_fits(trainer, state)
+        engine = from_tensors(state["engine"])
+        # A new one: what an engine does not take must not be half in the one that is there.
+        wanted, averages = int(state["room"]["pairs"]), bool(state["room"]["average"])
+        pairs = hands.pairs_of(wanted)
+        new_engine = Engine(trainer.config, pairs)
+        new_engine.load_state_dict(engine)
+        whole = bool(state["snapshots"])
+        copies = hands.copies_from(state, new_engine.snapshots, pairs)
+        since = int(state["steps_since_recovery"])
+        _check_random(state["random"])
+        # A copy: an optimizer may keep the very tensors that it is given, and train on them.
+        optimizer = copy.deepcopy(state["optimizer"])
+        _load(trainer, state, optimizer)
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
+        ) from error
+    trainer.engine = new_engine
+    hands.take_over(*copies, since, new_engine.snapshots, wanted, averages)
+    if not whole:
+        trainer._start_over(trainer._parameters)
+    _restore_random(state["random"])
+
+
+def _load(trainer: HybridTrainer, state: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """Load what is the user's, or leave it as it is if any of it does not take its part."""
+    with contextlib.ExitStack() as undo:
+
+        def load(owner: Any, saved: Any, before: Any) -> None:
+            undo.callback(owner.load_state_dict, before)
+            owner.load_state_dict(saved)
+
+        # An optimizer takes new tensors, and does not write into those that it has.
+        load(trainer.optimizer, optimizer, trainer.optimizer.state_dict())
+        if trainer.scheduler is not None:
+            before = copy.deepcopy(trainer.scheduler.state_dict())
+            load(trainer.scheduler, copy.deepcopy(state["scheduler"]), before)
+        if trainer.scaler is not None:
+            load(trainer.scaler, state["scaler"], trainer.scaler.state_dict())
+        model = trainer.model.state_dict()
+        # Names and shapes have been checked, so only code of the user's own can fail there.
+        own = any(not isinstance(value, torch.Tensor) for value in model.values())
+        load(trainer.model, state["model"], copy.deepcopy(model) if own else model)
+        with torch.no_grad():
+            for p, saved in zip(
+                outside(trainer.model, trainer.optimizer), state["outside"], strict=True
+            ):
+                p.copy_(saved)
+        undo.pop_all()
+
+
+def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
+    """Undo what ``torch.distributed.checkpoint`` does to a state.
+
+    It leaves out dictionaries that are empty, and makes strings of all keys of the others.
+    """
+
+    def like(value: Any, known: Any) -> Any:
+        if isinstance(value, list) and isinstance(known, list):
+            return [like(a, b) for a, b in zip(value, known, strict=True)]
+        if not isinstance(value, dict) or not isinstance(known, dict):
+            return value
+        if any(isinstance(key, int) for key in known):
+            return type(known)({int(key): item for key, item in value.items()})
+        return {key: like(item, known.get(key)) for key, item in value.items()}
+
+    def optimizer(saved: dict[str, Any]) -> dict[str, Any]:
+        of_parameters = saved.get("state", {})
+        return saved | {"state": {int(key): item for key, item in of_parameters.items()}}
+
+    state = state | {"optimizer": optimizer(state["optimizer"])}
+    known = None if trainer.scheduler is None else trainer.scheduler.state_dict()
+    state["scheduler"] = like(state["scheduler"], known)
+    if state["recovery"] is not None:
+        recovery = {"buffers": {}, **state["recovery"]}
+        recovery["optimizer"] = optimizer(recovery["optimizer"])
+        state["recovery"] = recovery | {"scheduler": like(recovery["scheduler"], known)}
+    return state
+
+
+def _torch_random_states() -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if on_gpu else [],
+    }
+
+
+def _check_random(random: dict[str, Any] | None) -> None:
+    if random is not None:
+        check_random_states(from_tensors(random))
+        torch.Generator().set_state(random["torch"])
+        tensors = all(isinstance(saved, torch.Tensor) for saved in random["cuda"])
+        if type(random["cuda"]) is not list or not tensors:
+            raise TypeError("random states of GPUs are a list of tensors")
+
+
+def _restore_random(random: dict[str, Any] | None) -> None:
+    if random is None:
+        return
+    restore_random_states(from_tensors(random))
+    torch.set_rng_state(random["torch"])
+    present = torch.cuda.device_count() if random["cuda"] else 0
+    for device, saved in enumerate(random["cuda"][:present]):
+        torch.cuda.set_rng_state(saved, device)
 
 
 def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
@@ -136,19 +235,17 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     counts = [len(group["params"]) for group in trainer.optimizer.param_groups]
     if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
         raise CheckpointError("state is of another optimizer: its parameter groups differ")
+    for name in ("optimizer", "scheduler", "scaler"):
+        present = getattr(trainer, name)
+        # Not all keys: what a later torch added to a scheduler is no reason to refuse an old state.
+        if present is not None and not isinstance(state[name], dict):
+            raise CheckpointError(f"state is damaged: it holds no {name}")
+    if trainer.scaler is not None and state["scaler"].keys() != trainer.scaler.state_dict().keys():
+        raise CheckpointError("state was saved with a scaler that was off: build the same one")
     others = outside(trainer.model, trainer.optimizer)
     if [p.shape for p in others] != [p.shape for p in state["outside"]]:
         raise CheckpointError(
             "state is of another optimizer: its parameters outside the model differ"
-        )
-    if state["bank"] is not None and not trainer._hands.snapshots.takes(state["bank"]):
-        raise CheckpointError(
-            "state was saved with other layer groups: pass the same layer_groups to the trainer"
-        )
-    secants = state["secants"]
-    if secants is not None and not fits(secants, trainer._parameters, trainer._hands.pairs):
-        raise CheckpointError(
-            "state was saved with secant pairs of other parameters: freeze them likewise"
         )
     shapes_now = [p.shape for p in trainer._parameters]
     if state["average"] is not None and [v.shape for v in state["average"]] != shapes_now:
@@ -161,54 +258,54 @@ def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
 
 
-def write(state: dict[str, Any], path: str | Path) -> None:
-    """Write `state` to `path` in one move: the file is whole, or as it was before."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _from_2(state: dict[str, Any]) -> dict[str, Any]:
+    """Before version 3 the bank held a matrix for each layer group, and not for all of them."""
+    bank = state["bank"]
+    if bank is not None and len({rows.dtype for rows in bank["rows"]}) == 1:
+        ends = np.cumsum([0, *(rows.shape[1] for rows in bank["rows"])]).tolist()
+        spans = [(group, *ends[group : group + 2]) for group in range(len(bank["rows"]))]
+        bank = bank | {"rows": [torch.cat(bank["rows"], dim=1)], "spans": [spans]}
+    elif bank is not None:
+        # Which of them are of one group is not known any more.
+        logger.warning("this state is of an earlier version: snapshots and trend start over")
+        bank = None
+        state = state | {"snapshots": False, "secants": None, "average": None, "recovery": None}
+    return state | {"hybridcore": 3, "bank": bank}
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write` wrote.
+def _from_3(state: dict[str, Any]) -> dict[str, Any]:
+    """Before version 4 there were no random states, and always all copies of the weights."""
+    room = {"pairs": state["config"]["secant_pairs"], "average": True}
+    if state["scaler"] is not None:
+        room["pairs"] = 0
+    return {"snapshots": True, "room": room, "random": None} | state | {"hybridcore": 4}
+
+
+MIGRATIONS = {2: _from_2, 3: _from_3}
+
+
+def migrated(state: object) -> dict[str, Any]:
+    """Return `state` as one of this version.
 
     Raises
     ------
     CheckpointError
-        If the file is damaged or no checkpoint of hybridcore.
+        If it is none of a trainer, of a version that is not known here, or not whole.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    # What a damaged file makes of itself is anything: the reader's errors are of many kinds.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint: use an earlier one ({error})"
-        ) from error
-    check(state)
-    return state  # type: ignore[no-any-return]
-
-
-def check(state: object) -> None:
-    """Raise :class:`CheckpointError` unless `state` is of this version."""
     if not isinstance(state, dict) or "hybridcore" not in state:
         raise CheckpointError("state is not one of a HybridTrainer: pass what state_dict() gave")
-    if state["hybridcore"] != VERSION:
-        raise CheckpointError(
-            f"state has version {state['hybridcore']!r}, this hybridcore reads {VERSION}: load it "
-            "with the version that wrote it"
-        )
+    while state["hybridcore"] != VERSION:
+        migrate = MIGRATIONS.get(state["hybridcore"])
+        if migrate is None:
+            raise CheckpointError(
+                f"state has version {state['hybridcore']!r}, this hybridcore reads "
+                f"{min(MIGRATIONS)} to {VERSION}: load it with the version that wrote it"
+            )
+        state = migrate(state)
     missing = sorted(KEYS - state.keys())
     if missing:
         raise CheckpointError(f"state lacks {', '.join(missing)}: pass all that state_dict() gave")
+    return state
 
 
 def to_tensors(value: Any) -> Any:
@@ -232,4 +329,6 @@ def from_tensors(value: Any) -> Any:
         return value.cpu().numpy()
     if isinstance(value, dict):
         return {key: from_tensors(item) for key, item in value.items()}
+    if type(value) is list:
+        return [from_tensors(item) for item in value]
     return value

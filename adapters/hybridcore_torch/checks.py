@@ -8,7 +8,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridcore import ConfigError, HybridTrainerConfig, ModelError
+from hybridcore import (
+    ConfigError,
+    DivergenceError,
+    HybridTrainerConfig,
+    ModelError,
+    Observation,
+)
+
+
+def are_finite(model: nn.Module) -> bool:
+    """Whether all parameters are finite numbers."""
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def bad_batch(observation: Observation, step: int, model: nn.Module) -> DivergenceError:
+    """Return the error for a batch that was left out in step number `step`."""
+    fix = "the batch was left out and the weights are as before; lower the learning rate or check "
+    fix += "the data"
+    if not are_finite(model):
+        fix = "the weights themselves are not finite: go back to a checkpoint"
+    return DivergenceError(
+        f"loss {observation.loss:g} with gradient norm {observation.gradient_norm:g} in step "
+        f"{step}: {fix}"
+    )
 
 
 def check_arguments(

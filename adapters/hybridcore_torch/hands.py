@@ -11,18 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridcore import Action, Directive, HybridTrainerConfig, Observation
+from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Observation
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
-from hybridcore_torch.ranks import Ranks
+from hybridcore_torch.memory import is_out_of_memory
+from hybridcore_torch.ranks import Ranks, several
 from hybridcore_torch.recovery import RecoveryPoint
-from hybridcore_torch.secants import SecantBank, affordable
+from hybridcore_torch.secants import SecantBank, affordable, fits
 from hybridcore_torch.snapshots import SnapshotBank
 from hybridcore_torch.steps import NAN, Stepper
 
 logger = logging.getLogger("hybridcore")
+
+# Snapshots without which nothing can be extrapolated.
+FEWEST = 4
 
 
 class Hands:
@@ -51,6 +55,12 @@ class Hands:
         What the last ``SAVE`` kept, for as long as it may be asked for.
     pairs : int
         Secant pairs that there is room for.
+    room : int
+        Snapshots that there is room for, 0 or at least 4; fewer than the settings ask for once
+        memory has run out.
+    torn : bool
+        Whether the copies of the weights are not those that the engine knows of, because memory
+        ran out or the step was interrupted.
     """
 
     def __init__(
@@ -73,6 +83,8 @@ class Hands:
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
         self._wanted = config.secant_pairs if scaler is None else 0
+        self.room = config.snapshots
+        self._averages = True
         self.restart(parameters, groups)
 
     def restart(self, parameters: Group, groups: list[Group] | None) -> None:
@@ -83,10 +95,43 @@ class Hands:
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
         self.steps_since_recovery = 0
-        self._on_trial = False
+        self._on_trial = self._elsewhere = self._moving = self._taking = self.torn = False
+        self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
-        self.pairs = affordable(self._optimizer, parameters, self._wanted)
+        self.pairs = self.pairs_of(self._wanted)
         self.stepper.refresh()
+
+    def make_room(self, error: BaseException) -> bool:
+        """Make do with fewer copies of the weights, if that is what `error` asks for.
+
+        What the present step did to the weights is undone, and a jump that cannot be validated any
+        more is taken back. The copies that are left have to be made anew.
+
+        Returns
+        -------
+        bool
+            False if memory has not run out, or if there is nothing here that could be done without,
+            or in a group of processes, the others of which would go on with what they have.
+        """
+        spare = (self._wanted or self.room or self._averages) and not several()
+        if not spare or not is_out_of_memory(error):
+            return False
+        self.abandon()
+        if self.recovery is not None:
+            self._roll_back()
+        if self.pairs:
+            self._wanted, text = 0, "no secant pairs"
+        elif self.room > FEWEST:
+            self.room -= 1
+            text = f"{self.room} snapshots"
+        elif self.room:
+            self.room, text = 0, "no snapshots and no jumps"
+        else:
+            self._wanted, self._averages, text = 0, False, "no average"
+        logger.warning("memory has run out, so from now on there are %s: %s", text, error)
+        self.bank = self.secants = self.average = None
+        self.torn = True
+        return True
 
     def carry_out(self, directive: Directive, closure: Closures | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""
@@ -106,7 +151,10 @@ class Hands:
             self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
+            # Within a jump it can be done again, from the same snapshots.
+            self._moving = directive.snapshot
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
+            self._moving = False
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
@@ -123,24 +171,36 @@ class Hands:
             )
             self.steps_since_recovery = 0
         elif action is Action.ROLLBACK:
-            assert self.recovery is not None
-            self.snapshots.restore()
-            self.recovery.restore(
-                self._model,
-                self._optimizer,
-                self._scheduler,
-                self._scaler,
-                self.steps_since_recovery,
-            )
-            self.recovery = None
+            self._roll_back()
         return Observation()
+
+    def _roll_back(self) -> None:
+        assert self.recovery is not None
+        self.snapshots.restore()
+        self.recovery.restore(
+            self._model,
+            self._optimizer,
+            self._scheduler,
+            self._scaler,
+            self.steps_since_recovery,
+        )
+        self.recovery = None
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""
+        self._versions = None
+        if self._elsewhere and self.bank is not None:
+            self.bank.put_back()
+            self._elsewhere = False
         if self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
             self._on_trial = False
+        if self._moving and self.bank is not None:
+            self.bank.return_to_newest()
+        if self._moving or self._taking:
+            # The bank may be a snapshot short.
+            self.torn = True
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -150,12 +210,15 @@ class Hands:
             return
         with self.average.in_place():
             yield
-        if self.secants is not None:
-            self.secants.put_back()
+        if self._versions is not None:
+            self._versions = self._present_versions()
 
     def disturbed(self) -> bool:
-        """Whether somebody has written into the weights since a quasi-Newton step left them."""
-        return self.secants is not None and self.secants.disturbed()
+        """Whether somebody has written into the weights since :meth:`let_go`."""
+        return self._versions is not None and self._versions != self._present_versions()
+
+    def _present_versions(self) -> list[int]:
+        return [p._version for p in self._parameters]
 
     def let_go(self, recovery: bool, pairs: bool) -> None:
         """Drop copies of the weights that will not be asked for any more."""
@@ -163,18 +226,79 @@ class Hands:
             self.recovery = None
         if not pairs:
             self.secants = None
+        kept = self.bank is not None or self.secants is not None
+        self._versions = self._present_versions() if kept else None
 
     @property
     def snapshots(self) -> SnapshotBank:
         """The bank of snapshots."""
         if self.bank is None:
-            groups = (
-                by_depth(self._parameters)
-                if self._groups is None
-                else by_user(self._groups, self._parameters)
-            )
-            self.bank = SnapshotBank(groups, self._config.snapshots, self._ranks)
+            self.bank = SnapshotBank(self._layers(), self.room, self._ranks)
         return self.bank
+
+    def _layers(self) -> list[Group]:
+        if self._groups is None:
+            return by_depth(self._parameters)
+        return by_user(self._groups, self._parameters)
+
+    def room_beside(self) -> dict[str, Any]:
+        """Return what is kept besides snapshots: 0 or False once it was given up."""
+        return {"pairs": self._wanted, "average": self._averages}
+
+    def pairs_of(self, wanted: int) -> int:
+        """Secant pairs that there is room for, where so many are `wanted`."""
+        return affordable(self._optimizer, self._parameters, wanted)
+
+    def copies_from(
+        self, state: dict[str, Any], room: int, pairs: int
+    ) -> tuple[SnapshotBank | None, SecantBank | None, WeightAverage | None, RecoveryPoint | None]:
+        """Build the copies of the weights that a saved state holds, and leave those here alone.
+
+        Raises
+        ------
+        CheckpointError
+            If they are of other layer groups or parameters, or do not take so much `room`.
+        """
+        bank = secants = average = recovery = None
+        if state["bank"] is not None:
+            bank = SnapshotBank(self._layers(), room, self._ranks)
+            if not bank.takes(state["bank"]):
+                raise CheckpointError(
+                    "state was saved with other layer groups: pass the same layer_groups to the "
+                    "trainer"
+                )
+            bank.load_state_dict(state["bank"])
+        if state["secants"] is not None:
+            if not fits(state["secants"], self._parameters, pairs):
+                raise CheckpointError(
+                    "state was saved with secant pairs of other parameters: freeze them likewise"
+                )
+            secants = SecantBank(self._optimizer, self._parameters, pairs)
+            secants.load_state_dict(state["secants"])
+        if state["average"] is not None:
+            average = WeightAverage(self._parameters)
+            torch._foreach_copy_(average.values, state["average"])
+        if state["recovery"] is not None:
+            recovery = RecoveryPoint.from_state_dict(state["recovery"])
+        return bank, secants, average, recovery
+
+    def take_over(
+        self,
+        bank: SnapshotBank | None,
+        secants: SecantBank | None,
+        average: WeightAverage | None,
+        recovery: RecoveryPoint | None,
+        steps_since_recovery: int,
+        room: int,
+        wanted: int,
+        averages: bool,
+    ) -> None:
+        """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
+        self.room, self._wanted, self._averages = room, wanted, averages
+        self.pairs = self.pairs_of(wanted)
+        self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
+        self.steps_since_recovery = steps_since_recovery
+        self._on_trial = False
 
     def new_average(self) -> WeightAverage:
         """Return an average that starts where the weights are."""
@@ -187,12 +311,11 @@ class Hands:
         return self.secants
 
     def _pass(self, directive: Directive, closure: Closures) -> Observation:
+        self._versions = None
         update = directive.action is Action.FULL
         if not update:
             # A trial point that is taken back must not stay in running statistics.
             self._kept = buffers.keep(self.stepper.modules)
-        elif self.secants is not None:
-            self.secants.expect_writes()
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
         observation = self.stepper.full(
             closure, directive.learning_rate_scale, keep=keep, update=update
@@ -205,11 +328,18 @@ class Hands:
             if self.secants is not None:
                 objective = self.secants.objective(objective)
             return observation._replace(objective=objective)
-        self._add_to_average(directive.average)
-        if directive.snapshot:
-            self.snapshots.take(fresh=directive.fresh_bank)
-            if directive.gram:
-                return observation._replace(gram=self.snapshots.gram())
+        try:
+            self._add_to_average(directive.average)
+            if directive.snapshot:
+                self._taking = True
+                self.snapshots.take(fresh=directive.fresh_bank)
+                self._taking = False
+                if directive.gram:
+                    return observation._replace(gram=self.snapshots.gram())
+        except (MemoryError, RuntimeError) as error:
+            # The step has been taken, and must not be taken again.
+            if not self.make_room(error):
+                raise
         return observation
 
     def _base(self, directive: Directive) -> Observation:
@@ -227,18 +357,14 @@ class Hands:
 
     def _take_pair(self, fresh: bool) -> None:
         if self.secants is None:
-            try:
-                self.new_secants()
-            except (MemoryError, RuntimeError) as error:
-                logger.warning("no room for secant pairs, so none are kept: %s", error)
-                return
+            self.new_secants()
         elif fresh:
             self.secants.clear()
         assert self.secants is not None
         self.secants.take()
 
     def _add_to_average(self, weight: float) -> None:
-        if weight:
+        if weight and self._averages:
             (self.average or self.new_average()).add(weight)
 
     def _evaluate(self, directive: Directive, closure: Closures) -> Observation:
@@ -246,6 +372,7 @@ class Hands:
         elsewhere = directive.at_mark or coefficients is not None
         if elsewhere:
             self.snapshots.set_aside()
+            self._elsewhere = True
         try:
             if directive.at_mark:
                 self.snapshots.restore()
@@ -264,3 +391,4 @@ class Hands:
         finally:
             if elsewhere:
                 self.snapshots.put_back()
+                self._elsewhere = False

@@ -85,7 +85,6 @@ class SecantBank:
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""
         self._order: list[int] = []
-        self._versions: list[int] | None = None
         # Rows of the base and its gradient, and where the next ones go.
         self._base, self._next = (0, 1), (2, 3)
         self._has_base = False
@@ -155,7 +154,6 @@ class SecantBank:
             step = torch.addmv(gradient, self._changed.T, changed, beta=float(coefficients[-1]))
             step.mul_(self._metric).addmv_(self._moved.T, moved).add_(base)
             torch._foreach_copy_(self._parameters, self._split(step))
-            self._versions = [p._version for p in self._parameters]
         else:
             self.back_to_base()
 
@@ -163,21 +161,6 @@ class SecantBank:
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
         torch._foreach_copy_(self._parameters, self._split(self._rows[self._base[0]]))
-        self._versions = [p._version for p in self._parameters]
-
-    def put_back(self) -> None:
-        """Take note that what was written into the weights meanwhile has been undone."""
-        if self._versions is not None:
-            self._versions = [p._version for p in self._parameters]
-
-    def expect_writes(self) -> None:
-        """Take note that the optimizer is about to step."""
-        self._versions = None
-
-    def disturbed(self) -> bool:
-        """Whether the weights were written to since this bank put them somewhere."""
-        versions = self._versions
-        return versions is not None and versions != [p._version for p in self._parameters]
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])

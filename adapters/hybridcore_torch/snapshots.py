@@ -33,7 +33,8 @@ class _Bucket:
         self.parameters = [local(p) for group in groups.values() for p in group]
         sizes = [p.numel() for p in self.parameters]
         first = self.parameters[0]
-        self.rows = torch.empty(rows, sum(sizes), dtype=first.dtype, device=first.device)
+        # Zeros, because all rows are saved, and what was in that memory is nobody's business.
+        self.rows = torch.zeros(rows, sum(sizes), dtype=first.dtype, device=first.device)
         self.views = [self._split(row) for row in self.rows]
         # Number and columns of each group.
         self.spans: list[tuple[int, int, int]] = []
@@ -212,6 +213,12 @@ class SnapshotBank:
         """Put the weights back to the recovery point."""
         for bucket in self._buckets:
             bucket.load(self._recovery)
+
+    @torch.no_grad()
+    def return_to_newest(self) -> None:
+        """Put the weights back to the newest snapshot, where a move began."""
+        for bucket in self._buckets:
+            bucket.load(self._order[-1])
 
     @torch.no_grad()
     def set_aside(self) -> None:

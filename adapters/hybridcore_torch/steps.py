@@ -106,7 +106,7 @@ class Stepper:
         except BaseException:
             buffers.put_back(kept)
             raise
-        value, rate, norm = loss.item(), self.learning_rate, NAN
+        value, rate, norm, overflow = loss.item(), self.learning_rate, NAN, False
         self._watching = 0.0
         if math.isfinite(value) or several():
             value, norm = self._watched_norm(value, keep, wait=not loss.is_cpu, clip=update)
@@ -117,6 +117,9 @@ class Stepper:
                 # All of them, or a norm that is not finite would stay so for every later batch.
                 for parameter in self._clipped():
                     parameter.grad = None
+                # A scale below one cannot be what made them overflow.
+                scaled = self._scaler is not None and self._scaler.get_scale() >= 1.0
+                overflow = scaled and math.isfinite(value)
             if self._scaler is not None:
                 self._scaler.update()
         self.advance_schedule()
@@ -125,7 +128,7 @@ class Stepper:
             # A bad batch has been through the running statistics of normalisation layers.
             buffers.put_back(kept)
         seconds = perf_counter() - start - self._watching
-        return Observation(value, norm, rate, seconds, applied=applied)
+        return Observation(value, norm, rate, seconds, applied=applied, overflow=overflow)
 
     def follow(self) -> None:
         """Let the optimizer see the gradients at a rate of zero, so that its moments stay fresh.

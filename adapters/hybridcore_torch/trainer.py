@@ -14,22 +14,27 @@ from torch import nn
 
 from hybridcore import (
     Action,
+    CheckpointError,
     ConfigError,
-    DivergenceError,
     Engine,
     HybridTrainerConfig,
+    ModelError,
+    Observation,
     Phase,
     ProtocolError,
     StepResult,
     TrainingStatistics,
 )
+from hybridcore.rotation import Rotation, read_newest
 from hybridcore.types import STEPS
-from hybridcore_torch import checkpoints
-from hybridcore_torch.batches import Batch, Batches
-from hybridcore_torch.checks import check_arguments
+from hybridcore_torch import checkpoints, files
+from hybridcore_torch.batches import Batch, Batches, NeedsBatchError
+from hybridcore_torch.checks import bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
+
+FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
 
 class HybridTrainer:
@@ -118,6 +123,14 @@ class HybridTrainer:
             if callable(begin):
                 begin(self)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in FIXED and name in vars(self):
+            raise ModelError(
+                f"{name} cannot be replaced in a trainer: build a new one, and go on by its "
+                "load_state_dict() if nothing but the object is new"
+            )
+        super().__setattr__(name, value)
+
     # -- the loop ---------------------------------------------------------------------------
 
     def step(self, closure: Closures) -> StepResult:
@@ -160,8 +173,10 @@ class HybridTrainer:
             self._check_structure()
         if self.engine.needs_batch:
             return False
-        self._step(None)
-        return True
+        with contextlib.suppress(NeedsBatchError):
+            self._step(None)
+            return True
+        return False
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Put the running average of the weights into the model, for as long as the block lasts.
@@ -207,19 +222,30 @@ class HybridTrainer:
             if touches:
                 self._check_structure()
             working = 0.0
+            of_step: Observation | None = None
             try:
-                while True:
+                while of_step is None or not engine.step_done:
                     directive = engine.next()
-                    observation = self._hands.carry_out(directive, closure)
-                    if directive.action in STEPS:
-                        phase, step, of_step = engine.phase, directive.action, observation
-                    working += observation.seconds
-                    engine.observe(observation)
-                    if engine.step_done:
-                        break
+                    try:
+                        observation = self._hands.carry_out(directive, closure)
+                    except (MemoryError, RuntimeError) as error:
+                        if not self._hands.make_room(error):
+                            raise
+                    else:
+                        if directive.action in STEPS:
+                            phase, step, of_step = engine.phase, directive.action, observation
+                        working += observation.seconds
+                        engine.observe(observation)
+                    if self._hands.torn:
+                        engine.abandon()
+                        self._start_over(self._parameters)
+                        if closure is None and of_step is None:
+                            raise NeedsBatchError
             except BaseException:
                 engine.abandon()
                 self._hands.abandon()
+                if self._hands.torn:
+                    self._start_over(self._parameters)
                 raise
             predicted, observation = step is Action.SKIP, of_step
             if touches:
@@ -239,13 +265,10 @@ class HybridTrainer:
         )
         for callback in self.callbacks:
             callback(result)
-        bad = not observation.applied and math.isnan(engine.forecast_loss)
+        applied = observation.applied or observation.overflow
+        bad = not applied and math.isnan(engine.forecast_loss)
         if self.config.on_divergence == "raise" and bad:
-            raise DivergenceError(
-                f"loss {observation.loss:g} with gradient norm {observation.gradient_norm:g} in "
-                f"step {engine.counters.steps}: the batch was left out and the weights are as "
-                "before; lower the learning rate or check the data"
-            )
+            raise bad_batch(observation, engine.counters.steps, self.model)
         return result
 
     def _check_own_weights(self, call: str) -> None:
@@ -287,36 +310,64 @@ class HybridTrainer:
 
     def _start_over(self, parameters: list[nn.Parameter]) -> None:
         self._hands.restart(parameters, self._layer_groups)
-        self.engine.regroup(self._hands.pairs)
+        self.engine.regroup(self._hands.pairs, self._hands.room)
 
     # -- state ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, snapshots: bool = True) -> dict[str, Any]:
         """Return all that training needs to go on as if it had not been interrupted.
 
-        Model, optimizer, scheduler and scaler are included, random states are not. ``torch.load``
-        reads all of it back with ``weights_only=True``. As in torch, the tensors of model and
-        optimizer are the live ones: clone them to keep them while training goes on.
+        Model, optimizer, scheduler and scaler are included, and the global random states of torch,
+        NumPy and Python; where the loop is in its data is not. ``torch.load`` reads all of it back
+        with ``weights_only=True``. As in torch, the tensors of model and optimizer are the live
+        ones: clone them to keep them while training goes on.
+
+        Without `snapshots` it holds no snapshots, pairs and average, by far the most of it, but
+        while a jump may have to be taken back: a run that goes on from there takes new ones first.
         """
         self._check_own_weights("state_dict()")
         if self.config.enabled:
             self._check_structure()
-        return checkpoints.collect(self)
+        return checkpoints.collect(self, snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned.
+        """Take back what :meth:`state_dict` returned, random states included.
 
         Raises
         ------
         CheckpointError
-            If the state is of another version, model, optimizer, scheduler, scaler or clipping.
+            If the state is of another version, model, optimizer, scheduler, scaler or clipping;
+            nothing has been changed then.
         """
         self._check_own_weights("load_state_dict()")
         checkpoints.restore(self, state)
 
-    def save(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched."""
-        checkpoints.write(self.state_dict(), path)
+    def save(self, path: str | Path, *, snapshots: bool = True) -> None:
+        """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched.
+
+        The file is one of safetensors, with a checksum over all of it and nothing pickled. What is
+        no number, string or tensor in the states of model, optimizer and scheduler is an error.
+        """
+        files.write(self.state_dict(snapshots=snapshots), path)
+
+    def save_every(
+        self, steps: int, folder: str | Path, *, keep: int = 3, snapshots: bool = True
+    ) -> None:
+        """From now on save to ``folder/step-<number>.safetensors`` every so many steps.
+
+        One that fails, on a full disk for instance, is logged as an error, and training goes on.
+
+        Parameters
+        ----------
+        steps, keep : int
+            Steps between two checkpoints, and newest ones that are kept, at least 1 each.
+        folder : str or Path
+            Where to, made if it is not there; :meth:`load` takes it and reads the newest.
+        snapshots : bool
+            As for :meth:`state_dict`.
+        """
+        rotation = Rotation(steps, folder, keep)
+        self.callbacks = (*self.callbacks, files.Saver(self, rotation, snapshots))
 
     @classmethod
     def load(
@@ -327,14 +378,23 @@ class HybridTrainer:
         Parameters
         ----------
         path : str or Path
-            File that :meth:`save` wrote.
+            File of :meth:`save`, or folder of :meth:`save_every`: then the newest readable one.
         model, optimizer
-            Built as for the run that was saved; their state is overwritten.
+            Built as for the run that was saved; their state is overwritten, and so are the global
+            random states.
         **arguments
             Further arguments of the constructor as they were; ``config`` is the saved one.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            If there is none, or if it is damaged or does not fit; nothing has been changed then.
         """
-        state = checkpoints.read(path)
-        config = HybridTrainerConfig.from_dict(state["config"])
+        state = read_newest(path, files.read)
+        try:
+            config = HybridTrainerConfig.from_dict(state["config"])
+        except (ConfigError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path} holds settings not known here: {error}") from error
         trainer = cls(model, optimizer, config, **arguments)
         trainer.load_state_dict(state)
         return trainer

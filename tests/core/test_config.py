@@ -1,5 +1,6 @@
 """Settings: each out of range, of the wrong type, unknown; and the ways to build them."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -238,3 +239,61 @@ def test_a_bad_file_is_refused_clearly(tmp_path, text, message):
 def test_a_missing_file_is_the_usual_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         HybridTrainerConfig.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("given_name", "meant"),
+    [
+        ("snapshot", "snapshots"),
+        ("horizn", "horizon"),
+        ("warm_up_steps", "warmup_steps"),
+        ("Averaging", "averaging"),
+        ("secant-pairs", "secant_pairs"),
+    ],
+)
+def test_a_misspelled_setting_is_told_the_nearest(given_name, meant):
+    with pytest.raises(ConfigError, match=f"'{given_name}';.*; did you mean '{meant}'\\?"):
+        HybridTrainerConfig.from_dict({given_name: 1})
+
+
+@pytest.mark.parametrize("settings", [None, 5, "enabled", [("enabled", True)]])
+def test_what_is_no_mapping_is_refused(settings):
+    with pytest.raises(ConfigError, match="settings must be a mapping"):
+        HybridTrainerConfig.from_dict(settings)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=3,
+)
+
+
+CHOSEN = st.dictionaries(
+    st.sampled_from(NAMES) | st.text(max_size=12) | st.integers(), VALUES, max_size=4
+)
+FILES = st.binary(max_size=99) | st.text("ab=[]{}\"'.,0123456789\n_:-+T#", max_size=99)
+
+
+@settings(deadline=None)
+@given(CHOSEN)
+def test_any_settings_are_taken_or_refused(chosen):
+    with contextlib.suppress(ConfigError):
+        config = HybridTrainerConfig.from_dict(chosen)
+        assert HybridTrainerConfig.from_dict(config.to_dict()) == config
+
+
+@settings(deadline=None)
+@given(FILES)
+def test_any_file_is_taken_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "settings.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with contextlib.suppress(ConfigError):
+        HybridTrainerConfig.from_toml(path)
+
+
+@pytest.mark.parametrize("text", ["horizon = " + "9" * 5000, "a = " + "[" * 5000 + "]" * 5000])
+def test_what_python_cannot_parse_is_refused(tmp_path, text):
+    (tmp_path / "settings.toml").write_text(text)
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        HybridTrainerConfig.from_toml(tmp_path / "settings.toml")

@@ -87,7 +87,7 @@ class OnlyFull:
     def absorb(self, observation):
         self.seen += 1
 
-    def restart(self, pairs):
+    def restart(self, pairs, snapshots=None):
         self.seen = 0
 
     def state_dict(self):

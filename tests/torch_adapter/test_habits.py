@@ -155,7 +155,8 @@ def test_what_a_checkpoint_was_saved_with_is_asked_for(tmp_path):
     scheduler = MultiStepLR(optimizer, [5])
     trainer = HybridTrainer(model, optimizer, BRISK, scheduler=scheduler)
     state = trainer.state_dict()
-    trainer.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    other_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=other_scheduler)
     with pytest.raises(CheckpointError, match="scheduler MultiStepLR, this trainer has StepLR"):
         trainer.load_state_dict(state)
 

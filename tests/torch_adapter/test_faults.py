@@ -1,0 +1,259 @@
+"""What may happen to a process: it is killed or interrupted, disk or memory run out."""
+
+import dataclasses
+import json
+import linecache
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import BRISK, regression, weights
+
+from hybridcore import Phase
+from hybridcore.rotation import checkpoints_in
+from hybridcore_torch import HybridTrainer, files
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits are those of POSIX")
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), done.stderr
+
+
+def test_a_run_that_is_killed_again_and_again_loses_nothing():
+    # python tests/torch_adapter/kills.py 200 is the whole drill.
+    done, _ = run("kills.py", 8, 3)
+    assert done["kills"] == 8
+
+
+# -- the disk -------------------------------------------------------------------------------------
+
+NO_SPACE = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from problems import BRISK, regression, weights
+from hybridcore_torch import HybridTrainer
+import torch
+model, optimizer, closure = regression()
+trainer = HybridTrainer(model, optimizer, BRISK)
+trainer.save_every(10, sys.argv[2])
+for step in range(25):
+    trainer.step(closure)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, unlimited[1]))
+for step in range(55):
+    trainer.step(closure)
+try:
+    trainer.save(sys.argv[2] + "/step-000000020.safetensors")
+except OSError as error:
+    assert "File too large" in str(error), error
+else:
+    raise AssertionError("there was room")
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+sys.stdout.write(f"{[p.double().sum().item().hex() for p in model.parameters()]}")
+"""
+
+
+def test_a_full_disk_costs_the_checkpoints_and_nothing_else(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", NO_SPACE, str(HERE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(80):
+        trainer.step(closure)
+    assert done.stdout == str([p.double().sum().item().hex() for p in model.parameters()])
+    assert done.stderr.count("training goes on") == 6
+    assert [p.name for p in checkpoints_in(tmp_path)] == [
+        "step-000000020.safetensors",
+        "step-000000010.safetensors",
+    ]
+    assert not list(tmp_path.glob(".*"))
+    for path in checkpoints_in(tmp_path):
+        files.read(path)
+
+
+def test_a_folder_that_is_gone_or_closed_costs_the_checkpoints_and_nothing_else(tmp_path, caplog):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    folder = tmp_path / "here"
+    trainer.save_every(5, folder)
+    for _ in range(5):
+        trainer.step(closure)
+    folder.rename(tmp_path / "there")
+    for _ in range(5):
+        trainer.step(closure)
+    assert "no checkpoint of step 10, training goes on" in caplog.text
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o500)
+    if os.access(closed, os.W_OK):
+        # Root may write anywhere but in /proc.
+        closed = Path("/proc")
+    with pytest.raises(OSError, match=r"Permission|No such file|closed|proc"):
+        trainer.save(closed / "run")
+    for _ in range(5):
+        trainer.step(closure)
+    assert trainer.statistics().steps == 15
+    files.read(tmp_path / "there" / "step-000000005.safetensors")
+
+
+# -- SIGINT ---------------------------------------------------------------------------------------
+
+
+class Interrupter:
+    """Raises SIGINT at a line of hybridcore's that is run in the block."""
+
+    def __init__(self, line):
+        self.left = line
+
+    def trace(self, frame, event, argument):
+        if "hybridcore" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            # CPython looks for signals at calls and loops: not at a bare try, nor as a block ends.
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            here = not line.startswith(("try:", "with "))
+            self.left -= here
+            if self.left == 0 and here:
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+    def __enter__(self):
+        # A process in the background of a shell is started with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *error):
+        sys.settrace(self.before)
+
+
+def taken(optimizer):
+    return [int(state["step"]) for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("pairs", [0, 20])
+def test_an_interrupted_step_can_be_taken_again(pairs):
+    rng = random.Random(pairs)
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=pairs))
+    interrupted, phases = 0, set()
+    while trainer.engine.counters.steps < 300:
+        phase, before, steps = trainer.engine.phase, weights(model), taken(optimizer)
+        try:
+            with Interrupter(round(10 ** rng.uniform(0.0, 3.7))):
+                trainer.step(closure)
+        except KeyboardInterrupt:
+            interrupted += 1
+            phases.add(phase)
+            assert all(torch.isfinite(p).all() for p in model.parameters())
+            # Where the weights may move only by a step, they have not moved, or by a step.
+            if not pairs and phase is not Phase.PREDICT and taken(optimizer) == steps:
+                # Or by a jump or its rollback, or by an outer step, after which the bank has grown.
+                elsewhere = (
+                    trainer.engine.phase is not phase or trainer.engine.controller.outer.active
+                )
+                assert elsewhere or all(map(torch.equal, before, weights(model)))
+            trainer.state_dict()
+    assert interrupted > 60
+    assert phases == set(Phase)
+    assert closure().item() < 0.2
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
+def test_where_memory_runs_out_training_goes_on():
+    (loss, summary), log = run("short_of_memory.py", 4)
+    assert summary["steps"] == 83
+    assert summary["snapshots"] < 6
+    assert loss < 0.34
+    assert "memory has run out, so from now on there are 5 snapshots" in log
+
+
+@pytest.mark.parametrize(("rows", "room"), [(7, 5), (6, 4), (5, 0)])
+def test_an_allocator_that_refuses_gets_fewer_snapshots_and_then_none(
+    rows, room, monkeypatch, caplog
+):
+    zeros = torch.zeros
+
+    def refusing(*shape, **named):
+        if len(shape) == 2 and shape[0] > rows:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return zeros(*shape, **named)
+
+    monkeypatch.setattr(torch, "zeros", refusing)
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(300):
+        trainer.step(closure)
+    statistics = trainer.statistics()
+    assert statistics.steps == 300
+    assert statistics.snapshots == trainer.engine.snapshots == room
+    assert statistics.secant_steps == 0
+    assert (statistics.predicted_steps > 50) == (room > 0)
+    assert "from now on there are no secant pairs" in caplog.text
+    assert ("no snapshots and no jumps" in caplog.text) == (room == 0)
+    assert closure().item() < 0.2
+    # What was given up stays so in a run that goes on.
+    other, optimizer, again = regression(seed=5)
+    resumed = HybridTrainer(other, optimizer, BRISK)
+    resumed.load_state_dict(trainer.state_dict())
+    for _ in range(60):
+        assert trainer.step(closure).loss == resumed.step(again).loss
+    assert all(map(torch.equal, weights(model), weights(other)))
+
+
+def test_memory_that_runs_out_at_any_call_costs_no_step(caplog):
+    """The closure fails, at each call in turn; copies are given up, and it is called again."""
+    for fatal in range(20, 130, 7):
+        model, optimizer, closure = regression()
+        calls = 0
+
+        def short(fatal=fatal, closure=closure):
+            nonlocal calls
+            calls += 1
+            if calls == fatal:
+                raise MemoryError
+            return closure()
+
+        trainer = HybridTrainer(model, optimizer, BRISK)
+        for step in range(140):
+            trainer.step(short)
+            assert trainer.statistics().steps == step + 1
+        assert closure().item() < 0.6
+    assert "memory has run out" in caplog.text
+
+
+def test_other_errors_and_plain_runs_are_none_of_this():
+    model, optimizer, closure = regression()
+
+    def failing(error):
+        raise error
+
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        trainer.step(lambda: failing(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    # Once there is nothing left to give up, the error is the user's.
+    with pytest.raises(MemoryError):
+        trainer.step(lambda: failing(MemoryError()))
+    assert trainer.statistics().steps == 0
+    trainer.step(closure)
