@@ -10,6 +10,7 @@ from torch import nn
 
 from hybridcore import ClosureError
 from hybridcore_torch import buffers
+from hybridcore_torch.ranks import reshard
 
 Closure = Callable[[], torch.Tensor]
 # Several stand for one batch in parts, whose loss is their mean.
@@ -23,10 +24,10 @@ def parts(closure: Closures) -> Sequence[Closure]:
 
 def check_callable(closure: object) -> None:
     """Raise :class:`ClosureError` unless `closure` can be called, or is a list of such."""
-    several = isinstance(closure, Sequence) and not isinstance(closure, str)
-    if several and not closure:
+    in_parts = isinstance(closure, Sequence) and not isinstance(closure, str)
+    if in_parts and not closure:
         raise ClosureError("closure is an empty list: pass one closure for each part of the batch")
-    for part in closure if several else (closure,):  # type: ignore[attr-defined]
+    for part in closure if in_parts else (closure,):  # type: ignore[attr-defined]
         if not callable(part):
             raise ClosureError(
                 f"closure must be callable, got {type(part).__name__}: pass a function that "
@@ -87,6 +88,7 @@ class Prober:
                 yield
             finally:
                 buffers.put_back(kept)
+                reshard(self._model)
 
 
 def _mean(closure: Closures, name: str) -> float:

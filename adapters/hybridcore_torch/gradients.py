@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
-from hybridcore_torch.ranks import local, several, share
+from hybridcore_torch.ranks import Ranks, local
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
-    """Euclidean norm of all gradients that `optimizer` will use, 0 where there are none.
+def gradient_norm(parameters: Iterable[torch.Tensor], ranks: Ranks | None = None) -> float:
+    """Euclidean norm of the gradients of all `parameters`, 0 where there are none.
 
     Of several ranks it is the part of this one: their squares add up to the whole.
 
@@ -19,23 +20,21 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     squares leave the range of float32, and in half precision or on other devices, where one
     transfer is better than many, the sum is taken in float64.
     """
-    parts = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    gradients = [local(g) for g in parts]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0
+    here = [local(g) for g in gradients]
+    shares = [ranks.share(g) for g in gradients] if ranks is not None and ranks.several else None
     norm = math.nan
-    if all(g.is_cpu and g.element_size() >= 4 for g in gradients):
-        norms = [n.item() for n in torch._foreach_norm(gradients)]
-        norm = _added(norms, parts)
+    if all(g.is_cpu and g.element_size() >= 4 for g in here):
+        norm = _added([n.item() for n in torch._foreach_norm(here)], shares)
     if 0.0 < norm < math.inf:
         return norm
-    wide = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return _added(torch.stack([n.to(wide[0].device) for n in wide]).tolist(), parts)
+    precise = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in here]
+    return _added(torch.stack([n.to(precise[0].device) for n in precise]).tolist(), shares)
 
 
-def _added(norms: list[float], gradients: list[torch.Tensor]) -> float:
-    if several():
-        norms = [n * math.sqrt(share(g)) for n, g in zip(norms, gradients, strict=True)]
+def _added(norms: list[float], shares: list[float] | None) -> float:
+    if shares is not None:
+        norms = [norm * math.sqrt(share) for norm, share in zip(norms, shares, strict=True)]
     return math.hypot(*norms)

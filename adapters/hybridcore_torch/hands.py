@@ -17,7 +17,7 @@ from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
 from hybridcore_torch.memory import is_out_of_memory
-from hybridcore_torch.ranks import Ranks, several
+from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
 from hybridcore_torch.snapshots import SnapshotBank
@@ -79,7 +79,7 @@ class Hands:
         self._scheduler, self._scaler, self._probe = scheduler, scaler, probe
         self._config = config
         self._prober = Prober(model)
-        self._ranks = Ranks()
+        self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
         self._wanted = config.secant_pairs if scaler is None else 0
@@ -113,7 +113,7 @@ class Hands:
             False if memory has not run out, or if there is nothing here that could be done without,
             or in a group of processes, the others of which would go on with what they have.
         """
-        spare = (self._wanted or self.room or self._averages) and not several()
+        spare = (self._wanted or self.room or self._averages) and not self._ranks.several
         if not spare or not is_out_of_memory(error):
             return False
         self.abandon()
@@ -208,8 +208,11 @@ class Hands:
         if self.average is None:
             yield
             return
-        with self.average.in_place():
-            yield
+        try:
+            with self.average.in_place():
+                yield
+        finally:
+            reshard(self._model)
         if self._versions is not None:
             self._versions = self._present_versions()
 

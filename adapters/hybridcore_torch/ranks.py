@@ -13,13 +13,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from hybridcore import ProtocolError
-
-
-def several() -> bool:
-    """Whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,30 +25,60 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def share(tensor: torch.Tensor) -> float:
-    """Return what the local part counts in a sum over all ranks, as some of them hold the same."""
-    if not several():
-        return 1.0
-    parts = 1
-    if hasattr(tensor, "placements"):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for dimension, placement in enumerate(tensor.placements):
-            if placement.is_shard():
-                parts *= mesh.size(dimension)
-    return parts / dist.get_world_size()
+def reshard(model: nn.Module) -> None:
+    """Drop whole copies of sharded weights.
+
+    A forward pass that no backward pass follows leaves them behind, and the next one would take
+    them for the weights whatever has been written into the shards.
+    """
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 class Ranks:
     """Exchanges what the ranks saw.
 
+    The group is that of the model's ``DistributedDataParallel``, or else all processes, which then
+    have to train the same model.
+
+    Parameters
+    ----------
+    model : Module
+        What is trained.
+
     Attributes
     ----------
+    several : bool
+        Whether there are other ranks.
     turn : int
         Directives carried out so far, the same on all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.turn = 0
+        self.several = False
+        self._size = 1
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+        self._group = next((m.process_group for m in wrapped), dist.group.WORLD)
+        self._size = dist.get_world_size(self._group)
+        self.several = self._size > 1
+        # Gloo exchanges what is on the CPU, and others what is where the model is.
+        gloo = dist.get_backend(self._group) == "gloo"
+        first = next(model.parameters(), None)
+        self._device = torch.device("cpu") if gloo or first is None else first.device
+
+    def share(self, tensor: torch.Tensor) -> float:
+        """Return what the local part counts in a sum over all ranks, as some hold the same."""
+        parts = 1
+        if hasattr(tensor, "placements"):
+            mesh = tensor.device_mesh  # type: ignore[attr-defined]
+            for dimension, placement in enumerate(tensor.placements):
+                if not placement.is_replicate():
+                    parts *= mesh.size(dimension)
+        return parts / self._size
 
     def agree(self, loss: float, norm: float = 0.0) -> tuple[float, float]:
         """Return the mean loss, and the norm of which each rank holds a part.
@@ -62,21 +88,21 @@ class Ranks:
         ProtocolError
             If a rank is not at the same directive.
         """
-        if not several():
+        if not self.several:
             return loss, norm
         seen = self._gather([loss, norm * norm]).tolist()
         return sum(s[0] for s in seen) / len(seen), math.sqrt(sum(s[1] for s in seen))
 
     def add(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of `values`, float64 on the CPU, over all ranks."""
-        if not several():
+        if not self.several:
             return values
         return self._gather(values.flatten().tolist()).sum(dim=0).view(values.shape)
 
     def _gather(self, values: Sequence[float]) -> torch.Tensor:
-        own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=_device())
-        rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, own)
+        own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=self._device)
+        rows = [torch.empty_like(own) for _ in range(self._size)]
+        dist.all_gather(rows, own, self._group)
         table = torch.stack(rows).cpu()
         turns = table[:, 0].tolist()
         usual = max(set(turns), key=turns.count)
@@ -84,12 +110,7 @@ class Ranks:
         if astray:
             raise ProtocolError(
                 f"rank {astray[0]} is at directive {turns[astray[0]]:.0f} of hybridcore, others at "
-                f"{usual:.0f}: call step() equally often on every rank, with the same settings"
+                f"{usual:.0f}: call step() equally often on every rank, with the same settings, "
+                "and let an error end all of them"
             )
         return table[:, 1:]
-
-
-def _device() -> torch.device:
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybridcore_torch.ranks import Ranks, local, share
+from hybridcore_torch.ranks import Ranks, local
 
 # Few enough columns for the displacements to stay in the cache, and enough for the calls not to
 # count.
@@ -83,7 +83,7 @@ class _Bucket:
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
             rows, target = self.rows[:, start:stop], point[start:stop]
-            by_row = zip(older, weights[group].tolist(), strict=False)
+            by_row = zip(older, weights[group, :-1].tolist(), strict=True)
             weighted = [(row, weight) for row, weight in by_row if weight]
             for columns in _blocks(stop - start):
                 origin, block = wide(rows[newest, columns]), target[columns]
@@ -133,7 +133,7 @@ class SnapshotBank:
         self, groups: list[list[torch.nn.Parameter]], capacity: int, ranks: Ranks | None = None
     ) -> None:
         self.capacity = capacity
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks
         self._recovery, self._waiting = capacity, capacity + 1
         self._order: list[int] = []
         self._groups = len(groups)
@@ -142,10 +142,11 @@ class SnapshotBank:
         ] = {}
         for number, group in enumerate(groups):
             for p in group:
-                same = kinds.setdefault((p.device, p.dtype, share(p)), {})
+                share = 1.0 if ranks is None else ranks.share(p)
+                same = kinds.setdefault((p.device, p.dtype, share), {})
                 same.setdefault(number, []).append(p)
         self._buckets = [_Bucket(same, capacity + 2) for same in kinds.values()]
-        self._shares = [counts for _, _, counts in kinds]
+        self._shares = [share for _, _, share in kinds]
 
     @property
     def count(self) -> int:
@@ -161,14 +162,15 @@ class SnapshotBank:
         """Add the weights as they are; with `fresh`, forget the older snapshots first."""
         if fresh:
             self._order.clear()
-        row = self._free_row()
+        row = self._next_row()
         for bucket in self._buckets:
             bucket.store(row)
-        self._order.append(row)
+        self._order = [*self._order, row][-self.capacity :]
 
-    def _free_row(self) -> int:
+    def _next_row(self) -> int:
+        """Row of the oldest snapshot in a full bank, else one that is free."""
         if len(self._order) == self.capacity:
-            return self._order.pop(0)
+            return self._order[0]
         return next(i for i in range(self.capacity) if i not in self._order)
 
     @torch.no_grad()
@@ -179,10 +181,10 @@ class SnapshotBank:
         float64 over blocks: nearly as exact as float64 throughout, at a fraction of its time.
         """
         out = torch.zeros(self._groups, self.count, self.count, dtype=torch.float64)
-        for bucket, counts in zip(self._buckets, self._shares, strict=True):
+        for bucket, share in zip(self._buckets, self._shares, strict=True):
             for group, start, stop in bucket.spans:
-                out[group] += counts * bucket.gram(self._order, start, stop).cpu()
-        return self._ranks.add(out).numpy()
+                out[group] += share * bucket.gram(self._order, start, stop).cpu()
+        return (out if self._ranks is None else self._ranks.add(out)).numpy()
 
     @torch.no_grad()
     def move(self, coefficients: NDArray[np.float64], *, take: bool = False) -> None:
@@ -192,7 +194,7 @@ class SnapshotBank:
         `take` the point is the newest snapshot from then on.
         """
         order = self._order[-coefficients.shape[1] :]
-        row = self._free_row() if take else None
+        row = self._next_row() if take else None
         for bucket in self._buckets:
             if row in order:
                 bucket.move(order, coefficients, None)
@@ -200,7 +202,7 @@ class SnapshotBank:
             else:
                 bucket.move(order, coefficients, row)
         if row is not None:
-            self._order.append(row)
+            self._order = [*self._order, row][-self.capacity :]
 
     @torch.no_grad()
     def save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +16,7 @@ from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closures, parts, training_loss
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import outside
-from hybridcore_torch.ranks import Ranks, several
+from hybridcore_torch.ranks import Ranks
 
 NAN = float("nan")
 Keep = Callable[[], object]
@@ -101,15 +101,18 @@ class Stepper:
         kept = buffers.keep(self.modules)
         start = perf_counter()
         self._optimizer.zero_grad()
+        rate, norm, overflow = self.learning_rate, NAN, False
+        self._watching = 0.0
         try:
             loss = self._gradients(closure, guarded=True)
+            value = loss.item()
+            gone_through = math.isfinite(value) or self._ranks.several
+            if gone_through:
+                value, norm = self._watched_norm(value, keep, wait=not loss.is_cpu, clip=update)
         except BaseException:
             buffers.put_back(kept)
             raise
-        value, rate, norm, overflow = loss.item(), self.learning_rate, NAN, False
-        self._watching = 0.0
-        if math.isfinite(value) or several():
-            value, norm = self._watched_norm(value, keep, wait=not loss.is_cpu, clip=update)
+        if gone_through:
             if math.isfinite(norm):
                 if update:
                     self._update_scaled(scale)
@@ -154,7 +157,7 @@ class Stepper:
                     self._check_no_gradients()
                 losses.append(loss.detach())
                 # Where other ranks may wait in the backward pass, a bad loss goes through it too.
-                if guarded and not several() and not math.isfinite(loss.item()):
+                if guarded and not self._ranks.several and not math.isfinite(loss.item()):
                     break
                 self._backward(loss if len(batch) == 1 else loss / len(batch))
         return losses[0] if len(batch) == 1 else torch.stack(losses).mean()
@@ -185,6 +188,12 @@ class Stepper:
         # Looked up each time: a layer that was added may train before the structure is looked at.
         return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
+    def _clipped_or_used(self, most: float | None) -> Iterable[torch.nn.Parameter]:
+        """Parameters whose gradients have to be finite."""
+        if most is not None:
+            return self._clipped()
+        return (p for group in self._optimizer.param_groups for p in group["params"])
+
     def _watched_norm(
         self, value: float, keep: Keep | None, *, wait: bool, clip: bool
     ) -> tuple[float, float]:
@@ -195,10 +204,12 @@ class Stepper:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         most = self._max_grad_norm if clip else None
-        if most is not None and keep is None and not several():
+        if most is not None and keep is None and not self._ranks.several:
             return value, self._clip(most)
         start = perf_counter()
-        value, norm = self._ranks.agree(value, gradient_norm(self._optimizer))
+        value, norm = self._ranks.agree(
+            value, gradient_norm(self._clipped_or_used(most), self._ranks)
+        )
         if not math.isfinite(value):
             norm = NAN
         if keep is not None and math.isfinite(norm):

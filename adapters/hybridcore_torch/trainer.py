@@ -33,6 +33,7 @@ from hybridcore_torch.checks import bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
+from hybridcore_torch.ranks import reshard
 
 FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
@@ -91,6 +92,7 @@ class HybridTrainer:
         callbacks: Sequence[Callable[[StepResult], object]] = (),
     ) -> None:
         check_arguments(model, optimizer, config, scheduler, max_grad_norm, probe, callbacks)
+        reshard(model)
         parameters = trainable_parameters(model, optimizer)
         groups = None if layer_groups is None else [list(group) for group in layer_groups]
         if groups is not None:
@@ -293,6 +295,7 @@ class HybridTrainer:
 
         Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
+        reshard(self.model)
         if self._present_structure() == self._structure:
             if self._hands.disturbed():
                 self._start_over(self._parameters)
