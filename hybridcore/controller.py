@@ -138,7 +138,11 @@ class Controller:
                 self.note_level(level, self.monitor.observe_delta(finite=False))
             self.note("loss scale overflowed" if observation.overflow else "batch left out")
             return
-        self.note_level(level, self.monitor.observe(observation.loss, observation.gradient_norm))
+        if not self.secant.holds_recovery:
+            # While the optimizer is on trial, a loss that rises says that it will be taken back.
+            self.note_level(
+                level, self.monitor.observe(observation.loss, observation.gradient_norm)
+            )
         self.taken += 1
         if self.phase is not Phase.CORRECT:
             self.secant.see(observation)

@@ -27,7 +27,7 @@ def descend(controller: Controller) -> Turn:
         if controller.leap:
             yield from leap(controller)
             return
-    stage, landing = secant.stage, secant.landing
+    stage, landing, on_trial = secant.stage, secant.landing, secant.holds_recovery
     observation, ended = yield from secant.step()
     if stage is Stage.DESCEND:
         controller.taken += 1
@@ -50,6 +50,8 @@ def descend(controller: Controller) -> Turn:
         if not landing:
             controller.note("quasi-Newton steps")
         controller.forget_path()
+    if landing and on_trial and not secant.accepted:
+        controller.note("trial taken back")
     if landing:
         controller.close(math.log(secant.loss), predicting=False, progress=NAN)
         if secant.accepted and secant.measured:
@@ -68,6 +70,7 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         secant.stand()
         surplus = math.inf
     elif stuck or surplus <= 0.0:
+        controller.note("optimizer on trial")
         yield secant.compare()
         return
     if surplus >= controller.config.snapshot_interval:
@@ -83,6 +86,7 @@ def _end(controller: Controller) -> None:
         meter.close_block(math.log(loss), counters.full_steps, counters.probes)
     meter.mark = (NAN, counters.full_steps, counters.probes)
     controller.note("quasi-Newton steps end")
+    controller.note("optimizer goes on alone")
     controller.secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()
