@@ -6,6 +6,7 @@ hybridcore report own-loop.jsonl             # look at what it did
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_diabetes
@@ -32,7 +33,10 @@ def main():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, optimizer, (x, y), criterion = build()
-    with JsonLines("own-loop.jsonl") as stream:
+    # A recording is never overwritten: the last one has to go first.
+    recording = Path("own-loop.jsonl")
+    recording.unlink(missing_ok=True)
+    with JsonLines(recording) as stream:
         trainer = HybridTrainer(model, optimizer, callbacks=[stream])
         for _ in range(steps):
             trainer.step(lambda: criterion(model(x), y))

@@ -129,7 +129,9 @@ class TrainingStatistics:
             full_steps=counters.full_steps,
             predicted_steps=counters.predicted_steps,
             backward_passes=counters.backward_passes,
-            backward_reduction=1.0 - counters.backward_passes / max(counters.steps, 1),
+            backward_reduction=(
+                1.0 - counters.backward_passes / counters.steps if counters.steps else 0.0
+            ),
             outer_steps=counters.outer_steps,
             secant_steps=counters.secant_steps,
             probes=counters.probes,

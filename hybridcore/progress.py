@@ -26,7 +26,7 @@ class ProgressLine:
     Parameters
     ----------
     total : int, optional
-        Steps of the whole run, for the time left.
+        Steps of the whole run, at least 1, for the time left.
     console : rich.console.Console, optional
         Where it is drawn.
 
@@ -34,9 +34,13 @@ class ProgressLine:
     ------
     ImportError
         Without rich.
+    ValueError
+        If `total` is no positive integer.
     """
 
     def __init__(self, total: int | None = None, console: Any | None = None) -> None:
+        if total is not None and total < 1:
+            raise ValueError(f"total must be an integer of at least 1, or None, got {total!r}")
         try:
             from rich.console import Console
             from rich.progress import (

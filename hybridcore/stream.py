@@ -56,14 +56,15 @@ class JsonLines:
     Parameters
     ----------
     path : str or Path
-        File to write; what was there before is overwritten.
+        File to write. One that holds something is never overwritten, so that no recording is lost.
     append : bool
         Go on with the file of a run that is resumed instead; a cut last line is cut off.
 
     Raises
     ------
     StreamError
-        If the file cannot be written, or, with `append`, is no stream.
+        If the file cannot be written, or holds something: without `append` anything, with it what
+        is no stream.
     """
 
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
@@ -74,8 +75,14 @@ class JsonLines:
         self._written = 0.0
         self._file: Any = None
         try:
-            if append and self.path.exists():
-                _cut(self.path)
+            if self.path.exists():
+                if append:
+                    _cut(self.path)
+                elif self.path.is_file() and self.path.stat().st_size:
+                    raise StreamError(
+                        f"path {str(path)!r} holds something already: go on with a recording by "
+                        "append=True, or delete it, or name another file"
+                    )
             self._file = self.path.open("ab" if append else "wb", buffering=0)
         except OSError as error:
             raise StreamError(

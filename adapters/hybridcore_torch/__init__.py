@@ -1,6 +1,6 @@
 """hybridcore inside PyTorch loops."""
 
-from hybridcore import HybridTrainerConfig, JsonLines, Phase
+from hybridcore import HybridTrainerConfig, JsonLines, Phase, read_stream
 from hybridcore.progress import ProgressLine
 from hybridcore_torch.tensorboard import TensorBoard
 from hybridcore_torch.trainer import HybridTrainer
@@ -12,4 +12,5 @@ __all__ = [
     "Phase",
     "ProgressLine",
     "TensorBoard",
+    "read_stream",
 ]

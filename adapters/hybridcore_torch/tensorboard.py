@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridcore import Phase, StepResult
+from hybridcore import Phase, StepResult, StreamError
 
 if TYPE_CHECKING:
     from hybridcore.stream import Trainer
@@ -32,6 +32,8 @@ class TensorBoard:
     ------
     ImportError
         Without TensorBoard.
+    StreamError
+        If `where` is a file.
     """
 
     def __init__(self, where: str | Path | Any, *, every: int = 1) -> None:
@@ -40,6 +42,10 @@ class TensorBoard:
         self._own = isinstance(where, str | Path)
         self.writer: Any
         if isinstance(where, str | Path):
+            if Path(where).is_file():
+                raise StreamError(
+                    f"where {str(where)!r} is a file: name a folder for the files of TensorBoard"
+                )
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:

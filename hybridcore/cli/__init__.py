@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 try:
     import typer
@@ -12,6 +13,7 @@ except ImportError as error:
     sys.stderr.write(f'hybridcore: {error.name} is missing: pip install "hybridcore[torch,cli]"\n')
     sys.exit(2)
 
+from hybridcore import __version__
 from hybridcore.cli.comparing import compare
 from hybridcore.cli.demo import demo
 from hybridcore.cli.doctor import doctor
@@ -28,6 +30,17 @@ for command in (demo, compare, sweep, report, doctor):
     app.command()(command)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hybridcore {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """Train by real steps and predicted ones, and measure whether predicting pays."""

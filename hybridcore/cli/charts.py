@@ -258,6 +258,11 @@ def _has_statistics(stream: Stream) -> bool:
     return bool(stream.statistics)
 
 
+def _uses_confidence(stream: Stream) -> bool:
+    # Quasi-Newton leaps are not decided by it.
+    return {jump.kind for jump in jumps(stream)} != {"leap"}
+
+
 CHARTS = (
     Chart(
         "loss",
@@ -279,7 +284,7 @@ CHARTS = (
         "Confidence",
         "Confidence at the last decision, and how far forecasts missed the loss that probes found.",
         _confidence,
-        lambda stream: bool(stream.steps),
+        _uses_confidence,
     ),
     Chart(
         "calibration",

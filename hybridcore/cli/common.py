@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,8 @@ from hybridcore.errors import HybridCoreError
 from hybridcore.metrics import finite
 
 INTERRUPTED = 130
+# What matplotlib writes without further programs.
+PICTURES = ("png", "svg", "pdf", "jpg", "jpeg", "webp", "tif", "tiff", "eps")
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print all figures as JSON, and the rest on standard error.")
@@ -92,6 +94,45 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise UserError(f"{option} {path} is a folder: name a file in it")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"{option} {path} cannot be written: name a file that you may write")
+
+
+def check_picture(path: Path, option: str = "--output") -> None:
+    """Raise :class:`UserError` unless a picture can be made at `path`."""
+    check_output(path, option)
+    if path.suffix[1:].lower() not in PICTURES:
+        raise UserError(
+            f"{option} {path}: no picture can be written with the suffix {path.suffix!r}, name one "
+            f"of {', '.join(PICTURES)}"
+        )
+
+
+def check_apart(outputs: Mapping[str, Path], inputs: Mapping[str, Path | None]) -> None:
+    """Raise :class:`UserError` where an output is the same file as an input or another output.
+
+    Parameters
+    ----------
+    outputs, inputs : mapping of str to Path
+        Files by the option or argument that names them; None is no file.
+    """
+    taken = {name: path for name, path in inputs.items() if path is not None}
+    for option, path in outputs.items():
+        for name, other in taken.items():
+            if _same(path, other):
+                raise UserError(
+                    f"{option} {path} is the same file as {name}, which would be lost: name another"
+                )
+        taken[option] = path
+
+
+def _same(one: Path, other: Path) -> bool:
+    # Hard links have different names; what does not exist yet has nothing but its name.
+    both = one.exists() and other.exists()
+    return one.samefile(other) if both else one.resolve() == other.resolve()
+
+
+def ratio_text(value: float) -> str:
+    """Format a ratio with two decimals, or as many as show two digits of a small one."""
+    return f"{value:.2g}" if 0.0 < value < 0.1 else f"{value:.2f}"
 
 
 @contextmanager

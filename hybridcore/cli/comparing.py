@@ -16,11 +16,13 @@ from hybridcore.cli.common import (
     JsonFlag,
     QuietFlag,
     UserError,
-    check_output,
+    check_apart,
+    check_picture,
     environment,
     output_console,
     print_json,
     progress,
+    ratio_text,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 # Ratios between these are no difference: evaluations are that far apart.
 SAME = (0.97, 1.03)
+# Above this ratio of wall-clock, a run without gain did harm.
+SLOWER = 1.05
 
 
 def compare(
@@ -69,7 +73,8 @@ def compare(
 
     source = Source.of(target)
     settings = read_config(config)
-    check_output(output)
+    check_picture(output)
+    check_apart({"--output": output}, {"the loop": Path(target), "--config": config})
     count = source.steps if steps is None else steps
     torch.set_num_threads(threads)
     console = output_console(as_json=as_json, quiet=quiet)
@@ -110,11 +115,12 @@ def compare(
     helped, text = verdict(summaries, judged_by)
     _print(console, target, count, summaries, judged_by)
     console.print(text)
-    draw_pairs(pairs, text, judged_by, output)
-    console.print(f"Picture: {output}")
     if as_json:
         head = {"target": target, "steps": count, "judged_by": judged_by, "forward_cost": price}
         print_json({**environment(), **head, "helped": helped, "verdict": text, "pairs": summaries})
+    # Last: the figures are out, should it fail.
+    draw_pairs(pairs, text, judged_by, output)
+    console.print(f"Picture: {output}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -136,7 +142,8 @@ def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]
     ratios = [s["cost_ratio"] for s in summaries]
     cost, seconds = _middle(ratios), _middle([s["seconds_ratio"] for s in summaries])
     share = _middle([s["predicted_share"] for s in summaries])
-    spread = f" ({min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} seeds)"
+    ends = f"{ratio_text(min(ratios))} to {ratio_text(max(ratios))}"
+    spread = f" ({ends} over {len(ratios)} seeds)"
     spread = spread if len(ratios) > 1 and math.isfinite(max(ratios)) else ""
     equal = (
         f"at equal cost its {judged_by} is "
@@ -149,11 +156,16 @@ def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]
             f"hybridcore did not help here: it did not reach your loop's lowest {judged_by} for "
             f"its cost; {equal}; {predicted}."
         )
-    told = f"your loop's lowest {judged_by} at {cost:.2f} of its cost{spread}"
-    clock = f"{seconds:.2f} of its wall-clock"
+    told = f"your loop's lowest {judged_by} at {ratio_text(cost)} of its cost{spread}"
+    clock = f"{ratio_text(seconds)} of its wall-clock"
     if cost >= SAME[1]:
         return False, (
             f"hybridcore did not help here: it reached {told}, {clock}; {equal}; {predicted}."
+        )
+    if cost > SAME[0] and seconds > SLOWER:
+        return False, (
+            f"hybridcore did not help here, and cost {seconds - 1.0:.0%} more wall-clock: it "
+            f"reached {told}, {clock}; its own work weighs on steps as short as these; {predicted}."
         )
     if cost > SAME[0]:
         return False, (
@@ -183,7 +195,7 @@ def _middle(values: list[float]) -> float:
 def _print(
     console: Console, target: str, steps: int, summaries: list[dict[str, Any]], judged_by: str
 ) -> None:
-    of = f", median of {len(summaries)} seeds" if len(summaries) > 1 else ""
+    of = f", medians of {len(summaries)} seeds, of their own ratios too" * (len(summaries) > 1)
     table = Table(title=f"{target}: {steps} steps{of}")
     for column in ("", "plain", "hybridcore", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -201,11 +213,13 @@ def _print(
         shown = [
             _figure(_middle(plain), form),
             _figure(_middle(hybrid), form),
-            _figure(ratio, ".2f"),
+            _figure(ratio),
         ]
         table.add_row(title, *shown)
     console.print(table)
 
 
-def _figure(value: float, form: str) -> str:
-    return "not reached" if math.isinf(value) else "" if math.isnan(value) else format(value, form)
+def _figure(value: float, form: str | None = None) -> str:
+    if not math.isfinite(value):
+        return "not reached" if math.isinf(value) else ""
+    return ratio_text(value) if form is None else format(value, form)

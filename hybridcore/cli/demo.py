@@ -20,11 +20,12 @@ from hybridcore.cli.common import (
     JsonFlag,
     QuietFlag,
     UserError,
-    check_output,
+    check_picture,
     environment,
     output_console,
     print_json,
     progress,
+    ratio_text,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def demo(
         raise UserError(f"--only {only} is not one of {', '.join(WORKLOADS)}")
     if only is not None:
         Source.of(only)
-    check_output(output)
+    check_picture(output)
     # Side by side on a busy machine, more threads measure the scheduler.
     torch.set_num_threads(1)
     names = ["siren", classifier_at_hand()] if only is None else [only]
@@ -83,10 +84,10 @@ def demo(
         finished = [s for s in summaries if s["workload"] == workload.name]
         if finished:
             _print(console, workload, finished)
-    draw([c for c in comparisons if c.seed == 0], output)
-    console.print(f"Picture: {output}")
     if as_json:
         print_json({**environment(), "comparisons": summaries})
+    draw([c for c in comparisons if c.seed == 0], output)
+    console.print(f"Picture: {output}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -120,7 +121,9 @@ def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]
     rates = ", ".join(f"{rate:g}" for rate in workload.learning_rates)
     table = Table(
         title=f"{workload.title}: best of learning rates {rates}, {workload.schedule} schedule, "
-        f"{workload.steps} steps" + (f", median of {len(summaries)}" if len(summaries) > 1 else "")
+        f"{workload.steps} steps"
+        + f", medians of {len(summaries)} seeds, of their own ratios too"
+        * (len(summaries) > 1)
     )
     for column in ("", "plain", "hybridcore", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
@@ -129,7 +132,7 @@ def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]
         a = statistics.median(s[plain] for s in summaries)
         b = statistics.median(s[hybrid] for s in summaries)
         ratio = statistics.median(s[hybrid] / s[plain] for s in summaries)
-        table.add_row(title, format(a, form), format(b, form), f"{ratio:.2f}")
+        table.add_row(title, format(a, form), format(b, form), ratio_text(ratio))
 
     if workload.noisy:
         row("held-out loss at the end", "plain_final", "hybrid_final", ".4f")
@@ -157,7 +160,7 @@ def _verdict(workload: Workload, summaries: list[dict[str, Any]]) -> str:
     ratio = median("cost_ratio")
     less = median("train_less_final")
     reached = (
-        f"reached plain's lowest loss at {ratio:.2f} of its cost"
+        f"reached plain's lowest loss at {ratio_text(ratio)} of its cost"
         if math.isfinite(ratio)
         else "did not reach plain's lowest loss"
     )

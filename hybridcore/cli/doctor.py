@@ -37,11 +37,17 @@ def doctor(
     model_params: Annotated[
         float | None, typer.Option(help="Trainable parameters of a model, as 1.2e9.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="Its optimizer in torch.optim.")] = "adamw",
+    optimizer: Annotated[
+        str | None, typer.Option(help="Its optimizer in torch.optim.", show_default="adamw")
+    ] = None,
     momentum: Annotated[float, typer.Option(min=0.0, help="Momentum of SGD or RMSprop.")] = 0.0,
     dtype: Annotated[
-        str, typer.Option(help="Type of its parameters: float32, bfloat16, float16, float64.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Type of its parameters: float32, bfloat16, float16, float64.",
+            show_default="float32",
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     self_test: Annotated[bool, typer.Option(help="Train small models for up to 10 s.")] = True,
     as_json: JsonFlag = False,
@@ -54,6 +60,8 @@ def doctor(
     from hybridcore import HybridTrainerConfig
     from hybridcore.cli.memory import DTYPES, WITH_MOMENTUM, estimate, optimizer_class
 
+    described = {"--optimizer": optimizer, "--momentum": momentum, "--dtype": dtype}
+    dtype, optimizer = dtype or "float32", optimizer or "adamw"
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     optimizer_class(optimizer)
@@ -61,6 +69,11 @@ def doctor(
         raise UserError(f"--momentum is for {' and '.join(WITH_MOMENTUM)}, not {optimizer}")
     if model_params is not None and not 1.0 <= model_params <= 1e15:
         raise UserError(f"--model-params {model_params:g} must be from 1 to 1e15")
+    for option, value in described.items():
+        if value and model_params is None:
+            raise UserError(
+                f"{option} {value} describes a model: give --model-params too, as 1.2e9"
+            )
     settings = read_config(config) or HybridTrainerConfig()
     console = output_console(as_json=as_json, quiet=quiet)
     versions, devices, threads = _versions(), _devices(), _threads()

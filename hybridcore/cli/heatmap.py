@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
+
+from hybridcore.cli.common import ratio_text
 
 
 def draw_heatmap(
@@ -48,7 +51,7 @@ def draw_heatmap(
     reach = max(abs(ratio - 1.0) for ratio in [*known, 1.1])
     norm = Normalize(1.0 - reach, 1.0 + reach)
     width = max(3.2, 0.75 * len(grid[columns]) + 1.2) * len(panels)
-    height = max(2.4, 0.5 * (len(grid[rows]) if rows else 1) + 1.5)
+    height = max(2.6, 0.5 * (len(grid[rows]) if rows else 1) + 1.7)
     figure, drawn = plt.subplots(
         1, len(panels), figsize=(width + 1.2, height), squeeze=False, layout="constrained"
     )
@@ -61,7 +64,10 @@ def draw_heatmap(
         if first:
             panel.set_title(f"{names[0]} {first[0]}", fontsize=10)
     figure.colorbar(image, ax=drawn[0].tolist(), label="cost to target, plain is 1")
-    figure.suptitle(f"{title}. Framed: the default; bold: the best; grey: not run", fontsize=10)
+    # About twelve characters of this size are an inch.
+    parts = (title, "Framed: the default; bold: the best; grey: not run")
+    lines = [line for part in parts for line in textwrap.wrap(part, int(12 * (width + 1.2)))]
+    figure.suptitle("\n".join(lines), fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -114,7 +120,7 @@ def _label(
                 continue
             reached = math.isfinite(ratio)
             weight = "bold" if ratio == best else "normal"
-            text = f"{ratio:.2f}" if reached else "not\nreached"
+            text = ratio_text(ratio) if reached else "not\nreached"
             size = 8 if reached else 6
             # The ends of the colour map are dark.
             dark = reached and abs(ratio - 1.0) > 0.6 * reach

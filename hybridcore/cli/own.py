@@ -90,7 +90,9 @@ class Source:
                 return cls(target, path.read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{target} cannot be read as Python: {error}") from error
-        if path.suffix == ".py" or len(path.parts) > 1 or path.is_dir():
+        if path.is_dir():
+            raise UserError(f"{target} is a folder: name a Python file that defines build()")
+        if path.suffix == ".py" or len(path.parts) > 1:
             raise UserError(f"{target}: no such file, name a Python file that defines build()")
         if not all(part.isidentifier() for part in target.split(".")):
             raise UserError(f"{target} is neither a file nor a module: name one with build()")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from hybridcore import Phase
+from hybridcore.cli.common import ratio_text
 from hybridcore.cli.compare import Comparison, Run
 from hybridcore.cli.paired import Pair
 from hybridcore.cli.palette import logarithmic
@@ -37,8 +38,11 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> None:
     for panel, comparison in zip(panels[0], comparisons, strict=True):
         _panel(panel, comparison)
     entries = [Line2D([], [], color="0.45", label="plain, best rate")]
-    entries += [Line2D([], [], color="0.8", label="plain, other rates")]
-    entries += _entries()
+    if any(len(comparison.plain) > 1 for comparison in comparisons):
+        entries += [Line2D([], [], color="0.8", label="plain, other rates")]
+    entries += _entries({phase for c in comparisons for phase in c.best_hybrid.phase})
+    if not all(comparison.workload.noisy for comparison in comparisons):
+        entries += [_TARGET]
     figure.legend(handles=entries, loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.11, 1, 1))
     figure.savefig(path, dpi=110)
@@ -61,7 +65,7 @@ def _panel(panel: Axes, comparison: Comparison) -> None:
         panel.axhline(comparison.target, color="black", linestyle="--", linewidth=0.9, zorder=1)
         ratio = summary["cost_ratio"]
         verdict = (
-            f"plain's lowest loss at {ratio:.2f} of its cost"
+            f"plain's lowest loss at {ratio_text(ratio)} of its cost"
             if math.isfinite(ratio)
             else "plain's lowest loss was not reached"
         )
@@ -98,7 +102,7 @@ def draw_pairs(pairs: Sequence[Pair], verdict: str, judged_by: str, path: Path) 
     entries = [Line2D([], [], color="0.45", label="your loop, plain")]
     entries += [Line2D([], [], color="0.8", label="other seeds, plain")] * several
     entries += [Line2D([], [], color="#b8cfe6", label="other seeds, hybridcore")] * several
-    entries += _entries()
+    entries += [*_entries(set(shown.hybrid.run.phase)), _TARGET]
     figure.legend(handles=entries, loc="lower center", ncols=3, frameon=False, fontsize=9)
     panel.set_title("\n".join(textwrap.wrap(verdict, 92)), fontsize=9, loc="left")
     panel.set_xlabel("cost (full steps)")
@@ -111,16 +115,19 @@ def draw_pairs(pairs: Sequence[Pair], verdict: str, judged_by: str, path: Path) 
     plt.close(figure)
 
 
-def _entries() -> list[Line2D]:
+_TARGET = Line2D([], [], color="black", linestyle="--", label="target: plain's lowest loss")
+
+
+def _entries(occurring: Collection[str]) -> list[Line2D]:
     entries = [
         Line2D([], [], color=colour, label=f"hybridcore, {name.lower()} steps")
         for name, colour in COLOURS.items()
+        if name in occurring
     ]
-    return [
-        *entries,
-        Line2D([], [], color=JUMP, marker="v", linestyle=":", label="jump (predicted steps)"),
-        Line2D([], [], color="black", linestyle="--", label="target: plain's lowest loss"),
-    ]
+    if Phase.PREDICT.name in occurring:
+        label = "jump (predicted steps)"
+        entries += [Line2D([], [], color=JUMP, marker="v", linestyle=":", label=label)]
+    return entries
 
 
 def _window(run: Run) -> int:

@@ -12,7 +12,9 @@ from hybridcore.cli.common import (
     JsonFlag,
     QuietFlag,
     UserError,
+    check_apart,
     check_output,
+    check_picture,
     output_console,
     print_json,
 )
@@ -47,7 +49,8 @@ def report(
     if not run.steps:
         raise UserError(f"{stream} holds no step yet: wait until the run has written its first")
     check_output(page, "--html")
-    check_output(picture, "--png")
+    check_picture(picture, "--png")
+    check_apart({"--html": page, "--png": picture}, {"the recording": stream})
     console = output_console(as_json=as_json, quiet=quiet)
     last = run.statistics[-1] if run.statistics else None
     speedup = speedup_text(last)

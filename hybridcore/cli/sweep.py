@@ -18,11 +18,14 @@ from hybridcore.cli.common import (
     JsonFlag,
     QuietFlag,
     UserError,
+    check_apart,
     check_output,
+    check_picture,
     environment,
     output_console,
     print_json,
     progress,
+    ratio_text,
 )
 from hybridcore.cli.comparing import read_config
 
@@ -87,8 +90,10 @@ def sweep(
     grid = parse_grid(setting or [])
     base = read_config(config) or HybridTrainerConfig()
     cells = combinations(grid, base)
-    check_output(output)
+    check_picture(output)
     check_output(results, "--results")
+    read = {"--results": results, "the loop": Path(target), "--config": config}
+    check_apart({"--output": output}, read)
     if jobs == 0 or jobs < -1:
         raise UserError(f"--jobs {jobs} must be at least 1, or -1 for one on each core")
     count = source.steps if steps is None else steps
@@ -114,11 +119,11 @@ def sweep(
             "same command goes on from there."
         )
     _print(console, target, count, list(grid), summary, base.to_dict())
-    draw_heatmap(grid, summary, base.to_dict(), f"{target}, {count} steps", output)
-    console.print(f"Heat map: {output}\nRuns: {results}")
     if as_json:
         head = {"target": target, "steps": count, "grid": grid, "results": str(results)}
         print_json({**environment(), **head, "complete": not interrupted, "cells": summary})
+    draw_heatmap(grid, summary, base.to_dict(), f"{target}, {count} steps", output)
+    console.print(f"Heat map: {output}\nRuns: {results}")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -186,7 +191,7 @@ def _fill(
         for line in run(calls):
             kept.add("cell", line)
             best = min(cell["cost_ratio"] for cell in kept.cells)
-            shown.update(task, advance=1, state=f"best ratio so far {best:.2f}")
+            shown.update(task, advance=1, state=f"best ratio so far {_ratio(best)}")
 
 
 def summarise(kept: Results, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,7 +218,7 @@ def _print(
 ) -> None:
     title = f"{target}, {steps} steps: cost to plain's lowest loss, as a share of plain's"
     table = Table(title=title)
-    for name in (*names, "cost", "over seeds", "predicted"):
+    for name in (*names, "cost", "over seeds", "predicted", ""):
         table.add_column(name, justify="right")
 
     def is_default(row: dict[str, Any]) -> bool:
@@ -224,15 +229,16 @@ def _print(
     for row in shown:
         low, high = row["least_ratio"], row["most_ratio"]
         spread = f"{_ratio(low)} to {_ratio(high)}" if row["seeds"] > 1 else ""
-        style = "bold" if is_default(row) else None
+        is_best = row["cost_ratio"] == summary[0]["cost_ratio"] < math.inf
+        style = "bold" if is_best else None
         values = [str(value) for value in row["settings"].values()]
         share = f"{row['predicted_share']:.0%}"
-        table.add_row(*values, _ratio(row["cost_ratio"]), spread, share, style=style)
+        mark = "default" if is_default(row) else ""
+        table.add_row(*values, _ratio(row["cost_ratio"]), spread, share, mark, style=style)
     console.print(table)
-    left = len(summary) - len(shown)
-    bold = "the default is bold" if any(map(is_default, shown)) else "the default is not among them"
-    console.print(f"{len(shown)} of {len(summary)} combinations, {bold}." if left else f"{bold}.")
+    told = f"{len(shown)} of {len(summary)} combinations, bold: the best"
+    console.print(told + "." if any(map(is_default, shown)) else f"{told}; without the default.")
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "not reached"
+    return ratio_text(value) if math.isfinite(value) else "not reached"

@@ -142,6 +142,8 @@ def summary(ratio, seconds=None):
         ([summary(1.2)], False, "did not help here: it reached"),
         ([summary(math.inf)], False, "did not help here: it did not reach"),
         ([summary(0.99)], False, "did not help here, and did no harm"),
+        ([summary(0.99, seconds=1.24)], False, "did not help here, and cost 24% more wall-clock"),
+        ([summary(0.0042)], True, "at 0.0042 of its cost"),
         ([summary(0.8), summary(0.9), summary(1.1)], False, "not for every seed"),
         ([summary(0.8, seconds=1.3)], False, "saved passes and no time"),
     ],

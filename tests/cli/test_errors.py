@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import HEAD, SMOOTH, call, check_lines, write
 
-from hybridcore import StepResult
+from hybridcore import StepResult, __version__
 from hybridcore.cli import own
 
 MODEL = "    model = nn.Linear(1, 1)\n    optimizer = torch.optim.SGD(model.parameters(), 0.1)\n"
@@ -68,7 +68,8 @@ FILES = {
 ARGUMENTS = {
     "compare: no argument": (["compare"], "Missing argument"),
     "compare: no file": (["compare", "no_file.py"], "no such file"),
-    "compare: a folder": (["compare", "."], "no such file"),
+    "compare: a folder": (["compare", "."], ". is a folder"),
+    "compare: suffix": (["compare", "good.py", "--output", "o.xyz"], "name one of png, svg"),
     "compare: no module": (["compare", "no_module_at_all"], "no file or module"),
     "compare: no name": (["compare", "what is this"], "neither a file nor a module"),
     "compare: no steps": (["compare", "good.py", "--steps", "0"], "--steps"),
@@ -80,11 +81,21 @@ ARGUMENTS = {
     "compare: unknown option": (["compare", "good.py", "--fast"], "--fast"),
     "demo: unknown workload": (["demo", "--only", "mnist"], "siren"),
     "demo: no folder": (["demo", "--output", "no/d.png"], "make it first"),
+    "demo: suffix": (["demo", "--output", "o.xyz"], "name one of png, svg"),
     "report: no argument": (["report"], "Missing argument"),
     "report: no file": (["report", "no.jsonl"], "name a file that JsonLines wrote"),
     "report: no stream": (["report", "good.py"], "no stream of a run"),
     "report: no step": (["report", "begun.jsonl"], "holds no step yet"),
     "report: no folder": (["report", "one.jsonl", "--html", "no/r.html"], "make it first"),
+    "report: suffix": (["report", "one.jsonl", "--png", "z.xyz"], "name one of png, svg"),
+    "report: over itself": (
+        ["report", "one.jsonl", "--html", "./one.jsonl"],
+        "same file as the recording",
+    ),
+    "report: one for both": (
+        ["report", "one.jsonl", "--html", "o.png", "--png", "o.png"],
+        "same file as --html",
+    ),
     "report: no room": (["report", "one.jsonl", "--html", "/dev/full"], "No space left"),
     "sweep: no equals": (["sweep", "good.py", "--set", "horizon"], "NAME=VALUE"),
     "sweep: no setting": (["sweep", "good.py", "--set", "speed=1,2"], "no setting 'speed'"),
@@ -102,11 +113,17 @@ ARGUMENTS = {
         ],
         "at most 3",
     ),
+    "sweep: suffix": (["sweep", "good.py", "--output", "o.xyz"], "name one of png, svg"),
+    "sweep: one for both": (
+        ["sweep", "good.py", "--output", "o.png", "--results", "o.png"],
+        "same file as --results",
+    ),
     "sweep: jobs": (["sweep", "good.py", "--jobs", "0"], "--jobs 0"),
     "sweep: results": (["sweep", "good.py", "--results", "good.py"], "no file of a sweep"),
     "doctor: dtype": (["doctor", "--dtype", "int8"], "float32"),
     "doctor: optimizer": (["doctor", "--optimizer", "adamwww"], "adamw"),
     "doctor: momentum": (["doctor", "--momentum", "0.9"], "sgd and rmsprop"),
+    "doctor: no model": (["doctor", "--optimizer", "sgd"], "give --model-params too"),
     "doctor: parameters": (["doctor", "--model-params", "0"], "from 1 to"),
     "no such command": (["train"], "No such command"),
 }
@@ -128,7 +145,9 @@ def test_arguments_that_make_no_sense(arguments, words):
     step = dict.fromkeys(StepResult._fields, 0) | {"step": 1, "phase": "FULL", "events": []}
     write(head, "begun.jsonl")
     write(head + json.dumps(step) + "\n", "one.jsonl")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
     check_lines(call(*arguments), words)
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("command", ["compare", "sweep"])
@@ -178,6 +197,21 @@ def test_every_command_has_help_with_json_and_quiet(command):
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "--quiet" in result.stdout
+
+
+def test_it_tells_its_version():
+    result = call("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"hybridcore {__version__}\n"
+
+
+def test_figures_are_out_before_the_picture_is_drawn():
+    Path("full.png").symlink_to("/dev/full")
+    arguments = ("--steps", 12, "--seeds", 1, "--output", "full.png", "--json")
+    result = call("compare", write(SMOOTH), *arguments)
+    assert result.exit_code == 2
+    assert "No space left" in result.stderr
+    assert json.loads(result.stdout)["pairs"]
 
 
 def test_without_a_command_there_is_help():

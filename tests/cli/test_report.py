@@ -160,6 +160,11 @@ def test_the_command_writes_page_picture_and_figures(recorded):
         )
 
 
+def test_confidence_is_left_out_where_it_decided_nothing(pages):
+    shown = {kind: "confidence-title" in text for kind, text in pages.items()}
+    assert shown == {"jumps": True, "leaps": False, "noisy": True, "off": True}
+
+
 def test_group_scales_are_in_the_stream_where_there_are_any(recorded, pages):
     stream = read_stream(recorded["jumps"])
     scaled = [jump for jump in jumps(stream) if jump.scales]

@@ -202,6 +202,31 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path):
     assert other.read_text() == "mine\n"
 
 
+def test_a_recording_is_not_overwritten(recorded, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.touch()
+    JsonLines(path).close()
+    path.write_bytes(recorded[0].read_bytes())
+    with pytest.raises(StreamError, match="append=True"):
+        JsonLines(path)
+    assert path.read_bytes() == recorded[0].read_bytes()
+
+
+def test_watchers_refuse_what_they_cannot_use(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with pytest.raises(StreamError, match="is a file: name a folder"):
+        TensorBoard(tmp_path / "file")
+    with pytest.raises(ValueError, match="total must be"):
+        ProgressLine(total=0)
+
+
+def test_a_run_without_steps_saved_nothing():
+    trainer, _ = train(0)
+    assert trainer.statistics().backward_reduction == 0.0
+    assert "(0% fewer backward passes)" in str(trainer.statistics())
+
+
 def test_a_full_disk_does_not_end_the_training(caplog):
     stream = JsonLines("/dev/full")
     train(250, callbacks=[stream])
