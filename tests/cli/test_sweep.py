@@ -99,6 +99,7 @@ def test_it_says_which_combination_is_the_default():
     assert "horizon" in result.stdout
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_one_after_another(tmp_path):
     # A cluster on this machine, of two processes.
     distributed = pytest.importorskip("distributed")

@@ -42,6 +42,7 @@ def everything(trainer):
 # -- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_new_process_goes_on_bit_for_bit(kind, tmp_path):
     rng = random.Random(kind)

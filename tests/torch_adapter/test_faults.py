@@ -33,6 +33,7 @@ def run(script, *arguments):
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_loses_nothing():
     # python tests/torch_adapter/kills.py 200 is the whole drill.
     done, _ = run("kills.py", 8, 3)
@@ -67,6 +68,7 @@ sys.stdout.write(f"{[p.double().sum().item().hex() for p in model.parameters()]}
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoints_and_nothing_else(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", NO_SPACE, str(HERE), str(tmp_path)],

@@ -17,7 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hybridcore import Action, Directive, HybridTrainerConfig, Phase, ProtocolError
 from hybridcore_torch import HybridTrainer
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.slow,
+]
 
 STEPS, HALF = 260, 130
 # A group of processes takes no quasi-Newton steps, and what is compared with it must not either.
