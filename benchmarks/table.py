@@ -109,7 +109,10 @@ def models() -> str:
         for name, title in MODELS.items():
             scores = result["forecasters"][name][horizon]
             beats = scores["raw"]["beats"]
-            shares = " | ".join(f"{beats[b]:.0%}" for b in ("persistence", "linear", "power law"))
+            # Rounded down, or a share just below a bar would stand at it.
+            shares = " | ".join(
+                f"{math.floor(100 * beats[b])}%" for b in ("persistence", "linear", "power law")
+            )
             lines.append(
                 f"| {horizon} | {title} | {shares} | {scores['coverage']:.0%} "
                 f"| {scores['calibration_error']:.2f} |"
@@ -118,7 +121,7 @@ def models() -> str:
     lines += [
         "",
         f"Share of windows of {count} recorded runs on which the forecast's error is below the "
-        f"baseline's, recorded by `{result['command']}`.",
+        f"baseline's, rounded down, recorded by `{result['command']}`.",
     ]
     return "\n".join(lines)
 

@@ -30,7 +30,9 @@ FEWEST = 4
 
 
 class Hands:
-    """Does what a directive says and reports what was seen; decides nothing.
+    """Does what a directive says and reports what was seen.
+
+    It decides nothing but which copies of the weights to do without when memory runs out.
 
     Snapshots, secant pairs and the average are made when first asked for.
 

@@ -59,8 +59,9 @@ class SecantBank:
     Notes
     -----
     Memory is ``2 capacity + 5`` copies of the parameters in float32 at least, made at the first
-    pair. The metric is the inverse root of the mean square of the gradients that the pairs saw when
-    their products were first asked for, as in Adam, and stays until the bank is emptied.
+    pair, and one more where weight decay is decoupled. The metric is the inverse root of the mean
+    square of the gradients that the pairs saw when their products were first asked for, as in Adam,
+    and stays until the bank is emptied.
     """
 
     def __init__(

@@ -247,3 +247,20 @@ def test_a_straight_path_ends_them(turn, straight):
     assert asked.count(False) == CHECK
     assert outer.take(gram) == straight
     assert outer.active != straight
+
+
+def test_the_path_is_held_against_itself_ever_more_rarely():
+    outer = OuterMomentum()
+    outer.begin()
+    checked = []
+    # The first snapshot only marks where the path begins.
+    for number in range(101):
+        directive = outer.full_step
+        if directive.gram:
+            checked.append(number)
+        # A path that turns back, so that it is never straight.
+        points = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+        outer.take((points @ points.T)[None] if directive.gram else None)
+        if outer.pending:
+            outer.step(1e-3)
+    assert checked == [5, 10, 20, 40, 80]

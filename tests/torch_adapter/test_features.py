@@ -1,7 +1,6 @@
 """What loops use beside a model and an optimizer: each trains as plainly, and is predicted."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -181,8 +180,6 @@ def test_it_is_predicted_and_ends_no_higher(build):
     assert trainer.statistics().predicted_steps >= 50
     assert all(p.isfinite().all() for p in model.parameters())
     assert loss().item() <= 1.05 * min(losses[-20:])
-    with torch.no_grad():
-        assert math.isfinite(loss().item())
 
 
 @pytest.mark.parametrize("build", FEATURES, ids=lambda build: build.__name__)

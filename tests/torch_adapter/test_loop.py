@@ -214,6 +214,16 @@ def test_gram_and_move_equal_numpy(dtype, tolerance, size):
     bank.move(np.array([[0.0, 0.0, 0.0, 1.0]] * 2))
     got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()
     assert np.array_equal(got, kept[-1])
+    # Taken into the row of the oldest, which is one of those that it is made of, or none of them.
+    for newest in ([0.5, -1.0, 0.25, 1.25], [-1.0, 2.0]):
+        expected = np.array(newest) @ kept[-len(newest) :]
+        bank.move(np.array([newest]), take=True)
+        got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()
+        np.testing.assert_allclose(got, expected, rtol=rounding, atol=rounding)
+        kept = np.array([*kept[1:], got])
+        moved = kept - kept[-1]
+        gram = bank.gram()[0]
+        np.testing.assert_allclose(gram, moved @ moved.T, rtol=tolerance, atol=tolerance * size)
 
 
 def test_gradient_norm():
