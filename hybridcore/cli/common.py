@@ -30,6 +30,18 @@ JsonFlag = Annotated[
 QuietFlag = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress and no text, only errors.")
 ]
+LoopArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE_OR_MODULE",
+        help="Python file or module that defines build(), or a built-in workload: siren, burgers, "
+        "fashion, digits.",
+    ),
+]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Steps of each run.", show_default="1000, or the workload's own"),
+]
 
 
 class UserError(HybridCoreError):

@@ -14,7 +14,9 @@ from rich.table import Table
 from hybridcore.cli.common import (
     INTERRUPTED,
     JsonFlag,
+    LoopArgument,
     QuietFlag,
+    StepsOption,
     UserError,
     check_apart,
     check_picture,
@@ -36,18 +38,8 @@ SLOWER = 1.05
 
 
 def compare(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE_OR_MODULE",
-            help="Python file or module that defines build(), or a built-in workload: siren, "
-            "burgers, fashion, digits.",
-        ),
-    ],
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of each run.", show_default="1000, or the workload's own"),
-    ] = None,
+    target: LoopArgument,
+    steps: StepsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs, each of its own seed.")] = 3,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with settings of the hybrid runs.")

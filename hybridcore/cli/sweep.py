@@ -16,7 +16,9 @@ from rich.table import Table
 from hybridcore.cli.common import (
     INTERRUPTED,
     JsonFlag,
+    LoopArgument,
     QuietFlag,
+    StepsOption,
     UserError,
     check_apart,
     check_output,
@@ -36,14 +38,7 @@ SHOWN = 10
 
 
 def sweep(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE_OR_MODULE",
-            help="Python file or module that defines build(), or a built-in workload: siren, "
-            "burgers, fashion, digits.",
-        ),
-    ] = "siren",
+    target: LoopArgument = "siren",
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,10 +48,7 @@ def sweep(
             show_default="60 combinations of warmup_steps, min_full_steps and horizon",
         ),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps of each run.", show_default="1000, or the workload's own"),
-    ] = None,
+    steps: StepsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 1,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with the settings that are not swept.")
