@@ -67,27 +67,28 @@ def direction(secants: Secants) -> Descent | None:
     secants : Secants
         Products of k pairs, k at least 0. Pairs without positive curvature are left out.
     """
+    # Loading it takes longer than the rest of `import hybridcore`.
+    from scipy.linalg.lapack import dtrtrs
+
     plain, scaled = secants
     if not (np.isfinite(plain).all() and np.isfinite(scaled).all()):
         return None
     k = len(plain)
     curvature, own = np.diagonal(plain), np.diagonal(scaled)[:k]
-    usable = [int(i) for i in np.flatnonzero(curvature > LEAST_CURVATURE * own)]
-    if not usable:
+    usable = np.flatnonzero(curvature > LEAST_CURVATURE * own)
+    if not len(usable):
         return None
-    # Of y_1 ... y_k and g in the first loop, with D before each of them in the second.
+    # Each of the two loops of L-BFGS solves a triangular system (Byrd, Nocedal & Schnabel 1994,
+    # section 2), with the products of displacements and later changes of the gradient.
+    triangle = plain[np.ix_(usable, usable)]
+    shares = dtrtrs(triangle, -plain[usable, -1])[0]
     gradient = np.zeros(k + 1)
-    gradient[-1] = -1.0
-    steps = np.zeros(k)
-    shares = np.zeros(k)
-    for i in reversed(usable):
-        shares[i] = plain[i] @ gradient / curvature[i]
-        gradient[i] -= shares[i]
+    gradient[usable], gradient[-1] = -shares, -1.0
     newest = usable[-1]
     gradient *= curvature[newest] / own[newest]
-    for i in usable:
-        along = plain[:, i] @ steps + scaled[i] @ gradient
-        steps[i] = shares[i] - along / curvature[i]
+    steps = np.zeros(k)
+    along = shares * curvature[usable] - scaled[usable] @ gradient
+    steps[usable] = dtrtrs(triangle, along, trans=1)[0]
     slope = float(plain[:, -1] @ steps + scaled[-1] @ gradient)
     coefficients = np.concatenate((steps, gradient))
     if not (slope < 0.0 and np.isfinite(coefficients).all()):

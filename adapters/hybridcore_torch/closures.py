@@ -19,11 +19,13 @@ Closures = Closure | Sequence[Closure]
 
 def parts(closure: Closures) -> Sequence[Closure]:
     """Return the closures of the parts of a batch; of a whole one, the only one."""
-    return closure if isinstance(closure, Sequence) else (closure,)
+    return (closure,) if callable(closure) else closure
 
 
 def check_callable(closure: object) -> None:
     """Raise :class:`ClosureError` unless `closure` can be called, or is a list of such."""
+    if callable(closure):
+        return
     in_parts = isinstance(closure, Sequence) and not isinstance(closure, str)
     if in_parts and not closure:
         raise ClosureError("closure is an empty list: pass one closure for each part of the batch")

@@ -116,7 +116,7 @@ class SecantBank:
             torch.sub(self._rows[gradient], self._rows[old_gradient], out=self._changed[slot])
             self._order.append(slot)
             if self._is_metric:
-                self._multiply([slot])
+                self._multiply(slot)
         if not self._is_metric:
             self._metric.addcmul_(self._rows[gradient], self._rows[gradient])
             self._squares += 1
@@ -127,19 +127,19 @@ class SecantBank:
         """Inner products of the pairs, oldest first, and the gradient at the base."""
         if not self._is_metric:
             self._make_metric()
-            self._multiply(list(self._order))
+            for slot in self._order:
+                self._multiply(slot)
         gradient = self._rows[self._base[1]]
         scaled = gradient * self._metric
-        own = float(torch.dot(gradient, scaled))
-        with_moved = (self._moved @ gradient).double().cpu().numpy()
-        with_changed = (self._changed @ scaled).double().cpu().numpy()
+        found = (self._moved @ gradient, self._changed @ scaled, torch.dot(gradient, scaled)[None])
+        with_moved, with_changed, own = self._read(found)
         k, order = len(self._order), np.array(self._order, dtype=np.intp)
         secants = Secants(np.zeros((k, k + 1)), np.zeros((k + 1, k + 1)))
         secants.plain[:, :k] = self._plain[np.ix_(order, order)]
         secants.plain[:, k] = with_moved[order]
         secants.scaled[:k, :k] = self._scaled[np.ix_(order, order)]
         secants.scaled[:k, k] = secants.scaled[k, :k] = with_changed[order]
-        secants.scaled[k, k] = own
+        secants.scaled[k, k] = own[0]
         return secants
 
     @torch.no_grad()
@@ -151,17 +151,20 @@ class SecantBank:
             # By slot, and zero for those that hold nothing yet.
             slots = np.zeros((2, self._capacity))
             slots[0, self._order], slots[1, self._order] = coefficients[:k], coefficients[k:-1]
-            moved, changed = torch.from_numpy(slots).to(base)
-            step = torch.addmv(gradient, self._changed.T, changed, beta=float(coefficients[-1]))
-            step.mul_(self._metric).addmv_(self._moved.T, moved).add_(base)
-            torch._foreach_copy_(self._parameters, self._split(step))
+            of_moved, of_changed = torch.from_numpy(slots).to(base)
+            # The place of the next base is free until there is one.
+            row = self._next[0]
+            step = torch.mv(self._changed.T, of_changed, out=self._rows[row])
+            step.add_(gradient, alpha=float(coefficients[-1])).mul_(self._metric)
+            step.addmv_(self._moved.T, of_moved).add_(base)
+            torch._foreach_copy_(self._parameters, self._views[row])
         else:
             self.back_to_base()
 
     @torch.no_grad()
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
-        torch._foreach_copy_(self._parameters, self._split(self._rows[self._base[0]]))
+        torch._foreach_copy_(self._parameters, self._views[self._base[0]])
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])
@@ -181,14 +184,19 @@ class SecantBank:
         self._metric.div_(self._metric.mean())
         self._is_metric = True
 
-    def _multiply(self, slots: list[int]) -> None:
-        """Bring the products of the pairs in `slots` with all others up to date."""
-        for slot in slots:
-            moved, changed = self._moved[slot], self._changed[slot]
-            self._plain[:, slot] = (self._moved @ changed).double().cpu().numpy()
-            self._plain[slot] = (self._changed @ moved).double().cpu().numpy()
-            scaled = (self._changed @ (changed * self._metric)).double().cpu().numpy()
-            self._scaled[:, slot] = self._scaled[slot] = scaled
+    def _multiply(self, slot: int) -> None:
+        """Bring the products of the pair in `slot` with all others up to date."""
+        moved, changed = self._moved[slot], self._changed[slot]
+        scaled = changed * self._metric
+        found = (self._moved @ changed, self._changed @ moved, self._changed @ scaled)
+        self._plain[:, slot], self._plain[slot], products = self._read(found)
+        self._scaled[:, slot] = self._scaled[slot] = products
+
+    def _read(self, products: tuple[torch.Tensor, ...]) -> tuple[NDArray[np.float64], ...]:
+        """Bring three vectors of products here in one transfer, the first two one for each slot."""
+        values = torch.cat(products).double().cpu().numpy()
+        k = self._capacity
+        return values[:k], values[k : 2 * k], values[2 * k :]
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base, metric and products, cloned."""

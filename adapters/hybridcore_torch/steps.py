@@ -13,7 +13,7 @@ from torch import nn
 
 from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
-from hybridcore_torch.closures import Closures, parts, training_loss
+from hybridcore_torch.closures import Closure, Closures, parts, training_loss
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks
@@ -147,20 +147,29 @@ class Stepper:
 
         With `guarded` a loss that is not finite is not gone through backwards.
         """
-        batch = parts(closure)
+        *others, last = parts(closure)
+        # Where other ranks may wait in the backward pass, a bad loss goes through it too.
+        guarded = guarded and not self._ranks.several
+        if not others:
+            return self._gradient(last, 1, guarded)
         losses: list[torch.Tensor] = []
-        for part in batch:
-            last = len(losses) + 1 == len(batch)
-            with contextlib.nullcontext() if last else self._unsynchronised():
-                loss = training_loss(part)
-                if not losses:
-                    self._check_no_gradients()
-                losses.append(loss.detach())
-                # Where other ranks may wait in the backward pass, a bad loss goes through it too.
-                if guarded and not self._ranks.several and not math.isfinite(loss.item()):
-                    break
-                self._backward(loss if len(batch) == 1 else loss / len(batch))
-        return losses[0] if len(batch) == 1 else torch.stack(losses).mean()
+        with self._unsynchronised():
+            for part in others:
+                losses.append(self._gradient(part, len(others) + 1, guarded, first=not losses))
+                if guarded and not math.isfinite(losses[-1].item()):
+                    return losses[-1]
+        losses.append(self._gradient(last, len(others) + 1, guarded, first=False))
+        return torch.stack(losses).mean()
+
+    def _gradient(
+        self, closure: Closure, parts: int, guarded: bool, *, first: bool = True
+    ) -> torch.Tensor:
+        loss = training_loss(closure)
+        if first:
+            self._check_no_gradients()
+        if not guarded or math.isfinite(loss.item()):
+            self._backward(loss if parts == 1 else loss / parts)
+        return loss.detach()
 
     def _unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """Keep a data-parallel model from averaging gradients before the last part of a batch."""
