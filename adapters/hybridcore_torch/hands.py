@@ -303,7 +303,7 @@ class Hands:
         self.pairs = self.pairs_of(wanted)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
         self.steps_since_recovery = steps_since_recovery
-        self._on_trial = False
+        self._on_trial, self._versions = False, None
 
     def new_average(self) -> WeightAverage:
         """Return an average that starts where the weights are."""

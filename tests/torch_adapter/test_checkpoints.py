@@ -120,6 +120,17 @@ def test_a_small_checkpoint_in_a_jump_can_still_take_it_back(tmp_path):
     assert all(map(torch.equal, weights(model), weights(trainer.model)))
 
 
+@pytest.mark.parametrize("pairs", [0, 20])
+def test_a_run_that_goes_back_to_its_own_state_goes_the_same_way_again(pairs):
+    trainer, closure = trained(0, dataclasses.replace(BRISK, secant_pairs=pairs))
+    while trainer.engine.phase is not Phase.PREDICT:
+        trainer.step(closure)
+    state = copy.deepcopy(trainer.state_dict())
+    first = [trainer.step(closure).loss for _ in range(60)]
+    trainer.load_state_dict(state)
+    assert [trainer.step(closure).loss for _ in range(60)] == first
+
+
 def test_a_state_of_torch_save_of_version_2_goes_on(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(32, 3)
