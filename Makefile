@@ -3,9 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 ASV := $(BIN)/asv --config benchmarks/asv.conf.json
+# The reference is of the adapters' public names, and of the core but for its kernels and learners.
+CORE := $(filter-out %/__init__.py,$(wildcard hybridcore/*.py hybridcore/dynamics/*.py))
+PAGES := hybridcore hybridcore_torch hybridcore_keras hybridcore.dynamics hybridcore.dynamics.rssm \
+	$(subst /,.,$(CORE:.py=))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +30,10 @@ lint: $(STAMP) ## check style, formatting, types and the architecture
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP) ## make the reference from the docstrings, in build/docs; a warning is an error
+	PDOC_ALLOW_EXEC=1 KERAS_BACKEND=torch $(BIN)/python -W error::UserWarning -m pdoc \
+		--docformat numpy --no-show-source --output-directory build/docs $(PAGES)
 
 bench: $(STAMP) ## run every benchmark once, to see that it works; the times are not kept
 	$(ASV) machine --yes >/dev/null

@@ -14,9 +14,11 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -66,7 +68,9 @@ def without_monitor(controller: Controller) -> None:
 JUMPS = HybridTrainerConfig(secant_pairs=0)
 CORRECTED = replace(JUMPS, group_correction=True)
 
-VARIANTS: dict[str, tuple[HybridTrainerConfig, Callable[[Controller], None]]] = {
+Variant: TypeAlias = tuple[HybridTrainerConfig, Callable[[Controller], None]]
+
+VARIANTS: dict[str, Variant] = {
     "default": (JUMPS, unchanged),
     "without the bandit": (JUMPS, without_bandit),
     "without the monitor": (JUMPS, without_monitor),
@@ -89,9 +93,9 @@ def cost_to(target: float, loop: Iterator[Run], limit: float) -> float:
     return math.inf
 
 
-def hybrid(name: str, seed: int, price: float, variant: str) -> Iterator[Run]:
+def hybrid(name: str, seed: int, price: float, variant: Variant) -> Iterator[Run]:
     """Train with one variant, step by step."""
-    config, alter = VARIANTS[variant]
+    config, alter = variant
     loop = training(WORKLOADS[name], seed, RATES[name], price, hybrid=True, config=config)
     for run in loop:
         if len(run.loss) == 1:
@@ -102,40 +106,50 @@ def hybrid(name: str, seed: int, price: float, variant: str) -> Iterator[Run]:
         yield run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="fewer than the workload's, for a quick look")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(
+    variants: dict[str, Variant], seeds: int, few: int | None = None
+) -> dict[str, list[float]]:
+    """Cost to plain's lowest loss as a share of plain's, by task and variant, one for each seed."""
     ratios: dict[str, list[float]] = {}
     for name in RATES:
-        steps = arguments.steps or WORKLOADS[name].steps
+        steps = few or WORKLOADS[name].steps
         price = forward_cost(WORKLOADS[name])
         targets = []
-        for seed in range(arguments.seeds):
+        for seed in range(seeds):
             loop = training(WORKLOADS[name], seed, RATES[name], price, hybrid=False)
             run = list(itertools.islice(loop, steps))[-1]
             target = run.lowest()
             step = run.first_at(target)
             assert step is not None
             targets.append((target, run.cost[step]))
-        for variant in VARIANTS:
-            ratios[f"{name}, {variant}"] = [
+        for title, variant in variants.items():
+            found = ratios[f"{name}, {title}"] = [
                 cost_to(target, hybrid(name, seed, price, variant), 1.5 * cost) / cost
                 for seed, (target, cost) in enumerate(targets)
             ]
-            found = ratios[f"{name}, {variant}"]
             shown = " ".join(f"{ratio:.2f}" for ratio in found)
-            print(f"{name:8} {variant:22} {statistics.median(found):.3f}  ({shown})", flush=True)
+            print(f"{name:8} {title:22} {statistics.median(found):.3f}  ({shown})", flush=True)
+    return ratios
+
+
+def record(variants: dict[str, Variant], results: Path) -> None:
+    """Measure as the command line asks, and write what came out to `results`."""
+    parser = argparse.ArgumentParser(
+        description=(sys.modules["__main__"].__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="fewer than the workload's, for a quick look")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ratios = measure(variants, arguments.seeds, arguments.steps)
     document = environment() | {
-        "command": f"python benchmarks/ablation.py --seeds {arguments.seeds}"
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} --seeds {arguments.seeds}"
         + (f" --steps {arguments.steps}" if arguments.steps else ""),
         "cost_ratios": ratios,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    record(VARIANTS, RESULTS)

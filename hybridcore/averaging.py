@@ -15,6 +15,15 @@ class Averaging:
     noise of single steps cancels, as it would under a decayed learning rate, and the beginning is
     forgotten. After a jump it starts over, uniformly, until it holds as much again.
 
+    - *Predicts* the weights that a decayed rate would lead to.
+    - *Pays* on mini-batches at a constant rate: plain's final held-out loss at 0.40 to 0.51 of its
+      cost on an MLP, 0.58 to 0.68 on a CNN, 0.80 on a small language model (entry 15 of the log in
+      ``benchmarks/proving_ground``).
+    - *Hurts* nothing but the memory. Under a schedule that decays, and on smooth work, it lags
+      behind or gains nothing: an exponential average comes to 1.00 and 1.01 there.
+    - *Costs* one copy of the weights, read and written every tenth full step.
+    - *Source*: Shamir & Zhang 2013, section 4.
+
     Attributes
     ----------
     count : int

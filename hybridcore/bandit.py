@@ -3,7 +3,7 @@
 An arm is a name, in the engine that of an extrapolator and a horizon; ``"none"``, do not predict,
 is always among them. Each arm has a linear model of its reward in the context ``x``, and the arm
 with the highest upper confidence bound is played (Li, Chu, Langford & Schapire 2010, algorithm 1,
-disjoint models)::
+disjoint models):
 
     A = ridge * I + sum_s w_s x_s x_s^T        over the plays of the arm
     b = sum_s w_s r_s x_s
@@ -17,7 +17,7 @@ to its prior, mean 0 and width ``exploration * |x| / sqrt(ridge)``, and is tried
 
 A play is one term of rank one, added to the inverse by Sherman-Morrison in O(d^2). Discounting is
 not: with the ridge kept, it changes A in every direction, and of every arm. It is therefore
-applied in ticks of `period` updates, at which every inverse is formed anew from its own sums::
+applied in ticks of `period` updates, at which every inverse is formed anew from its own sums:
 
     w_s = discount ** (period * ticks since the play)
 

@@ -65,7 +65,7 @@ class HybridTrainerConfig:
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
-        :class:`~hybridcore.errors.DivergenceError` once the batch has been left out.
+        :class:`hybridcore.errors.DivergenceError` once the batch has been left out.
 
     Raises
     ------

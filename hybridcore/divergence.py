@@ -2,16 +2,14 @@
 
 Six signals are measured, each as a severity that is 1 at its trigger:
 
-==================  =============================================  ============  ===============
-signal              measured as                                    triggers at   leads at most to
-==================  =============================================  ============  ===============
-loss deviation      EMA standard deviations above the EMA          > `sigma`     CRITICAL
-gradient explosion  norm over its baseline                         > 10          CRITICAL
-gradient vanishing  norm over its baseline                         < 0.01        WARNING
-non-finite          NaN or Inf in what is observed                 any           CRITICAL at once
-prediction error    ``|forecast - probe| / |probe|``               > 0.20        WARNING
-oscillation         share of sign changes in 33 loss differences   > 0.95        WARNING
-==================  =============================================  ============  ===============
+| signal | measured as | triggers at | leads at most to |
+|---|---|---|---|
+| loss deviation | EMA standard deviations above the EMA | > `sigma` | CRITICAL |
+| gradient explosion | norm over its baseline | > 10 | CRITICAL |
+| gradient vanishing | norm over its baseline | < 0.01 | WARNING |
+| non-finite | NaN or Inf in what is observed | any | CRITICAL at once |
+| prediction error | ``abs(forecast - probe) / abs(probe)`` | > 0.20 | WARNING |
+| oscillation | share of sign changes in 33 loss differences | > 0.95 | WARNING |
 
 A gradient that vanishes, a forecast that fails (also by being too gloomy) and a loss that goes up
 and down on its way down are reasons not to predict, but nothing that older weights would cure:

@@ -1,7 +1,7 @@
 """The state machine: directives out, observations in.
 
 The engine never sees a tensor and calls no framework. An adapter asks :meth:`Engine.next` what to
-do, does it, and tells :meth:`Engine.observe` what it saw, until the step is done::
+do, does it, and tells :meth:`Engine.observe` what it saw, until the step is done:
 
     while True:
         directive = engine.next()
@@ -9,7 +9,7 @@ do, does it, and tells :meth:`Engine.observe` what it saw, until the step is don
         if engine.step_done:
             break
 
-What is decided is the business of a :class:`~hybridcore.phases.PhaseController`. Decisions
+What is decided is the business of a :class:`hybridcore.phases.PhaseController`. Decisions
 follow from the observations alone, never from the clock, so the same observations give the same
 decisions on every rank and every machine.
 """
@@ -135,7 +135,7 @@ class Engine:
         self._times.append((phase, seconds, overhead))
 
     def take_events(self) -> tuple[dict[str, Any], ...]:
-        """Return what happened since the last call, for :class:`~hybridcore.StepResult`.
+        """Return what happened since the last call, for :class:`hybridcore.StepResult`.
 
         Of full steps whose figures are read later it is told with the step that reads them.
         """

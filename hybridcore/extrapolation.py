@@ -9,18 +9,19 @@ origin; about one of the snapshots it keeps the digits that differences of long 
 
 ``horizon`` is measured in snapshot intervals: with snapshots 10 steps apart, 75 steps are 7.5.
 
-==========  ==================================================  ===================================
-name        predicts                                            source
-==========  ==================================================  ===================================
-average     the annealed weights: noise averaged out            Polyak & Juditsky 1992; SWA,
-                                                                Izmailov et al. 2018, eq. 1
-linear      the window's mean velocity, kept up                 Introspection, Sinha et al. 2017
-nesterov    momentum over displacements, kept up                Lookahead, Zhang et al. 2019; DiLoCo
-anderson    the fixed point                                     Anderson 1965; regularised nonlinear
-                                                                acceleration, Scieur et al. 2016,
-                                                                alg. 1
-dmd         slow Koopman modes, advanced                        Schmid 2010; Dogra & Redman 2020
-==========  ==================================================  ===================================
+| name | predicts | source |
+|---|---|---|
+| `average` | the annealed weights | Polyak & Juditsky 1992; SWA, Izmailov et al. 2018 |
+| `linear` | the window's mean velocity, kept up | Introspection, Sinha et al. 2017 |
+| `nesterov` | momentum over displacements, kept up | Lookahead, Zhang et al. 2019; DiLoCo |
+| `anderson` | the fixed point | Anderson 1965; Scieur et al. 2016, alg. 1 |
+| `dmd` | slow Koopman modes, advanced | Schmid 2010; Dogra & Redman 2020 |
+
+Each function ends with its card. What they have in common: a Gram matrix of the snapshots once a
+decision and one probe each; they pay where the path is smooth, which the bank's own back-test says
+before any probe (`hybridcore.planning.path_confidence`), and are not tried elsewhere. *Alone* is
+the cost to plain's lowest loss, as a share of plain's, on the SIREN and on the PINN, where no other
+is tried: medians of 5 seeds, ``benchmarks/results/arms.json``. All together come to 0.59 / 0.71.
 """
 
 from __future__ import annotations
@@ -42,6 +43,14 @@ RANK_TOLERANCE = 1e-8
 
 def average(gram: ArrayLike, horizon: float = 0.0) -> Array:
     """Mean of the snapshots, the same for every horizon.
+
+    - *Predicts* where the weights would be if the rate were annealed here.
+    - *Pays* as a judge: a jump is kept if the mean of two snapshots after it is better than the
+      mean of two before it, which no single step's noise decides.
+    - *Hurts* as a jump: it leads back, so it is not among the arms (entry 4 of the proving
+      ground's log: 1.64x with it, 1.75x without).
+    - *Costs* two probes a jump.
+    - *Source*: Polyak & Juditsky 1992; Izmailov et al. 2018, equation 1.
 
     Parameters
     ----------
@@ -69,6 +78,12 @@ def linear(gram: ArrayLike, horizon: float) -> Array:
 
     ``theta_hat = theta[-1] + horizon * (theta[-1] - theta[0]) / (m - 1)``. Parameters, return value
     and errors are those of :func:`average`.
+
+    - *Predicts* that the velocity of the whole window is kept up.
+    - *Pays* where the path is straight over several windows.
+    - *Hurts* where it bends or slows down: the oldest displacement counts as much as the newest.
+    - *Alone*: 0.63 / 0.78.
+    - *Source*: Sinha et al. 2017 (Introspection), without the network.
     """
     m = len(_checked(gram, horizon))
     if m == 1:
@@ -84,6 +99,13 @@ def nesterov(gram: ArrayLike, horizon: float, momentum: float = MOMENTUM) -> Arr
     ``theta_hat = theta[-1] + horizon * v[-1] / sum_k(momentum ** k)``: a steady velocity is
     continued exactly, an unsteady one by its recent part. Parameters, return value and errors are
     those of :func:`average`; `momentum` lies in [0, 1).
+
+    - *Predicts* that the recent velocity is kept up.
+    - *Pays* on paths that bend slowly. It was the best arm by itself, and no worse than all of
+      them together.
+    - *Hurts* where the newest displacement is the odd one, after a spike.
+    - *Alone*: 0.58 / 0.68.
+    - *Source*: Zhang et al. 2019, algorithm 1; Douillard et al. 2023, algorithm 1.
     """
     m = len(_checked(gram, horizon))
     if not 0.0 <= momentum < 1.0:
@@ -105,6 +127,13 @@ def anderson(
     displacements that point is the fixed point, so the result does not depend on `horizon`.
     Parameters, return value and errors are those of :func:`average`; `regularization` is positive
     and finite, and raised to the rounding of the Gram matrix where it is smaller.
+
+    - *Predicts* where the path ends, not when.
+    - *Pays* in a bowl with fewer slow directions than there are snapshots.
+    - *Hurts* where there are more: the regularised point is then a short way off. It has no
+      horizon, so that a probe cannot find a better reach.
+    - *Alone*: 0.67 / 0.86.
+    - *Source*: Anderson 1965; Scieur, d'Aspremont & Bach 2016, algorithm 1.
     """
     gram = _checked(gram, horizon)
     if not (np.isfinite(regularization) and regularization > 0.0):
@@ -131,6 +160,13 @@ def dmd(gram: ArrayLike, horizon: float, tolerance: float = RANK_TOLERANCE) -> A
     dropped), eigenvalues outside the unit circle are put on it, and
     ``theta_hat = theta[-1] + sum_{k=1..horizon} A^k u[-1]``. Parameters, return value and errors
     are those of :func:`average`; `tolerance` lies in [0, 1).
+
+    - *Predicts* directions that slow down each at a speed of its own.
+    - *Pays* where fast directions have nearly settled and slow ones have not.
+    - *Hurts* where four displacements are too few to tell a mode from noise: on the PINN its
+      seeds lie between 0.69 and 1.07.
+    - *Alone*: 0.60 / 0.87.
+    - *Source*: Schmid 2010, section 2; Dogra & Redman 2020.
     """
     gram = _checked(gram, horizon)
     if not 0.0 <= tolerance < 1.0:

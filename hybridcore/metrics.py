@@ -86,10 +86,10 @@ class TrainingStatistics:
     confidence : float
         Confidence in [0, 1] at the last decision.
     divergence_level : str
-        Name of the :class:`~hybridcore.divergence.DivergenceLevel` now. Above NORMAL jumps are
+        Name of the :class:`hybridcore.divergence.DivergenceLevel` now. Above NORMAL jumps are
         shortened, above CAUTION there are none.
     divergence_signals : dict of str to float
-        By :class:`~hybridcore.divergence.Signal`, its severity when last measured, above 1 if
+        By :class:`hybridcore.divergence.Signal`, its severity when last measured, above 1 if
         triggered.
     """
 

@@ -12,13 +12,13 @@ from hybridcore.errors import TransitionError
 if TYPE_CHECKING:
     from hybridcore.types import Directive, Observation
 
-Turn: TypeAlias = "Generator[Directive, Observation, None]"
+Turn: TypeAlias = Generator["Directive", "Observation", None]
 
 
 class Phase(enum.Enum):
-    """Where a run stands; each value is one turn of this loop.
+    """Where a run stands; each value is one turn of a loop.
 
-    ::
+    The loop in pseudocode:
 
         while baseline is not stable:               # WARMUP
             full step

@@ -15,7 +15,7 @@ INTERVAL = 0.2
 class ProgressLine:
     """Callback of a trainer that shows phase, loss, measured speed-up and the time left.
 
-    ::
+    It goes where the trainer is built:
 
         with ProgressLine(total=steps) as line:
             trainer = HybridTrainer(model, optimizer, callbacks=[line])

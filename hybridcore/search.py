@@ -1,7 +1,5 @@
 """The search for a jump: points to probe, and what their losses say."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace

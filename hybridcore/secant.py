@@ -23,7 +23,7 @@ from hybridcore.quasi_newton import Descent, direction, shorter, sufficient
 from hybridcore.search import usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
-Step: TypeAlias = "Generator[Directive, Observation, tuple[Observation, bool]]"
+Step: TypeAlias = Generator[Directive, Observation, tuple[Observation, bool]]
 
 # Two passes over one batch at the same weights agree to this, as a share.
 SAME = 1e-5

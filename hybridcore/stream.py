@@ -43,7 +43,7 @@ class Trainer(Protocol):
 class JsonLines:
     """Callback of a trainer that writes the run to a file, step by step.
 
-    ::
+    It goes where the trainer is built:
 
         with JsonLines("run.jsonl") as stream:
             trainer = HybridTrainer(model, optimizer, callbacks=[stream])
@@ -193,7 +193,7 @@ class Stream:
     config : dict
         Settings of the run.
     steps : list of dict
-        The steps, oldest first: ``step`` and the fields of :class:`~hybridcore.StepResult`, with
+        The steps, oldest first: ``step`` and the fields of :class:`hybridcore.StepResult`, with
         the metrics among them. The phase is its name; what is not finite is None.
     statistics : list of dict
         Statistics from time to time, oldest first, each with the ``step`` after which it was taken.

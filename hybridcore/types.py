@@ -1,7 +1,5 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
-from __future__ import annotations
-
 import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -57,7 +55,7 @@ class Directive:
     coefficients : (groups, m) or (1, m) ndarray of float64 or None
         Affine coefficients over the newest m snapshots of the bank, oldest first; rows sum to 1.
         One row is for all groups. For ``REACH`` (2 k + 1,), of the displacements and scaled
-        gradients of :class:`~hybridcore.quasi_newton.Descent`.
+        gradients of :class:`hybridcore.quasi_newton.Descent`.
     snapshot : bool
         For ``FULL`` and ``MOVE``: add the weights after it to the bank.
     fresh_bank : bool

@@ -40,7 +40,7 @@ PHASES = list(Phase)
 class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Runs ``fit`` by real and predicted steps.
 
-    ::
+    It is all that changes:
 
         model.fit(x, y, callbacks=[HybridCallback()])
 
@@ -70,7 +70,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     Notes
     -----
     ``History`` and the ``logs`` of an epoch get ``hybrid_phase`` (position in
-    :class:`~hybridcore.Phase`, from 0), ``hybrid_measured_speedup`` and
+    :class:`hybridcore.Phase`, from 0), ``hybrid_measured_speedup`` and
     ``hybrid_backward_reduction``; ``History`` gets the other statistics too. The loss of a
     predicted step is its forecast, in the running mean of the epoch.
     """

@@ -28,7 +28,7 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
 
 
 def check_model(model: Any) -> None:
-    """Raise :class:`~hybridcore.ModelError` where a model cannot be trained by predicted steps."""
+    """Raise :class:`hybridcore.ModelError` where a model cannot be trained by predicted steps."""
     optimizer = model.optimizer
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ModelError(

@@ -35,7 +35,7 @@ def batch_loss(totals: list[Any], counts: list[Any], logs: dict[str, Any]) -> An
 
 
 def check_reports_loss(model: Any, logs: Any) -> None:
-    """Raise :class:`~hybridcore.ModelError` unless the step told its loss."""
+    """Raise :class:`hybridcore.ModelError` unless the step told its loss."""
     if not isinstance(logs, dict) or not ("loss" in logs or loss_trackers(model)):
         raise ModelError(
             "train_step must return a dictionary with the key 'loss', or update a "

@@ -22,7 +22,7 @@ _WEIGHTS, _OTHERS, _OPTIMIZER, _METRICS = range(4)
 
 
 class JAXPort:
-    """See :class:`~hybridcore_keras.ports.Port`.
+    """See :class:`hybridcore_keras.ports.Port`.
 
     Keras compiles ``train_step(state, data)``. The state gets a fifth part, the position of the
     schedule and the factor on the rates, because a compiled function reads no variables. Keras's

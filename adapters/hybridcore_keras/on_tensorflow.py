@@ -14,7 +14,7 @@ from hybridcore_keras.stateful import FIGURES, StatefulPort
 
 
 class TensorFlowPort(StatefulPort):
-    """See :class:`~hybridcore_keras.ports.Port`.
+    """See :class:`hybridcore_keras.ports.Port`.
 
     A full step passes ``fit``'s iterator on, so that Keras takes the batch inside its graph. Where
     a probe needed the batch first, it is fed again through an iterator of the same type, for which

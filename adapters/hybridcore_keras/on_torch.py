@@ -13,7 +13,7 @@ from hybridcore_keras.stateful import FIGURES, StatefulPort
 
 
 class TorchPort(StatefulPort):
-    """See :class:`~hybridcore_keras.ports.Port`.
+    """See :class:`hybridcore_keras.ports.Port`.
 
     Here nothing is compiled, and a custom ``train_step`` cannot be run without its backward pass:
     its probes then cost about a full step, which the measured cost of a probe shows.

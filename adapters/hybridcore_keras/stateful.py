@@ -17,7 +17,7 @@ FIGURES = "hybrid_figures"
 
 
 class StatefulPort:
-    """What the ports of TensorFlow and torch share; see :class:`~hybridcore_keras.ports.Port`.
+    """What the ports of TensorFlow and torch share; see :class:`hybridcore_keras.ports.Port`.
 
     ``model.train_step`` and ``optimizer.apply`` are replaced on the two instances, and Keras then
     compiles its train function as ever: loss, gradient norm and the decision to leave a bad batch

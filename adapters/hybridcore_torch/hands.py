@@ -39,7 +39,7 @@ class Hands:
     Parameters
     ----------
     model, optimizer, scheduler, scaler, max_grad_norm, probe
-        As for :class:`~hybridcore_torch.HybridTrainer`.
+        As for :class:`hybridcore_torch.HybridTrainer`.
     config : HybridTrainerConfig
         Settings.
     parameters : list of Parameter

@@ -28,7 +28,7 @@ class Stepper:
     Parameters
     ----------
     model, optimizer, scheduler, scaler, max_grad_norm
-        As for :class:`~hybridcore_torch.HybridTrainer`.
+        As for :class:`hybridcore_torch.HybridTrainer`.
     ranks : Ranks
         Makes one loss and one norm of those of all ranks.
     """

@@ -42,7 +42,7 @@ class HybridTrainer:
     """Runs a PyTorch training loop by real and predicted steps.
 
     The trainer calls ``zero_grad``, ``backward``, ``optimizer.step`` and ``scheduler.step``; the
-    loop only says how the loss is computed::
+    loop only says how the loss is computed:
 
         trainer = HybridTrainer(model, optimizer, scheduler=scheduler)
         for x, y in loader:
@@ -69,8 +69,8 @@ class HybridTrainer:
     layer_groups : iterable of iterables of Parameter, optional
         Layer groups; by default up to 8 by depth.
     callbacks : sequence of callable
-        Each is called with the :class:`~hybridcore.StepResult` of every step. One with a method
-        ``begin`` is given the trainer first, as :class:`~hybridcore.JsonLines` is.
+        Each is called with the :class:`hybridcore.StepResult` of every step. One with a method
+        ``begin`` is given the trainer first, as :class:`hybridcore.JsonLines` is.
 
     Raises
     ------
@@ -184,7 +184,7 @@ class HybridTrainer:
         """Put the running average of the weights into the model, for as long as the block lasts.
 
         Keep these weights where batches are noisy and the rate does not decay; on smooth work they
-        lag behind. The average is of about the last 17th of the run. Buffers are the run's own::
+        lag behind. The average is of about the last 17th of the run. Buffers are the run's own:
 
             with trainer.averaged():
                 accuracy = evaluate(model)

@@ -1,6 +1,6 @@
 """A loop of the user's own, from a Python file or module that defines ``build()``.
 
-``build()`` returns model, optimizer, data and loss, as a tuple in this order or as a dictionary::
+``build()`` returns model, optimizer, data and loss, as a tuple in this order or as a dictionary:
 
     def build():
         model = nn.Linear(64, 10)

@@ -73,7 +73,7 @@ class Judge:
     forward_cost : float
         Cost of a forward pass in full steps.
     hybrid : bool
-        By :class:`~hybridcore_torch.HybridTrainer`, or by the plain loop.
+        By :class:`hybridcore_torch.HybridTrainer`, or by the plain loop.
     config : HybridTrainerConfig, optional
         Settings of the hybrid run.
     """

@@ -27,6 +27,14 @@ class ExpertMixture:
     made steep. The spread is that of a normal distribution with the mean absolute error that the
     mixture itself had. The law keeps counts and sums in bins of log steps, so that a step costs the
     same however many there were.
+
+    - *Predicts* the log loss of full steps to come, and how far off that may be.
+    - *Pays* in forecasts: 15 steps ahead its error is below a line's on 77 % of the windows of 18
+      runs that it has not seen, and below a power law's on 72 %
+      (``benchmarks/results/forecast_skill.json``; its settings were chosen on these runs).
+    - *Hurts* at the start of a process: its kernel compiles when first used.
+    - *Costs* one call of that kernel a step, the same however long the run is.
+    - *Source*: Hestness et al. 2017, equation 1; Bates & Granger 1969.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """The promises of the Keras adapter, on real problems."""
 
+import documents
 import keras
 import numpy as np
 import pytest
@@ -270,3 +271,15 @@ def test_the_users_probe_and_layer_groups_are_used():
     train(model, 150, hybrid)
     assert hybrid.statistics().probes > 0
     assert hybrid._snapshots.groups == [[2, 3], [0, 1]]
+
+
+def test_the_diff_of_the_readme():
+    readme = documents.document("README")
+    if readme is None:
+        pytest.skip("the documents are in the source tree alone")
+    for program in documents.sides(documents.block(readme, "diff", "fit")):
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+        model.compile("adam", "mse")
+        scope = {"model": model, "x": np.ones((64, 64)), "y": np.ones((64, 10))}
+        exec(f"import hybridcore_keras\n{program}", scope)
+        assert model.optimizer.iterations == 2
