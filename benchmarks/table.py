@@ -98,6 +98,42 @@ def parts() -> str:
     return "\n".join(lines)
 
 
+def corrections() -> str:
+    result = recorded("corrections")
+    lines = [
+        "| jumps made | variance of the miss, without probes on the way | with "
+        "| way gone with them "
+        "| progress without | with |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in SMOOTH.items():
+        jumps = result["results"][name]["jumps"]
+        for stretch, far in (("1x", "as far as chosen"), ("2x", "twice"), ("3x", "three times")):
+            blind, seen = jumps[f"{stretch}, blind"], jumps[f"{stretch}, corrected"]
+            gone = seen["share_mean"] * int(stretch[0])
+            figures = (
+                f"{blind['miss_variance']:.4f}",
+                f"{seen['miss_variance']:.4f}",
+                f"{gone:.2f}",
+                f"{blind['progress_mean']:.2f}",
+                f"{seen['progress_mean']:.2f}",
+            )
+            lines.append(f"| {title}, {far} | {' | '.join(figures)} |")
+    removed = " and ".join(
+        f"{math.floor(100 * result['results'][name]['group_scales_removed'])}%" for name in SMOOTH
+    )
+    count = " and ".join(
+        str(result["results"][name]["jumps"]["1x, blind"]["jumps"]) for name in SMOOTH
+    )
+    lines += [
+        "",
+        f"{count} jumps, each made six times from the same start; misses and progress are in log "
+        "loss, ways in those chosen. Of what the scales of layer groups should have been, their "
+        f"forecasts explain {removed}. Recorded by `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def models() -> str:
     result = recorded("forecast_skill")
     lines = [
@@ -135,6 +171,7 @@ def main() -> None:
         ("gains", gains()),
         ("moments", moments()),
         ("parts", parts()),
+        ("corrections", corrections()),
         ("models", models()),
         ("ground", tables(Ground(RESULTS))),
     ):

@@ -118,6 +118,12 @@ def test_what_the_documents_name_is_there():
         assert (ROOT / link).exists(), link
 
 
+def test_every_example_is_in_the_index():
+    index = (ROOT / "examples" / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+\.py)` \|", index, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
 def test_the_commands_and_settings_that_the_readme_names_are_there():
     pytest.importorskip("typer")
     from hybridcore import HybridTrainerConfig
@@ -157,14 +163,14 @@ def test_how_to_add_something(section, tmp_path):
 
 def cards():
     """Objects whose docstring holds a card, and the figures that it may quote: text."""
-    from hybridcore import quasi_newton
+    from hybridcore import corrector, quasi_newton
     from hybridcore.averaging import Averaging
     from hybridcore.dynamics.mixture import ExpertMixture
     from hybridcore.dynamics.rssm import RSSMDynamics
     from hybridcore.extrapolation import EXTRAPOLATORS
     from hybridcore.outer import OuterMomentum
 
-    others = (quasi_newton, OuterMomentum, Averaging, ExpertMixture, RSSMDynamics)
+    others = (corrector, quasi_newton, OuterMomentum, Averaging, ExpertMixture, RSSMDynamics)
     return EXTRAPOLATORS, others
 
 
