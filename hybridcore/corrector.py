@@ -16,8 +16,9 @@ against the other, and what their blend explained there says how much of it is b
 
 - *Predicts* by which factor each group's displacement will have missed.
 - *Pays* nowhere that was measured: 0.60 / 0.63 of plain's cost on SIREN and PINN, where the default
-  comes to 0.59 / 0.63 (``benchmarks/results/ablation.json``), so it is off by default. It explains
-  8 % of what the factors should have been (``benchmarks/results/corrections.json``).
+  came to 0.59 / 0.63 (``benchmarks/results/ablation.json``, older than outer momentum), so it is
+  off by default. It explains 8 % of what the factors should have been
+  (``benchmarks/results/corrections.json``).
 - *Hurts* little: a forward pass decides whether the scaled jump is the better one.
 - *Costs* that pass for each jump.
 - *Source*: Haykin, Adaptive Filter Theory, for the recursive regression; the store of similar

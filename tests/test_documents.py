@@ -208,8 +208,11 @@ def test_every_method_has_a_card_and_every_figure_of_it_is_recorded():
             assert f"- *Alone*: {siren} / {burgers}." in inspect.getdoc(function)
     from hybridcore import extrapolation
 
-    both = " / ".join(costs["together"][name][1] for name in ("siren", "burgers"))
-    assert f"come to {both}." in " ".join(extrapolation.__doc__.split())
+    both = [costs["together"][name][1] for name in ("siren", "burgers")]
+    assert f"come to {' / '.join(both)}." in " ".join(extrapolation.__doc__.split())
+    alone = [costs["nesterov"][name][1] for name in ("siren", "burgers")]
+    said = f"default comes to {' and '.join(both)}, and `nesterov` alone to {' and '.join(alone)} "
+    assert said in " ".join(README.split())
 
 
 def test_every_public_name_has_a_docstring():

@@ -38,7 +38,7 @@ class RSSMDynamics:
     - *Pays* nowhere that was measured: below a line on 77 % of the windows 15 steps ahead, as the
       mixture is without it (``benchmarks/results/forecast_skill.json``).
     - *Hurts* where it jumps later: 0.60 / 0.74 of plain's cost on SIREN and PINN where the default
-      comes to 0.59 / 0.63 (``benchmarks/results/ablation.json``, from before it had the mixture).
+      came to 0.59 / 0.63 (``benchmarks/results/ablation.json``, from before it had the mixture).
     - *Costs* a forward pass of five members a step, a truncated backward pass every few, and
       compiling when first used; ``benchmarks/bench_rssm.py`` measures them.
     - *Source*: Hafner et al. 2019 (PlaNet), section 3; 2021 (DreamerV2), section 2.1; 2023
