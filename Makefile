@@ -6,7 +6,7 @@ ASV := $(BIN)/asv --config benchmarks/asv.conf.json
 # The reference is of the adapters' public names, and of the core but for its kernels and learners.
 CORE := $(filter-out %/__init__.py,$(wildcard hybridcore/*.py hybridcore/dynamics/*.py))
 PAGES := hybridcore hybridcore_torch hybridcore_keras hybridcore.dynamics hybridcore.dynamics.rssm \
-	$(subst /,.,$(CORE:.py=))
+	$(addprefix hybridcore_torch.,lightning huggingface accelerate) $(subst /,.,$(CORE:.py=))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench clean
@@ -16,7 +16,7 @@ help: ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[torch,cli,bench,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[torch,lightning,huggingface,cli,bench,dev]'
 	@touch $@
 
 demo: $(STAMP) ## train one model with and without hybridcore and draw hybridcore-demo.png
