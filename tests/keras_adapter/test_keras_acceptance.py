@@ -277,7 +277,7 @@ def test_the_diff_of_the_readme():
     readme = documents.document("README")
     if readme is None:
         pytest.skip("the documents are in the source tree alone")
-    for program in documents.sides(documents.block(readme, "diff", "fit")):
+    for program in documents.sides(documents.block(readme, "diff", "hybridcore_keras")):
         model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
         model.compile("adam", "mse")
         scope = {"model": model, "x": np.ones((64, 64)), "y": np.ones((64, 10))}
