@@ -9,9 +9,12 @@ anywhere, at most one block short.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import logging
+import sys
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -20,6 +23,7 @@ from typing import Any, Protocol
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.errors import StreamError
 from hybridcore.metrics import TrainingStatistics, finite
+from hybridcore.phases import Phase
 from hybridcore.types import StepResult
 
 logger = logging.getLogger("hybridcore")
@@ -27,7 +31,6 @@ logger = logging.getLogger("hybridcore")
 VERSION = 1
 BLOCK = 100
 SECONDS = 1.0
-_FIELDS = set(StepResult._fields) - {"metrics"}
 
 
 class Trainer(Protocol):
@@ -233,45 +236,125 @@ def read_stream(path: str | Path) -> Stream:
     if lines == [""]:
         raise StreamError(f"{path} is empty: no run has written to it yet")
     stream = Stream(_parse(lines[0], path, 1)["config"])
-    by_step: dict[int, dict[str, Any]] = {}
     for number, text in enumerate(lines[1:-1], start=2):
         line = _parse(text, path, number)
+        stream.complete = "statistics" in line and line["final"]
         if "stream" in line:
-            stream.complete = False
-        elif "statistics" in line:
-            taken = [s for s in stream.statistics if s["step"] < line["step"]]
-            stream.statistics = [*taken, {**line["statistics"], "step": line["step"]}]
-            stream.complete = line["final"]
+            continue
+        if "statistics" in line:
+            entries, line = stream.statistics, {**line["statistics"], "step": line["step"]}
         else:
-            if not line.keys() >= _FIELDS:
-                raise _damaged(path, number)
-            stream.complete = False
-            if by_step and line["step"] <= next(reversed(by_step)):
-                by_step = {s: v for s, v in by_step.items() if s < line["step"]}
-            by_step[line["step"]] = line
-    stream.steps = list(by_step.values())
+            entries = stream.steps
+        while entries and entries[-1]["step"] >= line["step"]:
+            entries.pop()
+        entries.append(line)
     return stream
 
 
 def _parse(text: str, path: Path, number: int) -> dict[str, Any]:
+    """Return a line of which every field is of the kind that :class:`JsonLines` writes."""
     try:
         line = json.loads(text)
-    except ValueError:
+    # Not only the decoder's own: brackets may be nested too deeply.
+    except (ValueError, RecursionError):
         line = None
-    if number == 1:
-        if not (isinstance(line, dict) and "stream" in line):
-            raise StreamError(
-                f"{path} is no stream of a run: its first line is not that of a file that "
-                "JsonLines wrote"
-            )
-        if line["stream"] != VERSION:
-            raise StreamError(
-                f"{path} has stream version {line['stream']!r}, this hybridcore reads {VERSION}: "
-                "read it with the version that wrote it"
-            )
-    if not (isinstance(line, dict) and line.keys() & {"step", "stream"}):
+    if number == 1 and not (isinstance(line, dict) and "stream" in line):
+        raise StreamError(
+            f"{path} is no stream of a run: its first line is not that of a file that "
+            "JsonLines wrote"
+        )
+    if isinstance(line, dict) and line.get("stream", VERSION) != VERSION:
+        raise StreamError(
+            f"{path} has stream version {line['stream']!r}, this hybridcore reads {VERSION}: "
+            "read it with the version that wrote it"
+        )
+    if not (isinstance(line, dict) and _is_whole(line)):
         raise _damaged(path, number)
     return line
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    if "stream" in line:
+        return _is_of(_is_setting)(line.get("config"))
+    if "statistics" in line:
+        summary = line["statistics"]
+        return (
+            _is_count(line.get("step"))
+            and isinstance(line.get("final"), bool)
+            and isinstance(summary, dict)
+            and _fits(summary, _STATISTICS)
+        )
+    figures = (value for name, value in line.items() if name not in _STEP)
+    return _fits(line, _STEP) and all(map(_is_figure, figures))
+
+
+def _fits(line: Mapping[str, Any], kinds: Mapping[str, Callable[[Any], bool]]) -> bool:
+    return all(name in line and is_kind(line[name]) for name, is_kind in kinds.items())
+
+
+# -- kinds of fields ------------------------------------------------------------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, bool | str) or _is_figure(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_of(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_kind, value.values()))
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_figure, value))
+
+
+def _is_event(value: Any) -> bool:
+    def is_kind(figure: Any) -> bool:
+        listed = isinstance(figure, list) and all(map(_is_number, figure))
+        return listed or _is_setting(figure)
+
+    return (
+        _is_of(is_kind)(value)
+        and _is_text(value.get("event"))
+        and isinstance(value.get("scales", []), list)
+    )
+
+
+_STEP: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "loss": _is_figure,
+    "phase": lambda value: _is_text(value) and value in Phase.__members__,
+    "was_predicted": lambda value: isinstance(value, bool),
+    "prediction_error": _is_figure,
+    "confidence": _is_figure,
+    "gradient_norm": _is_figure,
+    "step_time_ms": _is_figure,
+    "events": lambda value: isinstance(value, list) and all(map(_is_event, value)),
+}
+_BY_TYPE: dict[Any, Callable[[Any], bool]] = {
+    "int": _is_count,
+    "float": _is_figure,
+    "str": _is_text,
+    "Interval": _is_interval,
+    "dict[str, int]": _is_of(_is_count),
+    "dict[str, float]": _is_of(_is_figure),
+}
+_STATISTICS = {f.name: _BY_TYPE[f.type] for f in dataclasses.fields(TrainingStatistics)}
 
 
 def _damaged(path: Path, number: int) -> StreamError:

@@ -112,7 +112,7 @@ def _confidence(axes: Axes, stream: Stream) -> None:
     kept = thinned(values, POINTS)
     axes.plot(steps[kept], values[kept], color=LIGHT["full"], linewidth=1.5, label="confidence")
     threshold = stream.config.get("confidence_threshold")
-    if threshold is not None:
+    if isinstance(threshold, int | float):
         label = f"threshold {threshold:g}"
         axes.axhline(threshold, color=LIGHT["muted"], linestyle="--", linewidth=1.0, label=label)
     errors = np.array(stream.column("prediction_error"))
@@ -160,10 +160,10 @@ def _calibration(axes: Axes, stream: Stream) -> None:
 def _speedup(axes: Axes, stream: Stream) -> None:
     steps, values = history(stream, "measured_speedup")
     _, intervals = history(stream, "measured_speedup_interval")
-    low = np.array([interval[0] for interval in intervals])
+    low = np.array([interval[0] for interval in intervals], dtype=float)
     open_above = np.array([interval[1] is None for interval in intervals])
     high = np.array([math.nan if i[1] is None else i[1] for i in intervals])
-    closed = np.where(open_above, np.nan, np.array(values))
+    closed = np.where(open_above, np.nan, np.array(values, dtype=float))
     colour = LIGHT["full"]
     if not open_above.all():
         label = "90 % interval"

@@ -9,7 +9,7 @@ from typing import Any
 from hybridcore import Stream, __version__
 from hybridcore.cli.charts import CHARTS, draw_svg
 from hybridcore.cli.palette import COLOURS
-from hybridcore.cli.reading import calibration, history, jumps, phases, speedup_text
+from hybridcore.cli.reading import calibration, figure, history, jumps, phases, speedup_text
 
 MOST_ROWS = 300
 
@@ -102,13 +102,16 @@ def _tiles(stream: Stream) -> str:
         tiles.append(("last loss", _number(losses[-1]) if losses else "not finite"))
     if stream.statistics:
         last = stream.statistics[-1]
-        seconds = sum(last["phase_seconds"].values())
+        seconds = sum(spent or 0.0 for spent in last["phase_seconds"].values())
         tiles += [
             ("measured speed-up", speedup_text(last)),
-            ("backward passes saved", f"{last['backward_reduction']:.0%}"),
+            ("backward passes saved", figure(last["backward_reduction"], ".0%")),
             ("predicted steps", f"{last['predicted_steps']}"),
-            ("cost, in full steps", f"{last['cost']:.0f}"),
-            ("time", f"{seconds:.1f} s, {_share(last['overhead_seconds'], seconds)} its own"),
+            ("cost, in full steps", figure(last["cost"], ".0f")),
+            (
+                "time",
+                f"{seconds:.1f} s, {_share(last['overhead_seconds'] or 0.0, seconds)} its own",
+            ),
             ("rollbacks", f"{last['rollbacks']}"),
             ("bad batches", f"{last['divergences']}"),
             ("divergence level", last["divergence_level"].lower()),

@@ -94,9 +94,10 @@ def calibration(stream: Stream) -> list[Bin]:
         for event in line["events"]:
             if event["event"] in ("jump", "leap"):
                 kind = event["event"]
-        error = line["prediction_error"]
-        if line["was_predicted"] and error is not None and kind == "jump":
-            pairs.append((line["confidence"], error <= TOLERANCE))
+        error, confidence = line["prediction_error"], line["confidence"]
+        known = error is not None and confidence is not None
+        if line["was_predicted"] and known and kind == "jump":
+            pairs.append((confidence, error <= TOLERANCE))
     bins = []
     for index in range(BINS):
         low, high = index / BINS, (index + 1) / BINS
@@ -159,9 +160,14 @@ def phases(stream: Stream) -> list[PhaseFigures]:
 
 
 def history(stream: Stream, name: str) -> tuple[list[int], list[Any]]:
-    """Return steps and values of one of the statistics, where it has been taken."""
-    taken = [s for s in stream.statistics if name in s]
+    """Return steps and values of one of the statistics."""
+    taken = stream.statistics
     return [s["step"] for s in taken], [s[name] for s in taken]
+
+
+def figure(value: float | None, form: str) -> str:
+    """Return `value` in the format `form`, or that it is not finite."""
+    return "not finite" if value is None else f"{value:{form}}"
 
 
 def speedup_text(statistics: dict[str, Any] | None) -> str:
@@ -173,10 +179,11 @@ def speedup_text(statistics: dict[str, Any] | None) -> str:
     ):
         return "none, nothing was predicted"
     low, high = statistics["measured_speedup_interval"]
+    least = figure(low, ".2f")
     if high is None:
         known = "quasi-Newton steps have nothing to compare with" * bool(statistics["secant_steps"])
-        return f"at least {low:.2f}" + (f" ({known})" if known else " so far")
-    return f"{statistics['measured_speedup']:.2f} (90 %: {low:.2f} to {high:.2f})"
+        return f"at least {least}" + (f" ({known})" if known else " so far")
+    return f"{figure(statistics['measured_speedup'], '.2f')} (90 %: {least} to {high:.2f})"
 
 
 def thinned(values: NDArray[np.float64], most: int) -> NDArray[np.intp]:
