@@ -2,9 +2,9 @@
 
 python benchmarks/fuzz.py --minutes 15    # for each reader; record in results/fuzz.json
 
-Needs atheris, which is for Python 3.11 and Linux: pip install atheris. Each target runs in a process
-of its own that a crash, ten seconds for one case or 500 MB end. Then the case is left in the present
-folder, and belongs into the tests, from which the strategies and checks are.
+Needs atheris, which is for Python 3.11 and Linux: pip install atheris. Each target runs in a
+process of its own that a crash, ten seconds for one case or 500 MB end. Then the case is left in
+the present folder, and belongs into the tests, from which strategies and checks are.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def drawn(module, test: str, strategy: str, folder: Path | None) -> tuple[Check,
     return run.hypothesis.fuzz_one_input, [rng.randbytes(2**size) for size in range(4, 12)]
 
 
-# -- the targets: each makes a check, and cases to begin with ---------------------------------------
+# -- the targets: each makes a check, and cases to begin with -------------------------------------
 
 
 def checkpoint_bytes(folder: Path) -> tuple[Check, list[bytes]]:

@@ -155,6 +155,12 @@ class Controller:
         return self.phase is not Phase.FULL or self.secant.holds_recovery
 
     @property
+    def may_jump(self) -> bool:
+        """Whether the next step decides about a jump."""
+        decides = self.phase is Phase.FULL and self.gram is not None
+        return decides and self.bank == self.pace.snapshots
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self.secant.active
@@ -205,7 +211,8 @@ class Controller:
 
     def full(self) -> Turn:
         """Take a full step, with what is due beside it: a decision, a snapshot, an outer step."""
-        if self.gram is not None and self.bank == self.pace.snapshots:
+        if self.may_jump:
+            assert self.gram is not None
             self.flight = yield from self._choose(self.gram)
             if self.flight is not None:
                 self.secant.unmark()

@@ -182,6 +182,11 @@ class Engine:
         return self._controller.may_roll_back
 
     @property
+    def may_jump(self) -> bool:
+        """Whether the next step decides about a jump, and may begin it."""
+        return self._controller.may_jump
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self._controller.holds_pairs

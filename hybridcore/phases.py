@@ -140,6 +140,11 @@ class PhaseController(Protocol):
         ...
 
     @property
+    def may_jump(self) -> bool:
+        """Whether the next step decides about a jump."""
+        ...
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         ...

@@ -96,19 +96,23 @@ class Saver:
         Whose state is saved.
     rotation : Rotation
         Says when and where.
-    snapshots : bool
-        As for :meth:`HybridTrainer.state_dict`.
+    snapshots, before_jumps : bool
+        As for :meth:`HybridTrainer.save_every`.
     """
 
-    def __init__(self, trainer: HybridTrainer, rotation: Rotation, snapshots: bool) -> None:
-        self._trainer, self._rotation, self._snapshots = trainer, rotation, snapshots
+    def __init__(
+        self, trainer: HybridTrainer, rotation: Rotation, snapshots: bool, before_jumps: bool
+    ) -> None:
+        self._trainer, self._rotation = trainer, rotation
+        self._snapshots, self._before_jumps = snapshots, before_jumps
         self._step = trainer.engine.counters.steps
 
     def __call__(self, result: StepResult) -> None:
         """Count a step."""
         self._step += 1
-        if self._rotation.due(self._step):
-            step = self._trainer.engine.counters.steps
+        engine = self._trainer.engine
+        if self._rotation.due(self._step) or (self._before_jumps and engine.may_jump):
+            step = engine.counters.steps
             if not are_finite(self._trainer.model):
                 # It would take the place of one that a run can go on from.
                 logger.error("weights are not finite, so there is no checkpoint of step %d", step)

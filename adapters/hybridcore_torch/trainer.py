@@ -354,7 +354,13 @@ class HybridTrainer:
         files.write(self.state_dict(snapshots=snapshots), path)
 
     def save_every(
-        self, steps: int, folder: str | Path, *, keep: int = 3, snapshots: bool = True
+        self,
+        steps: int,
+        folder: str | Path,
+        *,
+        keep: int = 3,
+        snapshots: bool = True,
+        before_jumps: bool = False,
     ) -> None:
         """From now on save to ``folder/step-<number>.safetensors`` every so many steps.
 
@@ -368,9 +374,11 @@ class HybridTrainer:
             Where to, made if it is not there; :meth:`load` takes it and reads the newest.
         snapshots : bool
             As for :meth:`state_dict`.
+        before_jumps : bool
+            Save too where the next step may begin a jump.
         """
-        rotation = Rotation(steps, folder, keep)
-        self.callbacks = (*self.callbacks, files.Saver(self, rotation, snapshots))
+        saver = files.Saver(self, Rotation(steps, folder, keep), snapshots, before_jumps)
+        self.callbacks = (*self.callbacks, saver)
 
     @classmethod
     def load(

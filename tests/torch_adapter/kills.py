@@ -81,7 +81,7 @@ def run(folder, killer, tell):
         bad = trainer.engine.phase is Phase.CORRECT and early
         return 1e3 * closure() if bad else closure()
 
-    trainer.save_every(EVERY, folder, keep=2)
+    trainer.save_every(EVERY, folder, keep=2, before_jumps=True)
     first = trainer.engine.counters.steps
     killer.lie_in_wait()
     for step in range(first, STEPS):

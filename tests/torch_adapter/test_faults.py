@@ -41,6 +41,44 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing():
     assert done["kills"] == 8
 
 
+KILLED_IN_A_JUMP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from kills import Killer
+from problems import BRISK, regression
+from hybridcore_torch import HybridTrainer
+import dataclasses
+model, optimizer, closure = regression()
+trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+trainer.save_every(10_000, sys.argv[2], before_jumps=True)
+Killer("predict", 400).lie_in_wait()
+for step in range(200):
+    trainer.step(closure)
+"""
+
+
+def test_what_was_before_a_jump_is_there_after_a_kill_in_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_JUMP, str(HERE), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+    results = []
+    while not results or not results[-1].was_predicted:
+        results.append(trainer.step(closure))
+    other, optimizer, again = regression(seed=5)
+    resumed = HybridTrainer.load(tmp_path, other, optimizer)
+    assert resumed.statistics().steps == len(results) - 1
+    assert resumed.engine.phase is Phase.FULL
+    for _ in range(60):
+        results.append(trainer.step(closure))
+        assert resumed.step(again)[:5] == results[-2][:5]
+
+
 # -- the disk -------------------------------------------------------------------------------------
 
 NO_SPACE = """
