@@ -10,7 +10,9 @@ from time import perf_counter
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
 from hybridcore import (
     Action,
@@ -25,12 +27,13 @@ from hybridcore import (
     TrainingStatistics,
     checkpoint,
 )
-from hybridcore_keras import saving
+from hybridcore.types import STEPS
+from hybridcore_keras import memory, saving
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.checks import check_arguments, check_model
+from hybridcore_keras.checks import check_arguments, check_model, ends_the_data
 from hybridcore_keras.groups import by_depth, by_user
 from hybridcore_keras.losses import RunningMean
-from hybridcore_keras.ports import Figures, Port, port_of
+from hybridcore_keras.ports import Port, port_of
 from hybridcore_keras.snapshots import SnapshotBank
 
 NAN = float("nan")
@@ -90,6 +93,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._port: Port | None = None
         self._bank: SnapshotBank | None = None
         self._average: WeightAverage | None = None
+        self._averages = self.config.averaging
+        self._room: int | None = None
         self._fitting = False
         self._recovery: list[Any] | None = None
         self._loaded: dict[str, Any] | None = None
@@ -200,27 +205,31 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         start = perf_counter()
         port, engine = self._live, self.engine
         port.begin(*arguments)
-        working, figures = 0.0, Figures(NAN, NAN, NAN)
+        working = 0.0
+        of_step: Observation | None = None
         try:
-            while True:
+            while of_step is None or not engine.step_done:
                 directive = engine.next()
-                action = directive.action
-                if action is Action.FULL or action is Action.SKIP:
-                    phase, predicted = engine.phase, action is Action.SKIP
-                if action is Action.FULL:
-                    observation = self._full(directive)
-                    figures = Figures(*observation[:3])
-                    applied = observation.applied
-                else:
+                try:
                     observation = self._carry_out(directive)
-                working += observation.seconds
-                engine.observe(observation)
-                if engine.step_done:
-                    break
+                except Exception as error:
+                    # The user's own step has no copy that could be done without.
+                    if directive.action is Action.FULL or not memory.make_room(self, error):
+                        raise
+                else:
+                    if directive.action in STEPS:
+                        phase, of_step = engine.phase, observation
+                        predicted = directive.action is Action.SKIP
+                    working += observation.seconds
+                    engine.observe(observation)
+                if self._room is not None:
+                    engine.abandon()
+                    engine.regroup(snapshots=self._room)
+                    self._room = None
         except BaseException as error:
             engine.abandon()
             port.abandon()
-            if not _ends_the_data(error):
+            if not ends_the_data(error):
                 self._give_back()
             raise
         if predicted:
@@ -228,10 +237,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         result = port.finish(self._logs)
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
-        if self.config.on_divergence == "raise" and not (predicted or applied):
+        if self.config.on_divergence == "raise" and not of_step.applied:
             self._give_back()
             raise DivergenceError(
-                f"loss {figures.loss:g} with gradient norm {figures.gradient_norm:g} in step "
+                f"loss {of_step.loss:g} with gradient norm {of_step.gradient_norm:g} in step "
                 f"{engine.counters.steps}: the batch was left out and the weights are as before; "
                 "lower the learning rate or check the data"
             )
@@ -244,21 +253,31 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         loss, norm, rate = figures
         self._mean.full_steps += 1
         applied = math.isfinite(loss) and math.isfinite(norm)
-        gram = None
         if not applied:
             self._live.skip(1)
-        elif directive.average:
-            if self._average is None:
-                self._average = WeightAverage(self._live)
-            self._average.add(directive.average)
-        if applied and directive.snapshot:
-            self._snapshots.take(fresh=directive.fresh_bank)
-            if directive.gram:
-                gram = self._snapshots.gram()
+        gram = self._copy(directive) if applied else None
         return Observation(loss, norm, rate, seconds, gram, applied)
+
+    def _copy(self, directive: Directive) -> NDArray[np.float64] | None:
+        """Take the weights into average and bank, where a full step asks for it."""
+        try:
+            if directive.average and self._averages:
+                if self._average is None:
+                    self._average = WeightAverage(self._live)
+                self._average.add(directive.average)
+            if directive.snapshot:
+                self._snapshots.take(fresh=directive.fresh_bank)
+            return self._snapshots.gram() if directive.gram else None
+        except Exception as error:
+            # The step has been taken, and must not be taken again.
+            if not memory.make_room(self, error):
+                raise
+            return None
 
     def _carry_out(self, directive: Directive) -> Observation:
         port, action = self._live, directive.action
+        if action is Action.FULL:
+            return self._full(directive)
         # First of all, because at the end of the data there is no step to take.
         batches = 0
         if self.probe is None or action is not Action.PROBE:
@@ -276,11 +295,14 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._snapshots.save()
             self._recovery = port.keep()
         elif action is Action.ROLLBACK:
-            assert self._recovery is not None
-            self._snapshots.restore()
-            port.put_back(self._recovery)
-            self._recovery = None
+            self._roll_back()
         return Observation()
+
+    def _roll_back(self) -> None:
+        assert self._recovery is not None
+        self._snapshots.restore()
+        self._live.put_back(self._recovery)
+        self._recovery = None
 
     def _probe(self, directive: Directive) -> Observation:
         coefficients = directive.coefficients
@@ -345,7 +367,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 groups = by_depth([math.prod(v.shape) for v in variables])
             else:
                 groups = by_user(self.layer_groups, variables)
-            self._bank = SnapshotBank(groups, self.config.snapshots, self._live)
+            self._bank = SnapshotBank(groups, self.engine.snapshots, self._live)
         return self._bank
 
     # -- state ------------------------------------------------------------------------------
@@ -386,8 +408,3 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             If there is no such file, or if it is damaged or does not fit.
         """
         saving.restore(self, checkpoint.read(path))
-
-
-def _ends_the_data(error: BaseException) -> bool:
-    """Whether an epoch of unknown length just found its end; TensorFlow has a name of its own."""
-    return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"

@@ -45,3 +45,8 @@ def check_model(model: Any) -> None:
             "model has no trainable variable (all layers have trainable=False or none has "
             "weights): unfreeze at least one and compile again"
         )
+
+
+def ends_the_data(error: BaseException) -> bool:
+    """Whether an epoch of unknown length just found its end; TensorFlow has a name of its own."""
+    return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"

@@ -88,6 +88,8 @@ def apply_loaded(callback: HybridCallback) -> None:
         callback._average = WeightAverage(callback._port)
         callback._average.load_state_dict(state["average"])
     callback.engine.load_state_dict(state["engine"])
+    if callback._bank is not None:
+        callback._bank.capacity = callback.engine.snapshots
     recovery = state["recovery"]
     callback._recovery = (
         None if recovery is None else [ops.convert_to_tensor(value) for value in recovery]

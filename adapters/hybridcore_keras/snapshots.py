@@ -98,6 +98,12 @@ class SnapshotBank:
         """Put the weights back to the recovery point."""
         self._port.assign(self._parts(self._recovery))
 
+    def drop(self) -> None:
+        """Forget the snapshots, and put weights that were set aside back."""
+        self._rows.clear()
+        if self._waiting is not None:
+            self.put_back()
+
     def set_aside(self) -> None:
         """Remember the weights for :meth:`put_back`."""
         self._waiting = self._read()
