@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.drills import KILLS, TABLE  # noqa: E402
 from benchmarks.proving_ground.results import Ground, tables  # noqa: E402
 from benchmarks.proving_ground.runs import RESULTS  # noqa: E402
 
@@ -162,25 +163,56 @@ def models() -> str:
     return "\n".join(lines)
 
 
+def drills() -> str:
+    result = recorded("drills")
+    kills, times = result["kills"], result["times"]
+    lines = ["| drill | survived | tests |", "|---|---|---|"]
+    for group in TABLE.values():
+        for drill, file, tests in group:
+            count = sum(times[f"{file}::test_{test}"] for test in tests)
+            names = ", ".join(f"`test_{test}`" for test in tests)
+            if drill == KILLS:
+                count, names = kills["kills"], f"`kills.py`, {names}"
+            lines.append(f"| {drill} | {count} | `{file}`: {names} |")
+    lines += [
+        "",
+        f"Times each was survived, recorded by `{result['command']}`. Of the kills "
+        + ", ".join(f"{n} were in {place}" for place, n in kills["by place"].items())
+        + f"; {kills['whole runs compared']} runs that went on after kills to the end came to the "
+        "same as one that was not killed, to the last bit.",
+    ]
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "gains": gains,
+    "moments": moments,
+    "parts": parts,
+    "corrections": corrections,
+    "models": models,
+    "ground": lambda: tables(Ground(RESULTS)),
+    "drills": drills,
+}
+
+
+def updated(text: str) -> str:
+    """Return `text` with all tables, between their markers, as the results give them."""
+    for name, content in BLOCKS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        new = f"{begin}\n{content()}\n{end}"
+        # A template's backslashes would mean something.
+        text = block.sub(new.replace("\\", "\\\\"), text)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="update README.md")
-    write = parser.parse_args().write
-    text = README.read_text(encoding="utf-8")
-    for name, content in (
-        ("gains", gains()),
-        ("moments", moments()),
-        ("parts", parts()),
-        ("corrections", corrections()),
-        ("models", models()),
-        ("ground", tables(Ground(RESULTS))),
-    ):
-        print(content + "\n")
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        block = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        text = block.sub(lambda _, c=content, b=begin, e=end: f"{b}\n{c}\n{e}", text)
-    if write:
-        README.write_text(text, encoding="utf-8")
+    if parser.parse_args().write:
+        README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for content in BLOCKS.values():
+        print(content() + "\n")
 
 
 if __name__ == "__main__":

@@ -68,14 +68,17 @@ def test_a_probe_that_goes_wrong_costs_jumps_at_most(bad):
     assert closure().item() < 0.3
 
 
-def test_a_parameter_that_is_not_finite_is_said_and_the_last_good_state_is_kept(tmp_path, caplog):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_parameter_that_is_not_finite_is_said_and_the_last_good_state_is_kept(
+    bad, tmp_path, caplog
+):
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK)
     trainer.save_every(10, tmp_path, keep=2)
     for _ in range(45):
         trainer.step(closure)
     with torch.no_grad():
-        model.weight[3, 3] = math.nan
+        model.weight[3, 3] = bad
     for _ in range(45):
         trainer.step(closure)
     assert trainer.statistics().divergences == 45
@@ -115,8 +118,9 @@ def test_an_overflow_of_the_loss_scale_is_no_divergence():
 
 
 @pytest.mark.parametrize("config", [JUMPING, BRISK], ids=["jumps", "pairs"])
-def test_a_spike_of_a_hundred_times_the_loss_is_survived(config):
-    for victim in range(3, 160, 26):
+def test_a_spike_of_a_hundred_times_the_loss_is_survived(config, record_property):
+    victims = range(3, 160, 26)
+    for victim in victims:
         _, plain_optimizer, plain = regression()
         model, optimizer, closure = regression()
         trainer = HybridTrainer(model, optimizer, config)
@@ -128,6 +132,7 @@ def test_a_spike_of_a_hundred_times_the_loss_is_survived(config):
             trainer.step(lambda f=factor, c=closure: f * c())
         # What a plain loop makes of it, or better.
         assert closure().item() < 1.05 * plain().item(), victim
+    record_property("times", len(victims))
 
 
 def test_a_dead_network_stays_where_it_is():
@@ -191,8 +196,9 @@ def test_weights_that_the_user_loads_are_kept_in_any_phase(phase, config):
         assert all((p - 3.0).abs().max() < 0.2 for p in model.parameters())
 
 
-def test_a_rate_that_is_changed_by_hand_holds():
-    for at in range(20, 140, 18):
+def test_a_rate_that_is_changed_by_hand_holds(record_property):
+    moments = range(20, 140, 18)
+    for at in moments:
         model, optimizer, closure = regression()
         trainer = HybridTrainer(model, optimizer, JUMPING)
         for step in range(160):
@@ -200,6 +206,7 @@ def test_a_rate_that_is_changed_by_hand_holds():
                 optimizer.param_groups[0]["lr"] = 3e-3
             trainer.step(closure)
         assert optimizer.param_groups[0]["lr"] == 3e-3, at
+    record_property("times", len(moments))
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "scheduler", "scaler", "probe"])
@@ -240,7 +247,8 @@ def test_evaluation_and_a_new_loader_inside_the_loop_do_no_harm():
     assert held_out < 0.3
 
 
-def test_freezing_and_thawing_again_and_again():
+def test_freezing_and_thawing_again_and_again(caplog, record_property):
+    caplog.set_level("INFO", logger="hybridcore")
     x, y = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
@@ -253,3 +261,7 @@ def test_freezing_and_thawing_again_and_again():
         if not frozen.requires_grad:
             assert torch.equal(frozen, kept)
     assert F.cross_entropy(model(x), y).item() < 0.2
+    # But for the first time, when there was nothing yet.
+    times = len(range(0, 400, 37))
+    assert caplog.text.count("snapshots and trend start over") >= times - 1
+    record_property("times", times)

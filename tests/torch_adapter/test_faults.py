@@ -191,7 +191,7 @@ def taken(optimizer):
 
 
 @pytest.mark.parametrize("pairs", [0, 20])
-def test_an_interrupted_step_can_be_taken_again(pairs):
+def test_an_interrupted_step_can_be_taken_again(pairs, record_property):
     rng = random.Random(pairs)
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=pairs))
@@ -216,6 +216,7 @@ def test_an_interrupted_step_can_be_taken_again(pairs):
     assert interrupted > 60
     assert phases == set(Phase)
     assert closure().item() < 0.2
+    record_property("times", interrupted)
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -265,9 +266,10 @@ def test_an_allocator_that_refuses_gets_fewer_snapshots_and_then_none(
     assert all(map(torch.equal, weights(model), weights(other)))
 
 
-def test_memory_that_runs_out_at_any_call_costs_no_step(caplog):
+def test_memory_that_runs_out_at_any_call_costs_no_step(caplog, record_property):
     """The closure fails, at each call in turn; copies are given up, and it is called again."""
-    for fatal in range(20, 130, 7):
+    calls_that_fail = range(20, 130, 7)
+    for fatal in calls_that_fail:
         model, optimizer, closure = regression()
         calls = 0
 
@@ -284,6 +286,7 @@ def test_memory_that_runs_out_at_any_call_costs_no_step(caplog):
             assert trainer.statistics().steps == step + 1
         assert closure().item() < 0.6
     assert "memory has run out" in caplog.text
+    record_property("times", len(calls_that_fail))
 
 
 def test_other_errors_and_plain_runs_are_none_of_this():

@@ -1,0 +1,24 @@
+"""The README's tables are those of the recorded results, and each drill has its tests."""
+
+import ast
+
+import pytest
+
+from benchmarks import drills, table
+
+
+def test_the_readme_s_tables_are_those_of_the_results():
+    text = table.README.read_text(encoding="utf-8")
+    for name in table.BLOCKS:
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1, name
+    assert table.updated(text) == text
+
+
+ROWS = [row for group in drills.TABLE.values() for row in group]
+
+
+@pytest.mark.parametrize(("drill", "file", "tests"), ROWS, ids=[row[0] for row in ROWS])
+def test_each_drill_has_its_tests(drill, file, tests):
+    tree = ast.parse((drills.HERE.parent / "tests" / file).read_text(encoding="utf-8"))
+    there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert {f"test_{test}" for test in tests} <= there
