@@ -2,6 +2,8 @@
 
 python benchmarks/soak.py               # 10^6 steps of the engine and 10^5 of torch
 python benchmarks/soak.py --share 0.1   # a tenth of them
+
+The figures are recorded in results/soak.json.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 
 import numpy as np
 import torch
@@ -22,8 +24,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hybridcore import Action, Engine, HybridTrainerConfig, Observation
+from hybridcore.cli.common import environment
 from hybridcore_torch import HybridTrainer
 
+HERE = Path(__file__).parent
 PARTS = 20
 
 
@@ -68,15 +72,15 @@ def torch_step(folder: str) -> Callable[[], object]:
 
 
 def soak(step: Callable[[], object], steps: int) -> dict[str, list[float]]:
-    """Run, and note by twentieths of the steps what is in use and the median time of a step."""
+    """Run, and note by twentieths of the steps what is in use and the median processor time."""
     seen: dict[str, list[float]] = {"resident_mib": [], "handles": [], "step_us": []}
     page = resource.getpagesize() / 2**20
     for _ in range(PARTS):
         times = np.empty(steps // PARTS)
         for index in range(len(times)):
-            start = perf_counter()
+            start = thread_time()
             step()
-            times[index] = perf_counter() - start
+            times[index] = thread_time() - start
         resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         seen["resident_mib"].append(round(resident * page, 1))
         seen["handles"].append(len(os.listdir("/proc/self/fd")))
@@ -87,13 +91,18 @@ def soak(step: Callable[[], object], steps: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--share", type=float, default=1.0, help="of the steps")
-    share = parser.parse_args().share
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.json")
+    arguments = parser.parse_args()
+    share = arguments.share
+    document = environment() | {"command": f"python benchmarks/soak.py --share {share:g}"}
     with tempfile.TemporaryDirectory() as folder:
         for name, step, steps in (
             ("engine", engine_step(), int(1e6 * share)),
             ("torch", torch_step(folder), int(1e5 * share)),
         ):
-            print(json.dumps({"what": name, "steps": steps} | soak(step, steps)), flush=True)
+            document[name] = {"steps": steps} | soak(step, steps)
+            print(json.dumps({name: document[name]}), flush=True)
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
