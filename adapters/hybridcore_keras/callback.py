@@ -329,6 +329,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._trained is not None:
             self.engine = Engine(self.config)
         self._bank = self._average = self._recovery = None
+        self._averages = self.config.averaging
         self._port = port_of(model)
         self._trained = (model, model.optimizer)
         if self.layer_groups is not None and model.built:
