@@ -25,131 +25,127 @@ KERAS = "keras_adapter/test_keras_acceptance.py"
 ROOM = "keras_adapter/test_keras_memory.py"
 # Drill, file of its tests and their names; of the first the whole is run by kills.py.
 KILLS = "SIGKILL at a random line of save, predict, correct or rollback, or at any moment"
-TABLE: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {
-    "process": [
-        (KILLS, FAULTS, ("a_run_that_is_killed_again_and_again_loses_nothing",)),
+TABLE: list[tuple[str, str, tuple[str, ...]]] = [
+    # What may happen to the process.
+    (KILLS, FAULTS, ("a_run_that_is_killed_again_and_again_loses_nothing",)),
+    (
+        "SIGKILL in a jump, saved before it",
+        FAULTS,
+        ("what_was_before_a_jump_is_there_after_a_kill_in_it",),
+    ),
+    (
+        "the disk is full, by a limit on file size",
+        FAULTS,
+        ("a_full_disk_costs_the_checkpoints_and_nothing_else",),
+    ),
+    (
+        "the folder is gone, or may not be written",
+        FAULTS,
+        ("a_folder_that_is_gone_or_closed_costs_the_checkpoints_and_nothing_else",),
+    ),
+    (
+        "SIGINT at a random line of a step",
+        FAULTS,
+        ("an_interrupted_step_can_be_taken_again",),
+    ),
+    (
+        "memory runs out",
+        FAULTS,
         (
-            "SIGKILL in a jump, saved before it",
-            FAULTS,
-            ("what_was_before_a_jump_is_there_after_a_kill_in_it",),
+            "where_memory_runs_out_training_goes_on",
+            "an_allocator_that_refuses_gets_fewer_snapshots_and_then_none",
+            "memory_that_runs_out_at_any_call_costs_no_step",
         ),
+    ),
+    (
+        "memory runs out, in Keras",
+        ROOM,
         (
-            "the disk is full, by a limit on file size",
-            FAULTS,
-            ("a_full_disk_costs_the_checkpoints_and_nothing_else",),
+            "an_allocator_that_refuses_gets_fewer_snapshots_and_then_none",
+            "memory_that_runs_out_in_any_call_costs_no_step",
+            "a_jump_that_cannot_be_validated_is_taken_back",
         ),
+    ),
+    # Numbers.
+    ("NaN or Inf in the loss", LOOP, ("a_bad_batch_costs_itself_and_nothing_else",)),
+    (
+        "NaN or Inf in the gradients",
+        LOOP,
+        ("a_finite_loss_with_a_bad_gradient_leaves_the_batch_out",),
+    ),
+    (
+        "NaN or Inf in a batch, in Keras",
+        KERAS,
+        ("a_bad_batch_costs_itself_and_nothing_else", "a_bad_batch_can_raise"),
+    ),
+    (
+        "NaN or Inf in a single parameter",
+        DRILLS,
+        ("a_parameter_that_is_not_finite_is_said_and_the_last_good_state_is_kept",),
+    ),
+    ("NaN or Inf in a snapshot", DRILLS, ("what_is_not_finite_in_a_snapshot_makes_no_jump",)),
+    ("NaN, Inf or 1e38 in a probe", DRILLS, ("a_probe_that_goes_wrong_costs_jumps_at_most",)),
+    (
+        "the loss scale overflows",
+        DRILLS,
+        ("an_overflow_of_the_loss_scale_is_no_divergence",),
+    ),
+    (
+        "the loss is 100 times as high for a step",
+        DRILLS,
+        ("a_spike_of_a_hundred_times_the_loss_is_survived",),
+    ),
+    ("a dead network", DRILLS, ("a_dead_network_stays_where_it_is",)),
+    (
+        "a rate at which plain training diverges too",
+        DRILLS,
+        ("a_rate_that_diverges_in_plain_training_is_said",),
+    ),
+    # The loop.
+    (
+        "layers are frozen and thawed",
+        DRILLS,
+        ("freezing_and_thawing_again_and_again",),
+    ),
+    (
+        "a head is replaced, a parameter group added",
+        "torch_adapter/test_loop.py",
+        ("structure_may_change_at_any_time",),
+    ),
+    (
+        "the user loads weights",
+        DRILLS,
+        ("weights_that_the_user_loads_are_kept_in_any_phase",),
+    ),
+    (
+        "the optimizer is swapped",
+        DRILLS,
         (
-            "the folder is gone, or may not be written",
-            FAULTS,
-            ("a_folder_that_is_gone_or_closed_costs_the_checkpoints_and_nothing_else",),
+            "what_a_trainer_was_built_from_cannot_be_swapped_unseen",
+            "a_new_trainer_goes_on_with_another_optimizer",
         ),
-        (
-            "SIGINT at a random line of a step",
-            FAULTS,
-            ("an_interrupted_step_can_be_taken_again",),
-        ),
-        (
-            "memory runs out",
-            FAULTS,
-            (
-                "where_memory_runs_out_training_goes_on",
-                "an_allocator_that_refuses_gets_fewer_snapshots_and_then_none",
-                "memory_that_runs_out_at_any_call_costs_no_step",
-            ),
-        ),
-        (
-            "memory runs out, in Keras",
-            ROOM,
-            (
-                "an_allocator_that_refuses_gets_fewer_snapshots_and_then_none",
-                "memory_that_runs_out_in_any_call_costs_no_step",
-                "a_jump_that_cannot_be_validated_is_taken_back",
-            ),
-        ),
-    ],
-    "numbers": [
-        ("NaN or Inf in the loss", LOOP, ("a_bad_batch_costs_itself_and_nothing_else",)),
-        (
-            "NaN or Inf in the gradients",
-            LOOP,
-            ("a_finite_loss_with_a_bad_gradient_leaves_the_batch_out",),
-        ),
-        (
-            "NaN or Inf in a batch, in Keras",
-            KERAS,
-            ("a_bad_batch_costs_itself_and_nothing_else", "a_bad_batch_can_raise"),
-        ),
-        (
-            "NaN or Inf in a single parameter",
-            DRILLS,
-            ("a_parameter_that_is_not_finite_is_said_and_the_last_good_state_is_kept",),
-        ),
-        ("NaN or Inf in a snapshot", DRILLS, ("what_is_not_finite_in_a_snapshot_makes_no_jump",)),
-        ("NaN, Inf or 1e38 in a probe", DRILLS, ("a_probe_that_goes_wrong_costs_jumps_at_most",)),
-        (
-            "the loss scale overflows",
-            DRILLS,
-            ("an_overflow_of_the_loss_scale_is_no_divergence",),
-        ),
-        (
-            "the loss is 100 times as high for a step",
-            DRILLS,
-            ("a_spike_of_a_hundred_times_the_loss_is_survived",),
-        ),
-        ("a dead network", DRILLS, ("a_dead_network_stays_where_it_is",)),
-        (
-            "a rate at which plain training diverges too",
-            DRILLS,
-            ("a_rate_that_diverges_in_plain_training_is_said",),
-        ),
-    ],
-    "loop": [
-        (
-            "layers are frozen and thawed",
-            DRILLS,
-            ("freezing_and_thawing_again_and_again",),
-        ),
-        (
-            "a head is replaced, a parameter group added",
-            "torch_adapter/test_loop.py",
-            ("structure_may_change_at_any_time",),
-        ),
-        (
-            "the user loads weights",
-            DRILLS,
-            ("weights_that_the_user_loads_are_kept_in_any_phase",),
-        ),
-        (
-            "the optimizer is swapped",
-            DRILLS,
-            (
-                "what_a_trainer_was_built_from_cannot_be_swapped_unseen",
-                "a_new_trainer_goes_on_with_another_optimizer",
-            ),
-        ),
-        (
-            "the learning rate is changed by hand",
-            DRILLS,
-            ("a_rate_that_is_changed_by_hand_holds",),
-        ),
-        (
-            "the loader is made anew, evaluation mode toggled",
-            DRILLS,
-            ("evaluation_and_a_new_loader_inside_the_loop_do_no_harm",),
-        ),
-        (
-            "layers are frozen between two calls of fit, in Keras",
-            "keras_adapter/test_compatibility.py",
-            ("freezing_a_layer_between_two_fits_starts_over",),
-        ),
-    ],
-}
+    ),
+    (
+        "the learning rate is changed by hand",
+        DRILLS,
+        ("a_rate_that_is_changed_by_hand_holds",),
+    ),
+    (
+        "the loader is made anew, evaluation mode toggled",
+        DRILLS,
+        ("evaluation_and_a_new_loader_inside_the_loop_do_no_harm",),
+    ),
+    (
+        "layers are frozen between two calls of fit, in Keras",
+        "keras_adapter/test_compatibility.py",
+        ("freezing_a_layer_between_two_fits_starts_over",),
+    ),
+]
 
 
 def run_tests() -> dict[str, int]:
-    """Run all tests of the table; return how often each drill was survived, by file and test."""
-    rows = [row for group in TABLE.values() for row in group]
-    names = {f"tests/{file}::test_{test}" for _, file, tests in rows for test in tests}
+    """Run the tests of the table; return how often each drill was survived, by file and test."""
+    names = {f"tests/{file}::test_{test}" for _, file, tests in TABLE for test in tests}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *sorted(names)]

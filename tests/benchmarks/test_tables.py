@@ -14,10 +14,9 @@ def test_the_readme_s_tables_are_those_of_the_results():
     assert table.updated(text) == text
 
 
-ROWS = [row for group in drills.TABLE.values() for row in group]
-
-
-@pytest.mark.parametrize(("drill", "file", "tests"), ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("drill", "file", "tests"), drills.TABLE, ids=[row[0] for row in drills.TABLE]
+)
 def test_each_drill_has_its_tests(drill, file, tests):
     tree = ast.parse((drills.HERE.parent / "tests" / file).read_text(encoding="utf-8"))
     there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
