@@ -148,7 +148,9 @@ def run_tests() -> dict[str, int]:
     names = {f"tests/{file}::test_{test}" for _, file, tests in TABLE for test in tests}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *sorted(names)]
+        # The family of reports that takes properties.
+        options = ["-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        command = [sys.executable, "-m", "pytest", *options, *sorted(names)]
         done = subprocess.run(command, cwd=HERE.parent, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     if done.returncode or any(case.find("skipped") is not None for case in cases):
@@ -170,14 +172,17 @@ def main() -> None:
     arguments = parser.parse_args()
     from hybridcore.cli.common import environment
 
-    counts = run_tests()
     script = HERE.parent / "tests" / "torch_adapter" / "kills.py"
     command = [sys.executable, str(script), str(arguments.kills)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killing:
+        counts = run_tests()
+        killed, _ = killing.communicate()
+    if killing.returncode:
+        sys.exit("a kill was not survived")
     document = environment() | {
         "command": f"python benchmarks/drills.py --kills {arguments.kills}",
         "times": dict(sorted(counts.items())),
-        "kills": json.loads(done.stdout),
+        "kills": json.loads(killed),
     }
     arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document["kills"]))

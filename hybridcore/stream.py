@@ -238,9 +238,10 @@ def read_stream(path: str | Path) -> Stream:
     stream = Stream(_parse(lines[0], path, 1)["config"])
     for number, text in enumerate(lines[1:-1], start=2):
         line = _parse(text, path, number)
-        stream.complete = "statistics" in line and line["final"]
         if "stream" in line:
+            stream.complete = False
             continue
+        stream.complete = line.get("final") is True
         if "statistics" in line:
             entries, line = stream.statistics, {**line["statistics"], "step": line["step"]}
         else:

@@ -106,6 +106,14 @@ def test_a_report_of_figures_that_are_not_finite(tmp_path):
     assert "not finite" in render(read_stream(written(tmp_path / "run", lines)), "run")
 
 
+def test_a_first_line_of_a_resumed_run_is_no_statistics_whatever_else_it_holds(tmp_path):
+    odd = HEAD | {"statistics": {}, "final": True}
+    stream = read_stream(written(tmp_path / "run", [HEAD, *STEPS, odd]))
+    assert not stream.complete
+    assert not stream.statistics
+    assert read_stream(written(tmp_path / "run", [HEAD, odd, *STEPS, SUMMARY])).complete
+
+
 def test_brackets_that_are_nested_too_deeply_are_damage(tmp_path):
     deep = "[" * 100_000 + "]" * 100_000
     with pytest.raises(StreamError, match="no stream"):
