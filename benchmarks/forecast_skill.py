@@ -1,9 +1,11 @@
 """How well forecasters of the loss do on recorded runs, against simple baselines.
 
     python -m benchmarks.forecast_skill
+    python -m benchmarks.forecast_skill --fresh
 
 starts a forecast every 40 steps in the second half of each recorded run and writes
-benchmarks/results/forecast_skill.json. A forecaster sees the run from its first step.
+benchmarks/results/forecast_skill.json, or forecast_skill-fresh.json of runs by which nothing was
+chosen. A forecaster sees the run from its first step.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from benchmarks.forecasters import (
     PowerLaw,
     Smoothed,
 )
-from benchmarks.recordings import Recording, load
+from benchmarks.recordings import FOLDER, FRESH, Recording, load
 from hybridcore.dynamics import LinearDynamics
 from hybridcore.dynamics.mlp import MLPDynamics
 from hybridcore.dynamics.rssm import RSSMDynamics
@@ -42,7 +44,7 @@ from hybridcore.dynamics.rssm import RSSMDynamics
 # whole workload out is what makes the run held out. An online model ignores them.
 Factory: TypeAlias = Callable[[Sequence[Recording]], Forecaster]
 
-RESULTS = Path(__file__).parent / "results" / "forecast_skill.json"
+RESULTS = Path(__file__).parent / "results"
 HORIZONS = (5, 15, 75)
 STRIDE = 40
 HALF_WIDTH = 10
@@ -298,9 +300,12 @@ def _print(console: Console, figures: dict[str, dict[str, Any]], kind: str) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    output = parser.parse_args().output
-    recordings = load()
+    parser.add_argument("--fresh", action="store_true", help="on runs that chose nothing")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    name = "forecast_skill-fresh.json" if arguments.fresh else "forecast_skill.json"
+    output = arguments.output or RESULTS / name
+    recordings = load(FRESH if arguments.fresh else FOLDER)
     figures = skill(FORECASTERS, recordings)
     best = ceiling(recordings)
     console = Console(width=150)
@@ -308,7 +313,7 @@ def main() -> None:
         _print(console, {**figures, "known signal": best}, kind)
     console.print("known signal: told the mean, on the mini-batch runs with their noise shuffled")
     document = {
-        "command": "python -m benchmarks.forecast_skill",
+        "command": "python -m benchmarks.forecast_skill" + " --fresh" * arguments.fresh,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "scipy": scipy.__version__,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.record_runs
     python -m benchmarks.record_runs --only siren-adam-constant
+    python -m benchmarks.record_runs --fresh
 
 trains plainly, without hybridcore, and writes benchmarks/recordings/. Only figures are kept, no
 data. Some data comes in packages that nothing else here needs:
@@ -18,12 +19,13 @@ import functools
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,15 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 from torch import nn
 
-from benchmarks.recordings import FOLDER, INDEX
+from benchmarks.recordings import FOLDER, FRESH, INDEX
 from hybridcore.cli.common import environment
 from hybridcore.cli.workloads import WORKLOADS, Closure, scheduler
 
 Step = Callable[[int], Closure]
 Build = Callable[[int, int], tuple[nn.Module, Step]]
 RESTARTS = 4
+# Added to the seed of a fresh run, and as often again by one as the run diverges.
+FRESH_SEED = 100
 TEXT_BYTES = 2_000_000
 CONTEXT = 48
 HOURS = 24
@@ -304,6 +308,18 @@ def record(settings: Settings, advance: Callable[[], None]) -> dict[str, NDArray
     return {"loss": rows[:, 0], "gradient_norm": rows[:, 1], "learning_rate": rows[:, 2]}
 
 
+def _fresh(
+    settings: Settings, advance: Callable[[], None]
+) -> tuple[Settings, dict[str, NDArray[np.float32]]]:
+    """Record with the next seed from `FRESH_SEED` on whose losses stay finite."""
+    for seed in itertools.count(settings.seed + FRESH_SEED):
+        fresh = replace(settings, seed=seed)
+        series = record(fresh, advance)
+        if np.isfinite(series["loss"]).all():
+            return fresh, series
+    raise AssertionError
+
+
 def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), settings.learning_rate, momentum=0.9)
@@ -340,21 +356,29 @@ def _entry(settings: Settings, series: dict[str, NDArray[np.float32]]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=[run.name for run in RUNS], metavar="NAME")
-    only = parser.parse_args().only
+    parser.add_argument("--fresh", action="store_true", help="with seeds that chose nothing")
+    arguments = parser.parse_args()
+    folder = FRESH if arguments.fresh else FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / INDEX
     torch.set_num_threads(1)
-    index = json.loads(INDEX.read_text(encoding="utf-8")) if INDEX.is_file() else {}
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     console = Console(file=sys.stderr)
     with Progress(console=console) as progress:
         for run in RUNS:
-            if only not in (None, run.name):
+            if arguments.only not in (None, run.name):
                 continue
             task = progress.add_task(run.name, total=run.steps)
-            series = record(run, functools.partial(progress.advance, task))
-            np.savez_compressed(FOLDER / f"{run.name}.npz", allow_pickle=False, **series)
+            advance = functools.partial(progress.advance, task)
+            if arguments.fresh:
+                run, series = _fresh(run, advance)
+            else:
+                series = record(run, advance)
+            np.savez_compressed(folder / f"{run.name}.npz", allow_pickle=False, **series)
             index[run.name] = _entry(run, series)
             # After each run, so that an interrupted recording leaves a true index.
             text = json.dumps(dict(sorted(index.items())), indent=1) + "\n"
-            INDEX.write_text(text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Recorded training runs: loss, gradient norm and learning rate of each step.
 
 ``benchmarks.record_runs`` writes them into this folder; a model of training dynamics is judged and
-tested on them.
+tested on them. Those in the folder ``fresh`` differ in their seeds, and nothing was chosen by them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FOLDER = Path(__file__).parent
-INDEX = FOLDER / "index.json"
+FRESH = FOLDER / "fresh"
+INDEX = "index.json"
 SERIES = ("loss", "gradient_norm", "learning_rate")
 
 
@@ -43,19 +44,20 @@ class Recording(NamedTuple):
     learning_rate: NDArray[np.float32]
 
 
-def index() -> dict[str, dict[str, Any]]:
-    """Workload, settings and versions of every recorded run, by its name."""
-    if not INDEX.is_file():
-        raise FileNotFoundError(f"{INDEX} is missing: run `python -m benchmarks.record_runs` first")
-    entries: dict[str, dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
+def index(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """Workload, settings and versions of every run recorded in `folder`, by its name."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python -m benchmarks.record_runs` first")
+    entries: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return entries
 
 
-def load() -> list[Recording]:
-    """Return all recorded runs, in the order of their names."""
+def load(folder: Path = FOLDER) -> list[Recording]:
+    """Return all runs recorded in `folder`, in the order of their names."""
     recordings = []
-    for name, entry in sorted(index().items()):
-        with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
+    for name, entry in sorted(index(folder).items()):
+        with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
             series = [arrays[key] for key in SERIES]
         recordings.append(Recording(name, entry["workload"], entry["settings"], *series))
     return recordings
