@@ -182,7 +182,7 @@ def drills() -> str:
         + f"; {kills['whole runs compared']} runs that went on after kills to the end came to the "
         "same as one that was not killed, to the last bit.",
         "",
-        "| long run | steps | memory, MiB | open files | median step, µs of processor |",
+        "| long run | steps | memory, MiB | open files | a step, µs of processor |",
         "|---|---|---|---|---|",
     ]
     long = recorded("soak")
