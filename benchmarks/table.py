@@ -177,9 +177,9 @@ def drills() -> str:
         lines.append(f"| {drill} | {count} | `{file}`: {names} |")
     lines += [
         "",
-        f"Times each was survived, recorded by `{result['command']}`. Of the kills "
-        + ", ".join(f"{n} were in {place}" for place, n in kills["by place"].items())
-        + f"; {kills['whole runs compared']} runs that went on after kills to the end came to the "
+        f"Times each was survived, recorded by `{result['command']}`. Where the kills were: "
+        + ", ".join(f"{place} {n}" for place, n in kills["by place"].items())
+        + f". {kills['whole runs compared']} runs that went on after kills to the end came to the "
         "same as one that was not killed, to the last bit.",
         "",
         "| long run | steps | memory, MiB | open files | a step, µs of processor |",
@@ -192,7 +192,7 @@ def drills() -> str:
             (statistics.median(run[figure][:5]), statistics.median(run[figure][-5:]))
             for figure in ("resident_mib", "handles", "step_us")
         ]
-        ends = [f"{first:.1f} to {last:.1f}" for first, last in quarters]
+        ends = [f"{first:.4g} to {last:.4g}" for first, last in quarters]
         lines.append(f"| {title} | {run['steps']:,} | " + " | ".join(ends) + " |")
     fuzzed = recorded("fuzz")
     lines += [
