@@ -25,8 +25,10 @@ from hybridcore.types import NAN, Action, Directive, Observation
 
 Step: TypeAlias = Generator[Directive, Observation, tuple[Observation, bool]]
 
-# Two passes over one batch at the same weights agree to this, as a share.
-SAME = 1e-5
+# Two passes over one batch at the same weights agree to this, as a share of the loss, and to some
+# rounding of what the loss was when the batch was first looked at: a compiler may not add up the
+# same way in a probe.
+SAME, ROUNDING = 1e-5, 2.0**-23
 # Evaluations in a row without a lower loss, after which the direction is given up.
 MOST_REJECTED = 8
 # Fall of the log loss in a block below which it has made no progress.
@@ -98,7 +100,7 @@ class SecantDescent:
         self.converging = False
         self.measured = False
         self._there = False
-        self._marked = NAN
+        self._marked, self._scale = NAN, 0.0
         self._objective = NAN
         self._held = NAN
         self._descent: Descent | None = None
@@ -170,7 +172,7 @@ class SecantDescent:
     def is_fine(self) -> Generator[Directive, Observation, bool]:
         """See whether the batch is still the same, and the loss of the user's probe no higher."""
         here = (yield Directive(Action.PROBE, own_batch=True)).loss
-        if usable(here) and not _same(here, self.loss):
+        if usable(here) and not self._same(here, self.loss):
             self._patience = MOST_PATIENCE
             return False
         if not self.block_over:
@@ -202,6 +204,10 @@ class SecantDescent:
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
         return Directive(Action.SAVE)
 
+    def _same(self, loss: float, before: float) -> bool:
+        """Whether two losses at the same weights are of the same batch."""
+        return abs(loss - before) <= SAME * abs(before) + ROUNDING * self._scale
+
     # -- the steps --------------------------------------------------------------------------
 
     def step(self) -> Step:
@@ -218,6 +224,7 @@ class SecantDescent:
         observation = yield Directive(Action.FULL)
         if observation.applied:
             self._marked, self.stage = observation.loss, Stage.CHECK
+            self._scale = abs(observation.loss)
         return observation, False
 
     def unmark(self) -> None:
@@ -232,7 +239,7 @@ class SecantDescent:
         steps on each batch.
         """
         probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
-        same = _same(probe.loss, self._marked)
+        same = self._same(probe.loss, self._marked)
         observation = yield Directive(Action.FULL)
         if not (same and observation.applied):
             return observation, True
@@ -246,7 +253,7 @@ class SecantDescent:
         """Take a step of the optimizer and keep its pair."""
         first = self._steps == 0
         observation = yield Directive(Action.FULL, pair=True, fresh_pairs=first)
-        changed = first and self.holds_recovery and not _same(observation.loss, self.loss)
+        changed = first and self.holds_recovery and not self._same(observation.loss, self.loss)
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
@@ -280,7 +287,7 @@ class SecantDescent:
         changed = False
         if math.isfinite(self._marked):
             probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
-            changed, self._marked = not _same(probe.loss, self._marked), NAN
+            changed, self._marked = not self._same(probe.loss, self._marked), NAN
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
         if changed or not (observation.applied and usable(observation.loss)):
@@ -368,13 +375,10 @@ class SecantDescent:
             coefficients = np.array(state["descent"]["coefficients"], dtype=np.float64)
             self._descent = Descent(coefficients, float(state["descent"]["slope"]))
         self._recent = deque(state["recent"], maxlen=WINDOW)
+        # States from before there was a scale do without.
+        numbers = {"_scale": 0.0} | state["numbers"]
         for name in _NUMBERS:
-            setattr(self, name, type(getattr(self, name))(state["numbers"][name]))
-
-
-def _same(loss: float, before: float) -> bool:
-    """Whether two losses at the same weights are of the same batch."""
-    return abs(loss - before) <= SAME * abs(before)
+            setattr(self, name, type(getattr(self, name))(numbers[name]))
 
 
 _NUMBERS = (
@@ -385,6 +389,7 @@ _NUMBERS = (
     "measured",
     "_there",
     "_marked",
+    "_scale",
     "_objective",
     "_held",
     "_length",

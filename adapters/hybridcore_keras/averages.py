@@ -25,8 +25,8 @@ class WeightAverage:
 
     def __init__(self, port: Port) -> None:
         self._variables = port.variables
-        self._read = port.reader(lambda values: [wide(value) for value in values])
-        self._towards = port.compiled(_towards)
+        self._read = port.reader(lambda present: [wide(value) for value in present])
+        self._towards = port.reader(_towards)
         self._values: list[Any] = []
         self.shown = False
 
@@ -37,11 +37,11 @@ class WeightAverage:
 
     def add(self, weight: float) -> None:
         """Move the average towards the weights as they are, by `weight` in [0, 1] of the way."""
-        present = self._read()
         if weight < 1.0 and self._values:
             share = ops.convert_to_tensor(weight, "float32")
-            present = self._towards(self._values, present, share)
-        self._values = list(present)
+            self._values = list(self._towards(self._values, share))
+        else:
+            self._values = list(self._read())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -70,8 +70,8 @@ class WeightAverage:
         self._values = [ops.convert_to_tensor(value) for value in state]
 
 
-def _towards(values: Sequence[Any], present: Sequence[Any], share: Any) -> list[Any]:
+def _towards(present: Sequence[Any], values: Sequence[Any], share: Any) -> list[Any]:
     return [
-        value + ops.cast(share, value.dtype) * (now - value)
+        value + ops.cast(share, value.dtype) * (wide(now) - value)
         for value, now in zip(values, present, strict=True)
     ]

@@ -10,14 +10,10 @@ from time import perf_counter
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
-from numpy.typing import NDArray
 
 from hybridcore import (
     Action,
     ConfigError,
-    Directive,
     DivergenceError,
     Engine,
     HybridTrainerConfig,
@@ -28,13 +24,11 @@ from hybridcore import (
     checkpoint,
 )
 from hybridcore.types import STEPS
-from hybridcore_keras import memory, saving
-from hybridcore_keras.averages import WeightAverage
+from hybridcore_keras import saving
 from hybridcore_keras.checks import check_arguments, check_model, ends_the_data
-from hybridcore_keras.groups import by_depth, by_user
+from hybridcore_keras.hands import Hands
 from hybridcore_keras.losses import RunningMean
-from hybridcore_keras.ports import Port, port_of
-from hybridcore_keras.snapshots import SnapshotBank
+from hybridcore_keras.ports import port_of
 
 NAN = float("nan")
 PHASES = list(Phase)
@@ -51,7 +45,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     ``steps_per_execution`` says. A full step is Keras's own, compiled as ever. A predicted step
     takes its batch from the data and runs neither forward nor backward pass, but for a probe now
     and then. ``optimizer.iterations`` counts full steps only; learning-rate schedules stand where
-    they would in plain ``fit``.
+    they would in plain ``fit``. Quasi-Newton steps are full steps too, whether the optimizer sees
+    their gradients or the trial point is taken back.
 
     Used in a second ``fit`` of the same model and optimizer, it goes on where it was.
 
@@ -89,20 +84,18 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.config = HybridTrainerConfig() if config is None else config
         self.probe = probe
         self.layer_groups = None if layer_groups is None else [list(g) for g in layer_groups]
-        self.engine = Engine(self.config)
-        self._port: Port | None = None
-        self._bank: SnapshotBank | None = None
-        self._average: WeightAverage | None = None
-        self._averages = self.config.averaging
-        self._room: int | None = None
+        self.engine = Engine(self.config, self.config.secant_pairs)
+        self._hands: Hands | None = None
         self._fitting = False
-        self._recovery: list[Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._trained: tuple[Any, Any] | None = None
-        self._probe_data: Any = None
         self._logs: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
+        if not self.config.enabled:
+            # Only then: a callback with these makes Keras read the logs of every batch at once.
+            self.on_train_batch_begin = self._begin_plain
+            self.on_train_batch_end = self._end_plain
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -128,9 +121,12 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
         if self._fitting:
             raise ProtocolError("averaged() while fit runs: call it after fit has returned")
-        if self._average is not None and self._average.shown:
+        average = None if self._hands is None else self._hands.average
+        if average is None:
+            return contextlib.nullcontext()
+        if average.shown:
             raise ProtocolError("averaged() inside averaged(): leave the with block first")
-        return contextlib.nullcontext() if self._average is None else self._average.in_place()
+        return average.in_place()
 
     # -- what Keras calls -------------------------------------------------------------------
 
@@ -144,7 +140,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """
         if not self.config.enabled:
             return
-        if self._average is not None and self._average.shown:
+        average = None if self._hands is None else self._hands.average
+        if average is not None and average.shown:
             raise ProtocolError("fit() inside averaged(): leave the with block first")
         model = self.model
         check_model(model)
@@ -155,7 +152,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._trained is None or self._trained != (model, model.optimizer):
             self._start(model)
         saving.apply_loaded(self)
-        self._live.install()
+        self.hands.port.install()
         self._check_structure()
         self._fitting = True
         model.train_function = self._train
@@ -185,36 +182,34 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if f"hybrid_{name}" not in shown and not isinstance(value, dict | list):
                 history.setdefault(f"hybrid_{name}", []).append(value)
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def _begin_plain(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Take the time of a batch of plain ``fit``."""
-        if not self.config.enabled:
-            self._began = perf_counter()
+        self._began = perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def _end_plain(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count a batch of plain ``fit``."""
-        if not self.config.enabled:
-            seconds = perf_counter() - self._began
-            loss = float((logs or {}).get("loss", NAN))
-            self.engine.count_plain(Observation(loss=loss, seconds=seconds))
-            self.engine.count_time(Phase.FULL, seconds, 0.0)
+        seconds = perf_counter() - self._began
+        loss = float((logs or {}).get("loss", NAN))
+        self.engine.count_plain(Observation(loss=loss, seconds=seconds))
+        self.engine.count_time(Phase.FULL, seconds, 0.0)
 
     # -- one step ---------------------------------------------------------------------------
 
     def _train(self, *arguments: Any) -> Any:
         """Stand in for ``model.train_function``."""
         start = perf_counter()
-        port, engine = self._live, self.engine
-        port.begin(*arguments)
+        hands, engine = self.hands, self.engine
+        hands.port.begin(*arguments)
         working = 0.0
         of_step: Observation | None = None
         try:
             while of_step is None or not engine.step_done:
                 directive = engine.next()
                 try:
-                    observation = self._carry_out(directive)
+                    observation = hands.carry_out(directive)
                 except Exception as error:
                     # The user's own step has no copy that could be done without.
-                    if directive.action is Action.FULL or not memory.make_room(self, error):
+                    if directive.action is Action.FULL or not hands.make_room(error):
                         raise
                 else:
                     if directive.action in STEPS:
@@ -222,22 +217,30 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                         predicted = directive.action is Action.SKIP
                     working += observation.seconds
                     engine.observe(observation)
-                if self._room is not None:
+                if hands.torn:
                     engine.abandon()
-                    engine.regroup(snapshots=self._room)
-                    self._room = None
+                    engine.regroup(hands.pairs, hands.room)
+                    hands.torn = False
+            hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
         except BaseException as error:
             engine.abandon()
-            port.abandon()
+            hands.abandon()
+            hands.port.abandon()
             if not ends_the_data(error):
                 self._give_back()
             raise
-        if predicted:
+        if predicted or math.isfinite(engine.forecast_loss):
+            # A trial point that was taken back counts as little as a jump that was never made.
             self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
-        result = port.finish(self._logs)
+        else:
+            self._logs = hands.logs
+            self._mean.full_steps += 1
+        result = hands.port.finish(self._logs)
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
-        if self.config.on_divergence == "raise" and not of_step.applied:
+        # A trial point may be far off: that is no fault of the batch.
+        bad = not of_step.applied and math.isnan(engine.forecast_loss)
+        if self.config.on_divergence == "raise" and bad:
             self._give_back()
             raise DivergenceError(
                 f"loss {of_step.loss:g} with gradient norm {of_step.gradient_norm:g} in step "
@@ -246,108 +249,28 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
         return result
 
-    def _full(self, directive: Directive) -> Observation:
-        start = perf_counter()
-        self._logs, figures = self._live.full(directive.learning_rate_scale)
-        seconds = perf_counter() - start
-        loss, norm, rate = figures
-        self._mean.full_steps += 1
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        if not applied:
-            self._live.skip(1)
-        gram = self._copy(directive) if applied else None
-        return Observation(loss, norm, rate, seconds, gram, applied)
-
-    def _copy(self, directive: Directive) -> NDArray[np.float64] | None:
-        """Take the weights into average and bank, where a full step asks for it."""
-        try:
-            if directive.average and self._averages:
-                if self._average is None:
-                    self._average = WeightAverage(self._live)
-                self._average.add(directive.average)
-            if directive.snapshot:
-                self._snapshots.take(fresh=directive.fresh_bank)
-            return self._snapshots.gram() if directive.gram else None
-        except Exception as error:
-            # The step has been taken, and must not be taken again.
-            if not memory.make_room(self, error):
-                raise
-            return None
-
-    def _carry_out(self, directive: Directive) -> Observation:
-        port, action = self._live, directive.action
-        if action is Action.FULL:
-            return self._full(directive)
-        # First of all, because at the end of the data there is no step to take.
-        batches = 0
-        if self.probe is None or action is not Action.PROBE:
-            batches = port.pull()
-        if action is Action.SKIP:
-            port.skip(batches)
-        elif action is Action.PROBE:
-            return self._probe(directive)
-        elif action is Action.MOVE:
-            assert directive.coefficients is not None
-            self._snapshots.move(directive.coefficients)
-            if directive.snapshot:
-                self._snapshots.take(fresh=False)
-        elif action is Action.SAVE:
-            self._snapshots.save()
-            self._recovery = port.keep()
-        elif action is Action.ROLLBACK:
-            self._roll_back()
-        return Observation()
-
-    def _roll_back(self) -> None:
-        assert self._recovery is not None
-        self._snapshots.restore()
-        self._live.put_back(self._recovery)
-        self._recovery = None
-
-    def _probe(self, directive: Directive) -> Observation:
-        coefficients = directive.coefficients
-        if coefficients is not None:
-            self._snapshots.set_aside()
-        try:
-            if coefficients is not None:
-                self._snapshots.move(coefficients)
-            start = perf_counter()
-            if self.probe is not None and self._probe_data is None:
-                self._probe_data = tuple(
-                    keras.tree.map_structure(ops.convert_to_tensor, part) for part in self.probe
-                )
-            loss = self._live.probe(self._probe_data)
-            return Observation(loss=loss, seconds=perf_counter() - start)
-        finally:
-            if coefficients is not None:
-                self._snapshots.put_back()
-
     # -- the model --------------------------------------------------------------------------
 
     def _start(self, model: Any) -> None:
         """Begin a run with a model or an optimizer that is new here."""
-        if self._trained is not None:
-            self.engine = Engine(self.config)
-        self._bank = self._average = self._recovery = None
-        self._averages = self.config.averaging
-        self._port = port_of(model)
+        port = port_of(model)
+        self._hands = Hands(port, self.config, self.probe, self.layer_groups)
+        if self._trained is not None or self._hands.pairs != self.engine.pairs:
+            self.engine = Engine(self.config, self._hands.pairs)
         self._trained = (model, model.optimizer)
-        if self.layer_groups is not None and model.built:
-            by_user(self.layer_groups, self._port.variables)
 
     def _check_structure(self) -> None:
         """Start over with snapshots if layers were frozen or thawed since the last ``fit``."""
-        present = [id(variable) for variable in self._live.variables]
-        kept = self._bank or self._average
-        if kept is not None and present != kept.identities:
-            self._bank = self._average = self._recovery = None
-            self.engine.regroup()
+        present, kept = [id(v) for v in self.hands.port.variables], self.hands.identities
+        if kept is not None and present != kept:
+            self.hands.restart()
+            self.engine.regroup(self.hands.pairs)
 
     def _give_back(self) -> None:
         self._fitting = False
-        if self._port is not None and self._trained is not None:
+        if self._trained is not None:
             self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
-            self._port.remove()
+            self.hands.port.remove()
 
     def _epoch_logs(self, logs: Any) -> Any:
         """Stand in for the model's method, which knows nothing of predicted steps."""
@@ -356,20 +279,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return type(self._model)._get_metrics_result_or_logs(self._model, logs)
 
     @property
-    def _live(self) -> Port:
-        assert self._port is not None
-        return self._port
-
-    @property
-    def _snapshots(self) -> SnapshotBank:
-        if self._bank is None:
-            variables = self._live.variables
-            if self.layer_groups is None:
-                groups = by_depth([math.prod(v.shape) for v in variables])
-            else:
-                groups = by_user(self.layer_groups, variables)
-            self._bank = SnapshotBank(groups, self.engine.snapshots, self._live)
-        return self._bank
+    def hands(self) -> Hands:
+        """What carries out directives on the model; there is none before the first ``fit``."""
+        assert self._hands is not None
+        return self._hands
 
     # -- state ------------------------------------------------------------------------------
 

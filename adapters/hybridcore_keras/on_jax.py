@@ -18,6 +18,7 @@ from hybridcore_keras.ports import Figures
 from hybridcore_keras.rates import Rates
 
 _FIGURES = "hybrid_figures"
+_GRADIENTS = "hybrid_gradients"
 _WEIGHTS, _OTHERS, _OPTIMIZER, _METRICS = range(4)
 
 
@@ -44,7 +45,13 @@ class JAXPort:
         self._plain_function: Any = None
         self._function: Any = None
         self._probe_function: Any = None
+        self._gradient_function: Any = None
+        self._applier: Any = None
+        self.gradients: list[Any] = []
         self._probing = False
+        # While the gradients of a pass are kept instead of being applied.
+        self._keeping = False
+        self._kept: list[Any] = []
         self._told: tuple[Any, Any] | None = None
         self._state: list[Any] = []
         self._iterator: Any = None
@@ -62,7 +69,7 @@ class JAXPort:
             self._plain_function = model.train_function
             model.make_train_function(force=True)
             self._function = model.train_function
-            self._probe_function = None
+            self._probe_function = self._gradient_function = self._applier = None
             self.variables = list(model.trainable_variables)
 
     def remove(self) -> None:
@@ -110,6 +117,15 @@ class JAXPort:
         logs[_FIGURES] = jnp.stack([jnp.asarray(v, jnp.float32) for v in (loss, norm, rate)])
         return logs, (*new, extras)
 
+    def _gradient_step(self, state: Any, data: Any) -> Any:
+        """Step that applies no gradient and reports all of them."""
+        self._keeping = True
+        try:
+            logs, state = self._train_step(state, data)
+        finally:
+            self._keeping = False
+        return {**logs, _GRADIENTS: self._kept}, state
+
     def _probe_step(self, state: Any, data: Any) -> Any:
         """Loss of a step that applies no gradient; the compiler drops what would compute them."""
         _, places = self._trackers()
@@ -132,6 +148,9 @@ class JAXPort:
             elif self.optimizer.loss_scale_factor is not None:
                 norm = norm / self.optimizer.loss_scale_factor
             self._told = norm, jnp.asarray(self.rates.unscaled())
+        if self._keeping:
+            self._kept = list(gradients)
+            return weights, variables
         return self._plain_apply(variables, gradients, weights)
 
     def _trackers(self) -> tuple[list[Any], list[int]]:
@@ -157,11 +176,62 @@ class JAXPort:
 
     def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures."""
-        extras = (jnp.asarray(self.skipped, jnp.int32), jnp.asarray(scale, jnp.float32))
         iterator = self._iterator if self._batches is None else iter(self._batches)
-        logs, state = self._function((*self._state, extras), iterator)
+        logs, state = self._function((*self._state, self._extras(scale)), iterator)
         self._state = list(state[:4])
-        return logs, Figures(*jax.device_get(logs.pop(_FIGURES)).tolist())
+        return logs, _figures(logs)
+
+    def _extras(self, scale: float) -> tuple[Any, Any]:
+        return jnp.asarray(self.skipped, jnp.int32), jnp.asarray(scale, jnp.float32)
+
+    def _jitted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        eager = self.model.run_eagerly or not self.model.jit_compile
+        return function if eager else jax.jit(function)
+
+    def gradient(self) -> tuple[dict[str, Any], Figures]:
+        """Do what :meth:`full` does but for the step itself, and keep the gradients."""
+        self.pull()
+        assert self._batches is not None
+        if self._gradient_function is None:
+            self._gradient_function = self._jitted(self._gradient_step)
+        state = (*self._state, self._extras(1.0))
+        logs, state = self._gradient_function(state, self._batches[0])
+        self._state = list(state[:4])
+        self.gradients = list(logs.pop(_GRADIENTS))
+        return logs, _figures(logs)
+
+    def apply(self, scale: float) -> None:
+        """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
+        if self._applier is None:
+            self._applier = self._jitted(self._applied)
+        parts = self._state[_OPTIMIZER], self.gradients, self._state[_WEIGHTS]
+        weights, variables = self._applier(*parts, self._extras(scale))
+        self._state[_WEIGHTS], self._state[_OPTIMIZER] = list(weights), list(variables)
+
+    def _applied(self, variables: Any, gradients: Any, weights: Any, extras: Any) -> Any:
+        self.rates.offset, self.rates.scale = extras
+        try:
+            with self.rates.inside():
+                return self._plain_apply(variables, gradients, weights)
+        finally:
+            self.rates.offset, self.rates.scale = self.skipped, 1.0
+
+    def count(self) -> None:
+        """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
+        iterations = self.rates.optimizer._iterations
+        variables = list(self._state[_OPTIMIZER])
+        for place, variable in enumerate(self.optimizer.variables):
+            if variable is iterations:
+                variables[place] = variables[place] + 1
+        self._state[_OPTIMIZER] = variables
+
+    def buffers(self) -> list[Any]:
+        """Copy the state of model and metrics but for the weights."""
+        return list(_copies([list(self._state[_OTHERS]), list(self._state[_METRICS])]))
+
+    def put_back_buffers(self, kept: Sequence[Any]) -> None:
+        """Undo what was done since :meth:`buffers`."""
+        self._state[_OTHERS], self._state[_METRICS] = _copies(list(kept))
 
     def probe(self, data: Any) -> float:
         """Loss of `data`, or of the batch where it is None; leaves no trace."""
@@ -170,8 +240,7 @@ class JAXPort:
             assert self._batches is not None
             data = self._batches[0]
         if self._probe_function is None:
-            eager = self.model.run_eagerly or not self.model.jit_compile
-            self._probe_function = self._probe_step if eager else jax.jit(self._probe_step)
+            self._probe_function = self._jitted(self._probe_step)
         self._probing = True
         try:
             return float(self._probe_function(tuple(self._state), data))
@@ -197,17 +266,17 @@ class JAXPort:
         """Compile a function of tensors."""
         return jax.jit(function)  # type: ignore[no-any-return]
 
-    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
-        """Compile a function of the weights; what it returns shares no memory with them."""
+    def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of the weights, and of what it is given besides."""
         compiled = self.compiled(function)
-        return lambda: _copies(compiled(self._state[_WEIGHTS]))
+        return lambda *arguments: _copies(compiled(self._state[_WEIGHTS], *arguments))
 
     def assign(self, values: Sequence[Any]) -> None:
         """Put the weights at `values`, one for each of `variables`."""
         self._state[_WEIGHTS] = _copies(list(values))
 
     def keep(self) -> list[Any]:
-        """Copy all training state but the weights and the user's learning rate."""
+        """Copy all training state but weights, iterations and the user's learning rate."""
         found = [*self._state[_OTHERS], *self._state[_OPTIMIZER]]
         return list(_copies(found))
 
@@ -217,12 +286,13 @@ class JAXPort:
         size = len(self._state[_OTHERS])
         new, now = list(_copies(list(kept[size:]))), self._state[_OPTIMIZER]
         for place, variable in enumerate(optimizer.variables):
-            if variable is inner._learning_rate:
+            if variable is inner._learning_rate or variable is inner._iterations:
                 new[place] = now[place]
-            elif variable is inner._iterations:
-                self.skipped += int(now[place]) - int(new[place])
-        self.rates.offset = self.skipped
         self._state[_OTHERS], self._state[_OPTIMIZER] = list(_copies(list(kept[:size]))), new
+
+
+def _figures(logs: dict[str, Any]) -> Figures:
+    return Figures(*jax.device_get(logs.pop(_FIGURES)).tolist())
 
 
 def _copies(values: Any) -> Any:

@@ -27,11 +27,12 @@ class TensorFlowPort(StatefulPort):
             super().__init__(model)
         self._iterator: Any = None
         self._probe_function: Any = None
+        self._gradient_function: Any = None
         self._writer: Any = None
         self._again: tuple[Any, Any] | None = None
 
     def _renew(self) -> None:
-        self._probe_function = self._writer = None
+        self._probe_function = self._gradient_function = self._writer = None
 
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
@@ -52,6 +53,13 @@ class TensorFlowPort(StatefulPort):
         iterator = self._iterator if self._batches is None else self._iterator_again()
         logs = self._function(iterator)
         return logs, self._figures(logs)
+
+    def gradient(self) -> tuple[dict[str, Any], Figures]:
+        """Do what :meth:`full` does but for the step itself, and keep the gradients."""
+        self.pull()
+        if self._gradient_function is None:
+            self._gradient_function = self.model._make_function(self._train_step)
+        return self._pass(self._gradient_function, iter(self._batches or ()))
 
     def probe(self, data: Any) -> float:
         """Loss of `data`, or of the batch where it is None; leaves no trace."""
@@ -128,10 +136,12 @@ class TensorFlowPort(StatefulPort):
         # Of its own identity, or TensorFlow takes the banks of several runs for one that retraces.
         return tf.function(partial(function), autograph=False)  # type: ignore[no-any-return]
 
-    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
-        """Compile a function of the weights; what it returns shares no memory with them."""
+    def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of the weights, and of what it is given besides."""
         variables = self.variables
-        return self.compiled(lambda: function([tf.identity(v.value) for v in variables]))
+        return self.compiled(
+            lambda *arguments: function([tf.identity(v.value) for v in variables], *arguments)
+        )
 
     def assign(self, values: Sequence[Any]) -> None:
         """Put the weights at `values`, one for each of `variables`."""

@@ -33,6 +33,10 @@ class TorchPort(StatefulPort):
         logs = self._function(self._batches)
         return logs, self._figures(logs)
 
+    def gradient(self) -> tuple[dict[str, Any], Figures]:
+        """Do what :meth:`full` does but for the step itself, and keep the gradients."""
+        return self._pass(self._function, self._batches)
+
     def probe(self, data: Any) -> float:
         """Loss of `data`, or of the batch where it is None; leaves no trace."""
         if data is None:
@@ -71,10 +75,12 @@ class TorchPort(StatefulPort):
         """Run a function of tensors without a graph."""
         return torch.no_grad()(function)
 
-    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
-        """Return `function` of the weights; what it returns shares no memory with them."""
+    def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` of copies of the weights, and of what it is given besides."""
         variables = self.variables
-        return self.compiled(lambda: function([v.value for v in variables]))
+        return self.compiled(
+            lambda *arguments: function([v.value.clone() for v in variables], *arguments)
+        )
 
     def assign(self, values: Sequence[Any]) -> None:
         """Put the weights at `values`, one for each of `variables`."""

@@ -25,11 +25,17 @@ class Port(Protocol):
 
     Attributes
     ----------
+    model : keras.Model
+        The model.
     skipped : int
-        Batches that ``optimizer.iterations`` does not count.
+        Batches that ``optimizer.iterations`` does not count: predicted or left out.
+    gradients : list of tensor
+        Those that :meth:`gradient` left, one for each of `variables`.
     """
 
+    model: Any
     skipped: int
+    gradients: list[Any]
 
     @property
     def variables(self) -> list[Any]:
@@ -62,6 +68,26 @@ class Port(Protocol):
         """Run Keras's own train function with rates times `scale`; its logs and our figures."""
         ...
 
+    def gradient(self) -> tuple[dict[str, Any], Figures]:
+        """Do what :meth:`full` does but for the step itself, and keep the gradients."""
+        ...
+
+    def apply(self, scale: float) -> None:
+        """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
+        ...
+
+    def count(self) -> None:
+        """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
+        ...
+
+    def buffers(self) -> list[Any]:
+        """Copy the state of model and metrics but for the weights."""
+        ...
+
+    def put_back_buffers(self, kept: Sequence[Any]) -> None:
+        """Undo what was done since :meth:`buffers`."""
+        ...
+
     def probe(self, data: Any) -> float:
         """Loss of `data`, or of the batch where it is None; leaves no trace."""
         ...
@@ -82,8 +108,11 @@ class Port(Protocol):
         """Compile a function of tensors."""
         ...
 
-    def reader(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[], Any]:
-        """Compile a function of the weights; what it returns shares no memory with them."""
+    def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of the weights, and of what it is given besides.
+
+        What it returns shares no memory with the weights.
+        """
         ...
 
     def assign(self, values: Sequence[Any]) -> None:
@@ -91,11 +120,11 @@ class Port(Protocol):
         ...
 
     def keep(self) -> list[Any]:
-        """Copy all training state but the weights and the user's learning rate."""
+        """Copy all training state but weights, iterations and the user's learning rate."""
         ...
 
     def put_back(self, kept: Sequence[Any]) -> None:
-        """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
+        """Undo what was done to it since :meth:`keep`; the schedule goes on where it stands."""
         ...
 
 

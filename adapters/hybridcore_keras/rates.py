@@ -24,7 +24,7 @@ class Rates:
     Attributes
     ----------
     offset : integer variable, tensor or int
-        Batches that the optimizer does not count: predicted, or rolled back.
+        Batches that the optimizer does not count: predicted or left out.
     scale : float variable or tensor
         Factor on every learning rate inside a step.
     """

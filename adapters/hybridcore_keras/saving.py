@@ -9,29 +9,40 @@ from keras import ops
 
 from hybridcore import CheckpointError, Engine
 from hybridcore_keras.averages import WeightAverage
+from hybridcore_keras.secants import SecantBank, affordable
+from hybridcore_keras.snapshots import SnapshotBank
 
 if TYPE_CHECKING:
     from hybridcore_keras.callback import HybridCallback
 
-VERSION = 1
-KEYS = {"config", "engine", "bank", "average", "recovery", "skipped"}
+VERSION = 2
+COPIES = ("bank", "average", "secants", "recovery")
+KEYS = {"config", "engine", "beside", "skipped", *COPIES}
 
 
 def collect(callback: HybridCallback) -> dict[str, Any]:
     """Return the state of `callback`; weights and optimizer are not part of it."""
     if callback._loaded is not None:
         return callback._loaded
-    bank, recovery, port = callback._bank, callback._recovery, callback._port
-    kept = None if recovery is None else [np.array(ops.convert_to_numpy(v)) for v in recovery]
-    return {
+    state: dict[str, Any] = {
         "hybridcore_keras": VERSION,
         "config": callback.config.to_dict(),
         "engine": callback.engine.state_dict(),
-        "bank": None if bank is None else bank.state_dict(),
-        "average": None if callback._average is None else callback._average.state_dict(),
-        "recovery": kept,
-        "skipped": 0 if port is None else port.skipped,
+        **dict.fromkeys(COPIES),
+        "beside": None,
+        "skipped": 0,
     }
+    hands = callback._hands
+    if hands is None:
+        return state
+    for name in ("bank", "average", "secants"):
+        copies = getattr(hands, name)
+        state[name] = None if copies is None else copies.state_dict()
+    if hands.recovery is not None:
+        state["recovery"] = [np.array(ops.convert_to_numpy(value)) for value in hands.recovery]
+    state["beside"] = {"pairs": hands.wanted, "average": hands.averages}
+    state["skipped"] = hands.port.skipped
+    return state
 
 
 def restore(callback: HybridCallback, state: dict[str, Any]) -> None:
@@ -42,8 +53,13 @@ def restore(callback: HybridCallback, state: dict[str, Any]) -> None:
     CheckpointError
         If it does not; nothing has been changed then.
     """
-    if not isinstance(state, dict) or state.get("hybridcore_keras") != VERSION:
+    if not isinstance(state, dict) or "hybridcore_keras" not in state:
         raise CheckpointError("state is not one of a HybridCallback: pass what state_dict() gave")
+    if state["hybridcore_keras"] != VERSION:
+        raise CheckpointError(
+            f"state is of version {state['hybridcore_keras']!r}, and {VERSION} is read here: go on "
+            "with the hybridcore that saved it"
+        )
     missing = sorted(KEYS - state.keys())
     if missing:
         raise CheckpointError(f"state lacks {', '.join(missing)}: pass all that state_dict() gave")
@@ -73,26 +89,30 @@ def apply_loaded(callback: HybridCallback) -> None:
     state = callback._loaded
     if state is None:
         return
-    assert callback._port is not None
-    if state["average"] is not None and not WeightAverage(callback._port).takes(state["average"]):
-        raise CheckpointError("state is of another model: build the one that it was saved with")
-    if state["bank"] is not None:
-        if not callback._snapshots.takes(state["bank"]):
-            callback._bank = None
-            raise CheckpointError(
-                "state is of another model or of other layer groups: build the same ones"
-            )
-        callback._snapshots.load_state_dict(state["bank"])
-    callback._average = None
-    if state["average"] is not None:
-        callback._average = WeightAverage(callback._port)
-        callback._average.load_state_dict(state["average"])
-    callback.engine.load_state_dict(state["engine"])
-    if callback._bank is not None:
-        callback._bank.capacity = callback.engine.snapshots
-    recovery = state["recovery"]
-    callback._recovery = (
-        None if recovery is None else [ops.convert_to_tensor(value) for value in recovery]
-    )
-    callback._port.skipped = int(state["skipped"])
+    hands = callback.hands
+    beside = state["beside"] or {"pairs": hands.wanted, "average": hands.averages}
+    pairs = affordable(hands.port.model, int(beside["pairs"]))
+    engine = Engine(callback.config, pairs)
+    engine.load_state_dict(state["engine"])
+    copies: dict[str, SnapshotBank | WeightAverage | SecantBank] = {
+        "bank": hands.new_bank(engine.snapshots),
+        "average": WeightAverage(hands.port),
+        "secants": SecantBank(hands.port, pairs),
+    }
+    for name, kept in copies.items():
+        if state[name] is not None:
+            if not kept.takes(state[name]):
+                raise CheckpointError(
+                    "state is of another model or of other layer groups: build the same ones"
+                )
+            kept.load_state_dict(state[name])
+    callback.engine = engine
+    hands.restart()
+    hands.wanted, hands.pairs, hands.room = int(beside["pairs"]), pairs, engine.snapshots
+    hands.averages = bool(beside["average"])
+    for name, kept in copies.items():
+        setattr(hands, name, None if state[name] is None else kept)
+    if state["recovery"] is not None:
+        hands.recovery = [ops.convert_to_tensor(value) for value in state["recovery"]]
+    hands.port.skipped = int(state["skipped"])
     callback._loaded = None

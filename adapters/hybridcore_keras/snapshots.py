@@ -98,20 +98,15 @@ class SnapshotBank:
         """Put the weights back to the recovery point."""
         self._port.assign(self._parts(self._recovery))
 
-    def drop(self) -> None:
-        """Forget the snapshots, and put weights that were set aside back."""
-        self._rows.clear()
-        if self._waiting is not None:
-            self.put_back()
-
     def set_aside(self) -> None:
         """Remember the weights for :meth:`put_back`."""
         self._waiting = self._read()
 
     def put_back(self) -> None:
-        """Undo what was done to the weights since :meth:`set_aside`."""
-        self._port.assign(self._parts(self._waiting))
-        self._waiting = None
+        """Undo what was done to the weights since :meth:`set_aside`, if that was not done yet."""
+        if self._waiting is not None:
+            self._port.assign(self._parts(self._waiting))
+            self._waiting = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshots and the recovery point as NumPy arrays."""

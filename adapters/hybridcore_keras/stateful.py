@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,6 +14,7 @@ from hybridcore_keras.ports import Figures
 from hybridcore_keras.rates import Rates
 
 FIGURES = "hybrid_figures"
+_GRADIENTS = "hybrid_gradients"
 
 
 class StatefulPort:
@@ -41,7 +42,12 @@ class StatefulPort:
         self._function: Any = None
         self._scale = 1.0
         self._offset = 0
+        self.gradients: list[Any] = []
+        self._applier: Any = None
         self._probing = False
+        # While the gradients of a pass are kept instead of being applied.
+        self._keeping = False
+        self._kept: dict[int, Any] = {}
         self._norm: Any = None
         self._trackers: list[Any] = []
         self._batches: list[Any] | None = None
@@ -62,7 +68,7 @@ class StatefulPort:
         if self._function is None or model.train_function is not self._plain_function:
             self._plain_function = model.train_function
             model.make_train_function(force=True)
-            self._function = model.train_function
+            self._function, self._applier = model.train_function, None
             self._renew()
 
     def _renew(self) -> None:
@@ -87,7 +93,7 @@ class StatefulPort:
         kept = [self._read(variable) for variable in guarded]
         for tracker in trackers:
             tracker.reset_state()
-        self._norm = ops.zeros((), "float32")
+        self._norm, self._kept = ops.zeros((), "float32"), {}
         rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside():
             logs = self._plain_step(data)
@@ -107,6 +113,10 @@ class StatefulPort:
             mean = ops.divide_no_nan(total, count)
             logs["loss"] = ops.where(used, mean, ops.cast(logs["loss"], mean.dtype))
         logs[FIGURES] = ops.stack([loss, ops.cast(self._norm, "float32"), rate])
+        if self._keeping:
+            logs[_GRADIENTS] = [
+                self._kept.get(id(v), ops.zeros(v.shape, v.dtype)) for v in self.variables
+            ]
         return logs
 
     def _probed_loss(self, data: Any) -> Any:
@@ -136,6 +146,11 @@ class StatefulPort:
             with keras.name_scope(optimizer.name):
                 optimizer.build(variables)
         self._norm = self._unscale(self._norm_of(gradients))
+        if self._keeping:
+            owners = optimizer._trainable_variables if variables is None else variables
+            pairs = zip(owners, gradients, strict=True)
+            self._kept |= {id(v): ops.convert_to_tensor(g) for v, g in pairs if g is not None}
+            return
         if hasattr(optimizer, "inner_optimizer"):
             # It leaves bad gradients out by itself, and learns from them.
             self._plain_apply(gradients, variables)
@@ -163,8 +178,7 @@ class StatefulPort:
     def _guarded(self, trackers: Sequence[Any]) -> list[Any]:
         """Variables that a step changes besides the weights, but for those of `trackers`."""
         tracked = {id(v) for tracker in trackers for v in tracker.variables}
-        found = [*self.model.non_trainable_variables, *self.model.metrics_variables]
-        return list({id(v): v for v in found if id(v) not in tracked}.values())
+        return list({id(v): v for v in self._beside() if id(v) not in tracked}.values())
 
     def _put_back_unless(self, good: Any, guarded: list[Any], kept: list[Any]) -> None:
         def put_back() -> None:
@@ -180,6 +194,10 @@ class StatefulPort:
 
     def _sum_of_squares(self, values: Any) -> Any:
         """Sum of the squares of a float32 tensor."""
+        raise NotImplementedError
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of tensors."""
         raise NotImplementedError
 
     # -- around it --------------------------------------------------------------------------
@@ -207,24 +225,65 @@ class StatefulPort:
         """Let go of the batch, because something raised."""
         self._batches = None
 
+    # -- quasi-Newton steps -------------------------------------------------------------------
+
+    def _pass(self, function: Any, data: Any) -> tuple[dict[str, Any], Figures]:
+        """Run `function`, built to keep gradients, on `data`."""
+        self._set_rates(1.0)
+        self._keeping = True
+        try:
+            logs = dict(function(data))
+        finally:
+            self._keeping = False
+        self.gradients = list(logs.pop(_GRADIENTS))
+        return logs, self._figures(logs)
+
+    def apply(self, scale: float) -> None:
+        """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
+        self._set_rates(scale)
+        if self._applier is None:
+            variables = self.variables
+
+            def step(gradients: Sequence[Any]) -> None:
+                with self.rates.inside():
+                    self._plain_apply(list(gradients), variables)
+
+            self._applier = self.compiled(step)
+        self._applier(self.gradients)
+
+    def count(self) -> None:
+        """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
+        self.optimizer._iterations.assign_add(1)
+
+    def buffers(self) -> list[Any]:
+        """Copy the state of model and metrics but for the weights."""
+        return [self._read(variable) for variable in self._beside()]
+
+    def put_back_buffers(self, kept: Sequence[Any]) -> None:
+        """Undo what was done since :meth:`buffers`."""
+        for variable, value in zip(self._beside(), kept, strict=True):
+            variable.assign(value)
+
+    def _beside(self) -> list[Any]:
+        return [*self.model.non_trainable_variables, *self.model.metrics_variables]
+
     def _figures(self, logs: dict[str, Any]) -> Figures:
         return Figures(*ops.convert_to_numpy(logs.pop(FIGURES)).tolist())
 
     def _others(self) -> list[Any]:
-        """Variables that a rollback restores besides the weights."""
-        rate = self.rates.optimizer._learning_rate
+        """Variables that a rollback restores besides the weights.
+
+        Rate and iterations stay where they are: the one is the user's, the other counts passes.
+        """
+        inner = self.rates.optimizer
         found = [*self.model.non_trainable_variables, *self.optimizer.variables]
-        return [variable for variable in found if variable is not rate]
+        return [v for v in found if v is not inner._learning_rate and v is not inner._iterations]
 
     def keep(self) -> list[Any]:
-        """Copy all training state but the weights and the user's learning rate."""
+        """Copy all training state but weights, iterations and the user's learning rate."""
         return [self._read(variable) for variable in self._others()]
 
     def put_back(self, kept: Sequence[Any]) -> None:
         """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
-        iterations = self.rates.optimizer._iterations
-        before = int(ops.convert_to_numpy(iterations.value))
         for variable, value in zip(self._others(), kept, strict=True):
             variable.assign(value)
-        self.skipped += before - int(ops.convert_to_numpy(iterations.value))
-        self._set_rates(self._scale)

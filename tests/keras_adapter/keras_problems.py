@@ -8,7 +8,10 @@ from sklearn.datasets import load_digits
 from hybridcore import HybridTrainerConfig
 
 # Short phases, so that a few hundred steps hold several jumps.
-BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10)
+SHORT = {"warmup_steps": 20, "min_full_steps": 24, "horizon": 30, "correction_interval": 10}
+BRISK = HybridTrainerConfig(**SHORT, secant_pairs=0)
+# The same with quasi-Newton steps.
+CURVED = HybridTrainerConfig(**SHORT, secant_pairs=8)
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 

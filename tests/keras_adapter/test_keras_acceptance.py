@@ -33,7 +33,7 @@ def test_one_core_two_skins():
     model = regression(keras.optimizers.Adam(3e-3, epsilon=1e-16))
     kernel, bias = model.get_weights()
     # More snapshots make extrapolations that turn rounding into different coefficients.
-    # The Keras adapter takes no quasi-Newton steps yet.
+    # Of quasi-Newton steps this holds until rounding decides: see test_keras_secants.py.
     config = HybridTrainerConfig(snapshots=4, secant_pairs=0)
     hybrid = HybridCallback(config)
     watch = Watch(hybrid)
@@ -270,7 +270,7 @@ def test_the_users_probe_and_layer_groups_are_used():
     hybrid = HybridCallback(BRISK, probe=(x[:200], y[:200]), layer_groups=groups)
     train(model, 150, hybrid)
     assert hybrid.statistics().probes > 0
-    assert hybrid._snapshots.groups == [[2, 3], [0, 1]]
+    assert hybrid.hands.snapshots.groups == [[2, 3], [0, 1]]
 
 
 def test_the_diff_of_the_readme():

@@ -53,7 +53,7 @@ def test_an_allocator_that_refuses_gets_fewer_snapshots_and_then_none(
     again.load_state_dict(hybrid.state_dict())
     train(model, 1, again)
     assert again.statistics().snapshots == room
-    assert again._bank is None or again._bank.capacity == room
+    assert again.hands.bank is None or again.hands.bank.capacity == room
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from keras_problems import BRISK, regression, train, weights
+from keras_problems import BRISK, CURVED, regression, train, weights
 
 from hybridcore import CheckpointError, Phase, checkpoint
 from hybridcore_keras import HybridCallback
@@ -22,12 +22,12 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import conftest  # the same backend and threads
 import keras
-from keras_problems import BRISK, train, weights
+from keras_problems import BRISK, CURVED, train, weights
 from hybridcore_keras import HybridCallback
 rest = {}
 for step in json.loads(sys.argv[3]):
     model = keras.models.load_model(f"{sys.argv[2]}/{step}.keras")
-    callback = HybridCallback(BRISK)
+    callback = HybridCallback({"brisk": BRISK, "curved": CURVED}[sys.argv[5]])
     callback.load(f"{sys.argv[2]}/{step}")
     history = train(model, int(sys.argv[4]) - step, callback)
     rest[step] = history["loss"], [w.tolist() for w in weights(model)]
@@ -48,16 +48,18 @@ class Save(keras.callbacks.Callback):
             self.hybrid.save(self.folder / f"{epoch + 1}")
 
 
-def test_a_new_process_goes_on_bit_for_bit(tmp_path):
-    model, hybrid = regression(), HybridCallback(BRISK)
+@pytest.mark.parametrize(("name", "config"), [("brisk", BRISK), ("curved", CURVED)])
+def test_a_new_process_goes_on_bit_for_bit(name, config, tmp_path):
+    model, hybrid = regression(), HybridCallback(config)
     steps = set(np.random.default_rng(0).choice(range(1, EPOCHS), 20, replace=False).tolist())
     save = Save(hybrid, tmp_path, steps)
     history = train(model, EPOCHS, hybrid, save)
     assert save.seen == set(Phase)
     saved = sorted(int(path.stem) for path in tmp_path.glob("*.keras"))
     assert len(saved) >= 20
+    arguments = [str(HERE), str(tmp_path), json.dumps(saved), str(EPOCHS), name]
     done = subprocess.run(
-        [sys.executable, "-c", RESUME, str(HERE), str(tmp_path), json.dumps(saved), str(EPOCHS)],
+        [sys.executable, "-c", RESUME, *arguments],
         capture_output=True,
         text=True,
         check=False,

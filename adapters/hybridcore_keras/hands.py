@@ -1,0 +1,317 @@
+"""What carries out the engine's directives on a Keras model, through a port."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, TypeVar
+
+import keras
+from keras import ops
+
+from hybridcore import Action, Directive, HybridTrainerConfig, Observation
+from hybridcore_keras.averages import WeightAverage
+from hybridcore_keras.groups import by_depth, by_user
+from hybridcore_keras.memory import is_out_of_memory
+from hybridcore_keras.ports import Figures, Port
+from hybridcore_keras.secants import SecantBank, affordable
+from hybridcore_keras.snapshots import SnapshotBank
+
+logger = logging.getLogger("hybridcore")
+
+NAN = float("nan")
+# Snapshots without which nothing can be extrapolated.
+FEWEST = 4
+Copy = TypeVar("Copy")
+
+
+class Hands:
+    """Does what a directive says and reports what was seen.
+
+    It decides nothing but which copies of the weights to do without when memory runs out.
+    Snapshots, secant pairs and the average are made when first asked for.
+
+    Parameters
+    ----------
+    port : Port
+        The model and one batch of ``fit``.
+    config : HybridTrainerConfig
+        Settings.
+    probe : tuple or None
+        Held-out batch on which jumps are judged; None for the batch of the step.
+    layer_groups : list of lists of variables or None
+        The user's layer groups; None where they go by depth.
+
+    Attributes
+    ----------
+    logs : dict
+        What the newest pass told Keras.
+    bank : SnapshotBank or None
+        Snapshots.
+    average : WeightAverage or None
+        Running average of the weights.
+    secants : SecantBank or None
+        Secant pairs.
+    recovery : list of tensor or None
+        What the last ``SAVE`` kept, for as long as it may be asked for.
+    pairs, room : int
+        Secant pairs and snapshots that there is room for.
+    wanted, averages : int, bool
+        Secant pairs and an average, as far as they have not been given up.
+    torn : bool
+        Whether the copies of the weights are not those that the engine knows of, because memory
+        ran out.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        config: HybridTrainerConfig,
+        probe: tuple[Any, ...] | None,
+        layer_groups: list[list[Any]] | None,
+    ) -> None:
+        self.port = port
+        self._probe = probe
+        self._probe_data: tuple[Any, ...] = ()
+        self._layer_groups = layer_groups
+        self.logs: dict[str, Any] = {}
+        self.wanted, self.room = config.secant_pairs, config.snapshots
+        self.averages = config.averaging
+        if layer_groups is not None and port.model.built:
+            by_user(layer_groups, port.variables)
+        self.restart()
+
+    def restart(self) -> None:
+        """Drop all copies of the weights: the variables are others now."""
+        self.bank: SnapshotBank | None = None
+        self.average: WeightAverage | None = None
+        self.secants: SecantBank | None = None
+        self.recovery: list[Any] | None = None
+        # State of the model before a trial point was evaluated, while it may be taken back.
+        self._before_trial: list[Any] | None = None
+        self._on_trial = self.torn = False
+        self.pairs = affordable(self.port.model, self.wanted)
+
+    @property
+    def identities(self) -> list[int] | None:
+        """Which variables there are copies of, None while there are no copies."""
+        kept = self.bank or self.average or self.secants
+        return None if kept is None else kept.identities
+
+    def carry_out(self, directive: Directive) -> Observation:
+        """Do what `directive` says."""
+        port, action = self.port, directive.action
+        if action is Action.FULL:
+            return self._full(directive)
+        # First of all, because at the end of the data there is no step to take.
+        batches = 0
+        if action is not Action.MARK and (self._probe is None or action is not Action.PROBE):
+            batches = port.pull()
+        if action is Action.GRADIENT:
+            return self._gradient()
+        if action is Action.PROBE:
+            return self._evaluate(directive)
+        if action is Action.BASE:
+            return self._new_base(directive)
+        if action is Action.SKIP:
+            port.skip(batches)
+            self._on_trial = False
+        elif action is Action.MOVE:
+            assert directive.coefficients is not None
+            self.snapshots.move(directive.coefficients)
+            if directive.snapshot:
+                self.snapshots.take(fresh=False)
+        elif action is Action.REACH:
+            assert self.secants is not None
+            assert directive.coefficients is not None
+            self._on_trial = True
+            self.secants.reach(directive.coefficients)
+            self._on_trial = bool(directive.coefficients.any())
+        elif action is Action.MARK:
+            self.snapshots.save()
+        elif action is Action.SAVE:
+            self.snapshots.save()
+            self.recovery = port.keep()
+        elif action is Action.ROLLBACK:
+            self._before_trial = None
+            self._roll_back()
+        return Observation()
+
+    def let_go(self, recovery: bool, pairs: bool) -> None:
+        """End a step: drop copies of the weights that will not be asked for any more."""
+        self._take_back()
+        if not recovery:
+            self.recovery = None
+        if not pairs:
+            self.secants = None
+
+    def abandon(self) -> None:
+        """Undo what the present step did to the weights, because something raised in it."""
+        if self.bank is not None:
+            self.bank.put_back()
+        if self._on_trial:
+            assert self.secants is not None
+            self.secants.back_to_base()
+            self._on_trial = False
+        self._take_back()
+
+    def make_room(self, error: BaseException) -> bool:
+        """Make do with fewer copies of the weights, if that is what `error` asks for.
+
+        What the present step did to the weights is undone, and a jump that cannot be validated any
+        more is taken back. The copies that are left have to be made anew.
+
+        Returns
+        -------
+        bool
+            False if memory has not run out, or if there is nothing here that could be done without.
+        """
+        if not is_out_of_memory(error) or not (self.pairs or self.room or self.averages):
+            return False
+        self.abandon()
+        if self.recovery is not None:
+            self._roll_back()
+        if self.pairs:
+            self.wanted = self.pairs = 0
+            text = "no secant pairs"
+        elif self.room > FEWEST:
+            self.room -= 1
+            text = f"{self.room} snapshots"
+        elif self.room:
+            self.room, text = 0, "no snapshots and no jumps"
+        else:
+            self.averages, text = False, "no average"
+        # Not the text: TensorFlow's is a page.
+        kind = type(error).__name__
+        logger.warning("memory has run out (%s), so from now on there are %s", kind, text)
+        self.bank = self.average = self.secants = None
+        self.torn = True
+        return True
+
+    @property
+    def snapshots(self) -> SnapshotBank:
+        """The bank of snapshots."""
+        if self.bank is None:
+            self.bank = self.new_bank(self.room)
+        return self.bank
+
+    def new_bank(self, room: int) -> SnapshotBank:
+        """Return an empty bank for so many snapshots."""
+        variables = self.port.variables
+        if self._layer_groups is None:
+            groups = by_depth([math.prod(v.shape) for v in variables])
+        else:
+            groups = by_user(self._layer_groups, variables)
+        return SnapshotBank(groups, room, self.port)
+
+    # -- passes -----------------------------------------------------------------------------
+
+    def _full(self, directive: Directive) -> Observation:
+        port, scale, start = self.port, directive.learning_rate_scale, perf_counter()
+        self.logs, figures = port.gradient() if directive.pair else port.full(scale)
+        observation = _seen(figures, start)
+        if not observation.applied:
+            port.skip(1)
+            return observation
+        if directive.pair:
+            self._spare(lambda: self._take_pair(directive.fresh_pairs))
+            port.apply(scale)
+        return observation._replace(gram=self._spare(lambda: self._copy(directive)))
+
+    def _spare(self, copy: Callable[[], Copy]) -> Copy | None:
+        """Copy weights in a step that has been taken, and must not be taken again."""
+        try:
+            return copy()
+        except Exception as error:
+            if not self.make_room(error):
+                raise
+            return None
+
+    def _copy(self, directive: Directive) -> Any:
+        """Take the weights into average and bank, where a full step asks for it."""
+        self._add_to_average(directive.average)
+        if directive.snapshot:
+            self.snapshots.take(fresh=directive.fresh_bank)
+        return self.snapshots.gram() if directive.gram else None
+
+    def _add_to_average(self, weight: float) -> None:
+        if weight and self.averages:
+            if self.average is None:
+                self.average = WeightAverage(self.port)
+            self.average.add(weight)
+
+    def _gradient(self) -> Observation:
+        self._before_trial = self.port.buffers()
+        start = perf_counter()
+        self.logs, figures = self.port.gradient()
+        return _seen(figures, start)._replace(objective=figures.loss)
+
+    def _evaluate(self, directive: Directive) -> Observation:
+        coefficients = directive.coefficients
+        elsewhere = directive.at_mark or coefficients is not None
+        if elsewhere:
+            self.snapshots.set_aside()
+        try:
+            if directive.at_mark:
+                self.snapshots.restore()
+            elif coefficients is not None:
+                self.snapshots.move(coefficients)
+            start = perf_counter()
+            own = self._probe is None or directive.own_batch
+            loss = self.port.probe(None if own else self._held_out())
+            objective = loss if directive.own_batch else NAN
+            return Observation(loss=loss, seconds=perf_counter() - start, objective=objective)
+        finally:
+            if elsewhere:
+                self.snapshots.put_back()
+
+    def _held_out(self) -> tuple[Any, ...]:
+        """Return the user's probe, brought to the device once."""
+        if not self._probe_data:
+            self._probe_data = tuple(
+                keras.tree.map_structure(ops.convert_to_tensor, part) for part in self._probe or ()
+            )
+        return self._probe_data
+
+    # -- quasi-Newton steps -----------------------------------------------------------------
+
+    def _take_pair(self, fresh: bool) -> None:
+        if self.secants is None:
+            self.secants = SecantBank(self.port, self.pairs)
+        elif fresh:
+            self.secants.clear()
+        self.secants.take()
+
+    def _new_base(self, directive: Directive) -> Observation:
+        """Make the trial point the base; the optimizer sees its gradients at a rate of zero."""
+        self._take_pair(fresh=False)
+        assert self.secants is not None
+        self._before_trial, self._on_trial = None, False
+        start = perf_counter()
+        self.port.apply(0.0)
+        seconds = perf_counter() - start
+        # Some optimizers move the weights at a rate of zero too.
+        self.secants.back_to_base()
+        self._add_to_average(directive.average)
+        return Observation(seconds=seconds, secants=self.secants.products())
+
+    def _take_back(self) -> None:
+        """Undo what a pass at a trial point in vain did to the model's state, and count it."""
+        if self._before_trial is not None:
+            self.port.put_back_buffers(self._before_trial)
+            self._before_trial = None
+            self.port.count()
+
+    def _roll_back(self) -> None:
+        assert self.recovery is not None
+        self.snapshots.restore()
+        self.port.put_back(self.recovery)
+        self.recovery = None
+
+
+def _seen(figures: Figures, start: float) -> Observation:
+    loss, norm, rate = figures
+    applied = math.isfinite(loss) and math.isfinite(norm)
+    return Observation(loss, norm, rate, perf_counter() - start, applied=applied)

@@ -1,0 +1,198 @@
+"""Secant pairs on the model's own device, and the algebra that needs the tensors."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from hybridcore import Secants
+from hybridcore_keras.ports import Port
+
+# Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
+_FLOOR = 0.01
+_TINY = 1e-37
+# Bytes that all pairs together may take.
+_MOST_BYTES = 2**31
+# Vectors beside the pairs: base, its gradient, the metric.
+_BESIDE = 3
+
+
+def affordable(model: Any, wanted: int) -> int:
+    """How many of the pairs `wanted` there can be; 0 without quasi-Newton steps.
+
+    There are none where the loss of a step is not the whole of what the optimizer lowers, where a
+    step is more than one batch, on several replicas, and where weights are not float32.
+    """
+    optimizer, variables = model.optimizer, model.trainable_variables
+    strategy = getattr(model, "distribute_strategy", None)
+    more = (
+        hasattr(optimizer, "inner_optimizer")
+        or optimizer.loss_scale_factor is not None
+        or optimizer.weight_decay
+        or optimizer.use_ema
+        or optimizer.gradient_accumulation_steps
+        or model.steps_per_execution != 1
+        or getattr(strategy, "num_replicas_in_sync", 1) != 1
+        or any(variable.constraint is not None for variable in variables)
+        or {str(variable.dtype) for variable in variables} != {"float32"}
+    )
+    if more:
+        return 0
+    size = 4 * sum(int(np.prod(variable.shape)) for variable in variables)
+    return max(0, min(wanted, (_MOST_BYTES // size - _BESIDE) // 2))
+
+
+class SecantBank:
+    """The newest `capacity` pairs of a displacement and the change of the gradient over it.
+
+    Every vector is one flat tensor; see ``hybridcore.quasi_newton`` for what is made of them. The
+    metric is the inverse root of the mean square of the gradients that the pairs saw when their
+    products were first asked for, as in Adam, and stays until the bank is emptied.
+
+    Parameters
+    ----------
+    port : Port
+        Reads and writes the weights, and holds the gradients of the last pass.
+    capacity : int
+        Pairs that are kept; an older one makes room for a newer one.
+    """
+
+    def __init__(self, port: Port, capacity: int) -> None:
+        self._port = port
+        self._variables = port.variables
+        self._capacity = capacity
+        self._read = port.reader(_flat)
+        self._flatten = port.compiled(_flat)
+        self._difference = port.compiled(lambda new, old: new - old)
+        self._add_square = port.compiled(lambda total, new: total + new * new)
+        self._as_metric = port.compiled(_metric)
+        self._inner_products = port.compiled(_products)
+        self._point = port.compiled(self._reached)
+        self._parts = port.compiled(self._split)
+        self.clear()
+
+    @property
+    def identities(self) -> list[int]:
+        """Which variables move."""
+        return [id(variable) for variable in self._variables]
+
+    def clear(self) -> None:
+        """Forget the base, the pairs and the metric."""
+        self._moved: deque[Any] = deque(maxlen=self._capacity)
+        self._changed: deque[Any] = deque(maxlen=self._capacity)
+        self._base: tuple[Any, Any] | None = None
+        # Until it is the metric, the sum of so many squared gradients.
+        self._metric: Any = None
+        self._squares = 0
+        self._is_metric = False
+
+    def take(self) -> None:
+        """Make weights and gradients as they are the base, and keep the pair from the last one."""
+        weights, gradient = self._read(), self._flatten(self._port.gradients)
+        if self._base is not None:
+            self._moved.append(self._difference(weights, self._base[0]))
+            self._changed.append(self._difference(gradient, self._base[1]))
+        if not self._is_metric:
+            total = ops.zeros_like(gradient) if self._metric is None else self._metric
+            self._metric = self._add_square(total, gradient)
+            self._squares += 1
+        self._base = weights, gradient
+
+    def products(self) -> Secants:
+        """Inner products of the pairs, oldest first, and the gradient at the base."""
+        assert self._base is not None
+        if not self._is_metric:
+            count = ops.convert_to_tensor(float(self._squares), "float32")
+            self._metric, self._is_metric = self._as_metric(self._metric, count), True
+        pairs = list(self._moved), list(self._changed)
+        plain, scaled = self._inner_products(*pairs, self._base[1], self._metric)
+        return Secants(*(np.array(ops.convert_to_numpy(p), np.float64) for p in (plain, scaled)))
+
+    def reach(self, coefficients: NDArray[np.float64]) -> None:
+        """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
+        if not coefficients.any():
+            self.back_to_base()
+            return
+        assert self._base is not None
+        pairs = list(self._moved), list(self._changed)
+        shares = ops.convert_to_tensor(coefficients.astype(np.float32))
+        self._port.assign(self._point(*self._base, *pairs, self._metric, shares))
+
+    def back_to_base(self) -> None:
+        """Put the weights where the last pair ended."""
+        assert self._base is not None
+        self._port.assign(self._parts(self._base[0]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return pairs, base and metric as NumPy arrays."""
+        vectors = [*self._moved, *self._changed, *(self._base or ())]
+        vectors += [] if self._metric is None else [self._metric]
+        rows = [np.array(ops.convert_to_numpy(vector)) for vector in vectors]
+        counts = [len(self._moved), self._base is not None, self._squares, self._is_metric]
+        return {"rows": rows, "counts": [int(count) for count in counts]}
+
+    def takes(self, state: dict[str, Any]) -> bool:
+        """Whether `state` is of as many weights and no more pairs."""
+        size = sum(int(np.prod(variable.shape)) for variable in self._variables)
+        pairs = state["counts"][0] <= self._capacity
+        return pairs and all(np.shape(row) == (size,) for row in state["rows"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned for the same variables."""
+        self.clear()
+        pairs, based, self._squares, is_metric = state["counts"]
+        rows = [ops.convert_to_tensor(row) for row in state["rows"]]
+        self._moved.extend(rows[:pairs])
+        self._changed.extend(rows[pairs : 2 * pairs])
+        rest = rows[2 * pairs :]
+        self._base = (rest[0], rest[1]) if based else None
+        self._metric = rest[-1] if based else None
+        self._is_metric = bool(is_metric)
+
+    # -- what is compiled -------------------------------------------------------------------
+
+    def _reached(
+        self,
+        base: Any,
+        gradient: Any,
+        moved: Sequence[Any],
+        changed: Sequence[Any],
+        metric: Any,
+        shares: Any,
+    ) -> list[Any]:
+        k = len(moved)
+        curved = ops.matmul(shares[k : 2 * k], ops.stack(changed)) + shares[2 * k] * gradient
+        return self._split(base + metric * curved + ops.matmul(shares[:k], ops.stack(moved)))
+
+    def _split(self, flat: Any) -> list[Any]:
+        parts, start = [], 0
+        for variable in self._variables:
+            size = int(np.prod(variable.shape))
+            parts.append(ops.reshape(flat[start : start + size], variable.shape))
+            start += size
+        return parts
+
+
+def _flat(values: Sequence[Any]) -> Any:
+    return ops.concatenate([ops.reshape(value, (-1,)) for value in values])
+
+
+def _metric(total: Any, count: Any) -> Any:
+    root = ops.sqrt(total / count)
+    metric = 1.0 / (root + _FLOOR * ops.mean(root) + _TINY)
+    return metric / ops.mean(metric)
+
+
+def _products(
+    moved: Sequence[Any], changed: Sequence[Any], gradient: Any, metric: Any
+) -> tuple[Any, Any]:
+    changes = ops.stack([*changed, gradient])
+    return (
+        ops.matmul(ops.stack(moved), ops.transpose(changes)),
+        ops.matmul(changes * metric, ops.transpose(changes)),
+    )

@@ -1,0 +1,178 @@
+"""Quasi-Newton steps in fit: the algebra, what they gain, and where there are none."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_problems import CURVED, Watch, digits, perceptron, regression, train
+from keras_problems import weights as weights_of
+
+from hybridcore import HybridTrainerConfig, Phase
+from hybridcore_keras import HybridCallback
+from hybridcore_keras.secants import SecantBank, affordable
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def descending(steps=60, **arguments):
+    """A callback in the midst of its quasi-Newton steps."""
+    model, hybrid = regression(**arguments), HybridCallback(CURVED)
+    train(model, steps, hybrid)
+    assert hybrid.hands.secants is not None
+    return model, hybrid
+
+
+def test_products_and_points_are_those_of_the_vectors():
+    model, hybrid = descending()
+    bank = hybrid.hands.secants
+    state = bank.state_dict()
+    k, size = state["counts"][0], sum(w.size for w in weights_of(model))
+    rows = np.array(state["rows"], dtype=np.float64)
+    assert rows.shape == (2 * k + 3, size)
+    moved, changed, (base, gradient, metric) = rows[:k], rows[k : 2 * k], rows[2 * k :]
+    assert np.abs(moved).min(axis=0).max() > 0.0
+    both = np.vstack((changed, gradient))
+    plain, scaled = bank.products()
+    # Of vectors in float32: to the rounding of a sum of so many.
+    for found, expected in ((plain, moved @ both.T), (scaled, both * metric @ both.T)):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    shares = np.random.default_rng(0).normal(size=2 * k + 1)
+    vectors = np.vstack((moved, changed * metric, gradient * metric))
+    bank.reach(shares)
+    reached = np.concatenate([w.ravel() for w in weights_of(model)])
+    np.testing.assert_allclose(reached, base + shares @ vectors, rtol=1e-3, atol=1e-5)
+    bank.reach(np.zeros(2 * k + 1))
+    back = np.concatenate([w.ravel() for w in weights_of(model)])
+    assert np.array_equal(back, base.astype(np.float32))
+
+
+def test_the_gradient_of_the_pairs_is_that_of_the_loss():
+    model, hybrid = descending()
+    hybrid.hands.secants.back_to_base()
+    x, y = digits()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x, training=True))
+    expected = np.concatenate(
+        [g.numpy().ravel() for g in tape.gradient(value, model.trainable_variables)]
+    )
+    gradient = hybrid.hands.secants.state_dict()["rows"][-2]
+    assert np.linalg.norm(gradient - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_they_lower_the_loss_as_in_torch():
+    torch = pytest.importorskip("torch")
+    from hybridcore_torch import HybridTrainer
+
+    torch.set_num_threads(1)
+    x, y = digits()
+    model = regression(keras.optimizers.Adam(3e-3, epsilon=1e-16))
+    kernel, bias = model.get_weights()
+    config, steps = HybridTrainerConfig(), 250
+    hybrid = HybridCallback(config)
+    watch = Watch(hybrid)
+    train(model, steps, hybrid, watch)
+    twin = torch.nn.Linear(64, 10)
+    with torch.no_grad():
+        twin.weight.copy_(torch.from_numpy(kernel.T.copy()))
+        twin.bias.copy_(torch.from_numpy(bias))
+    trainer = HybridTrainer(twin, torch.optim.Adam(twin.parameters(), 3e-3, eps=1e-16), config)
+    inputs, labels = torch.from_numpy(x), torch.from_numpy(y)
+    losses, phases = [], []
+    for _ in range(steps):
+        result = trainer.step(lambda: torch.nn.functional.cross_entropy(twin(inputs), labels))
+        losses.append(result.loss)
+        phases.append(trainer.engine.phase)
+    ours, theirs = hybrid.statistics(), trainer.statistics()
+    assert phases == watch.phases
+    for name in ("full_steps", "predicted_steps", "secant_steps", "probes", "rollbacks"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert ours.secant_steps > 50
+    assert ours.predicted_steps > 50
+    # Fifty quasi-Newton steps make much of rounding.
+    np.testing.assert_allclose(watch.losses[:110], losses[:110], rtol=1e-4)
+    assert watch.losses[-1] < 1e-4
+    assert losses[-1] < 1e-4
+
+
+def test_keras_counts_the_passes():
+    model, hybrid = regression(), HybridCallback(CURVED)
+    watch = Watch(hybrid)
+    history = train(model, 300, hybrid, watch)
+    statistics = hybrid.statistics()
+    assert statistics.secant_steps > 30
+    assert watch.iterations[-1] == statistics.full_steps
+    assert history["loss"][-1] < 1e-4
+
+
+def test_a_trial_in_vain_leaves_no_trace():
+    model = perceptron(
+        layers=lambda: [keras.layers.BatchNormalization()], metrics=["accuracy"], seed=1
+    )
+    hybrid = HybridCallback(CURVED)
+    rejected = 0
+    before, counted = None, 0
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            nonlocal before, counted, rejected
+            now = [np.array(v.value) for v in self.model.non_trainable_variables]
+            statistics = hybrid.statistics()
+            of_trial = statistics.secant_steps > counted
+            if of_trial and np.isfinite(hybrid.engine.forecast_loss):
+                rejected += 1
+                assert all(map(np.array_equal, now, before))
+            before, counted = now, statistics.secant_steps
+
+    train(model, 250, hybrid, Look())
+    assert rejected > 3
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.AdamW(1e-2),
+        keras.optimizers.Adam(1e-2, use_ema=True),
+        keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),
+        keras.optimizers.Adam(1e-2, loss_scale_factor=8.0),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2)),
+    ],
+    ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_where_the_loss_is_not_all_that_is_lowered_there_are_none(optimizer):
+    assert affordable(regression(), 20) == 20
+    assert affordable(regression(optimizer), 20) == 0
+
+
+def test_nor_where_a_step_is_several_batches_or_weights_are_bound_or_half():
+    assert affordable(regression(steps_per_execution=2), 20) == 0
+    bound = perceptron(layers=lambda: [keras.layers.Dense(4, kernel_constraint="max_norm")])
+    assert affordable(bound, 20) == 0
+    half = perceptron(layers=lambda: [keras.layers.Dense(4, dtype="float16")])
+    assert affordable(half, 20) == 0
+
+
+def test_where_memory_runs_out_they_are_given_up_first(monkeypatch, caplog):
+    plain = SecantBank.take
+
+    def refused(bank):
+        plain(bank)
+        if len(bank._moved) == 3:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(SecantBank, "take", refused)
+    model, hybrid = regression(), HybridCallback(CURVED)
+    watch = Watch(hybrid)
+    train(model, 120, hybrid, watch)
+    assert "from now on there are no secant pairs" in caplog.text
+    statistics = hybrid.statistics()
+    assert statistics.steps == 120
+    assert statistics.snapshots == 6
+    assert statistics.secant_steps == 0
+    assert Phase.PREDICT in watch.phases
+    # What was given up stays so in a run that goes on.
+    again = HybridCallback(CURVED)
+    again.load_state_dict(hybrid.state_dict())
+    train(model, 60, again)
+    assert again.statistics().secant_steps == 0
+    assert again.hands.pairs == 0
