@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -167,25 +168,26 @@ def _probe_share(task: Task) -> float:
 
 def smooth(task: Task, seed: int, share: float) -> dict[str, Any]:
     """Cost to the lowest loss of the best plain run, each tuned over the same rates."""
-    plain = {rate: min(_smooth(task, seed, rate, None).losses) for rate in task.rates}
-    target, best = min(plain.values()), None
-    plain_cost = task.steps
+    plain = (_smooth(task, seed, rate, None).losses for rate in task.rates)
+    target, steps = min((loss, step) for run in plain for step, loss in enumerate(run, 1))
+    best: dict[str, Any] | None = None
     for rate in task.rates:
         hybrid = HybridCallback()
         record = _smooth(task, seed, rate, hybrid)
         reached = next((i for i, loss in enumerate(record.losses) if loss <= target), None)
-        cost = None
+        ratio = None
         if reached is not None:
             cost = record.iterations[reached] + share * record.probes[reached]
+            ratio = cost / steps
         summary = hybrid.statistics()
         found = {
-            "cost_ratio": None if cost is None else cost / plain_cost,
+            "cost_ratio": ratio,
             "predicted_share": summary.predicted_steps / summary.steps,
             "iterations": record.iterations[-1],
             "full_steps": summary.full_steps,
             "final": record.losses[-1],
         }
-        if best is None or (cost is not None and cost < (best["cost_ratio"] or 9.0) * plain_cost):
+        if best is None or (ratio or math.inf) < (best["cost_ratio"] or math.inf):
             best = found
     assert best is not None
     return {"target": target, **best}

@@ -70,6 +70,30 @@ def gains() -> str:
     return "\n".join(lines)
 
 
+def in_keras() -> str:
+    result = recorded("keras")
+    smooth = ["| smooth task | cost to plain's lowest loss | steps predicted |", "|---|---|---|"]
+    noisy = [
+        "| noisy task | held-out loss, plain | hybridcore | steps that Keras counts |",
+        "|---|---|---|---|",
+    ]
+    for task in result["tasks"].values():
+
+        def quartiles(figure: str, form: str, runs: list[Any] = task["runs"]) -> str:
+            values = [math.inf if run[figure] is None else run[figure] for run in runs]
+            low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+            return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+        if "cost_ratio" in task["runs"][0]:
+            cost, share = quartiles("cost_ratio", ".2f"), quartiles("predicted_share", ".2f")
+            smooth.append(f"| {task['title']} | {cost} | {share} |")
+        else:
+            plain, ours = quartiles("plain_final", ".4f"), quartiles("hybrid_final", ".4f")
+            counted = statistics.median(run["iterations"] for run in task["runs"]) / task["steps"]
+            noisy.append(f"| {task['title']} | {plain} | {ours} | {counted:.0%} |")
+    return "\n".join([*smooth, "", *noisy, "", f"Recorded by `{result['command']}`."])
+
+
 def moments() -> str:
     result = recorded("moments")
     lines = ["| Adam's moments after a jump | keep | decay by half | reset |", "|---|---|---|---|"]
@@ -212,6 +236,7 @@ def drills() -> str:
 
 BLOCKS = {
     "gains": gains,
+    "keras": in_keras,
     "moments": moments,
     "parts": parts,
     "corrections": corrections,
