@@ -1,5 +1,6 @@
 """``hybridcore compare``: the same runs by hand, and verdicts that say what the figures say."""
 
+import re
 import math
 import runpy
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_a_run_too_short_to_help_is_told_with_the_figure():
     told = figures("compare", path, "--steps", 60, "--seeds", 1)
     assert not told["helped"]
     assert "did not help here" in told["verdict"]
-    assert "1.00 of its cost" in told["verdict"]
+    # Whether the probe of the one look adds a hundredth hangs on the measured price of a forward.
+    assert re.search(r"1\.0[01] of its cost", told["verdict"])
     assert told["pairs"][0]["predicted_share"] == 0.0
     text = call("compare", path, "--steps", 60, "--seeds", 1)
     assert text.exit_code == 0
