@@ -79,6 +79,67 @@ class Snapshots:
         self.bank.move(self.coefficients)
 
 
+class Cycle:
+    """Snapshots, Gram matrix and move of a cycle, for 25 million parameters.
+
+    As a share of the cycle's 50 full steps, by AdamW on batches of 64, and in plain copies of the
+    parameters. A large model has the four snapshots in 8 bits for which there is room.
+    """
+
+    params = (("exact", "int8"),)
+    param_names = ("kind",)
+    timeout = 300
+
+    def setup(self, kind):
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        layers = [[nn.Linear(2500, 2500, bias=False), nn.ReLU()] for _ in range(4)]
+        self.model = nn.Sequential(*(part for layer in layers for part in layer))
+        parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(parameters, 1e-4)
+        self.x = torch.randn(64, 2500)
+        self.count = 6 if kind == "exact" else 4
+        self.bank = SnapshotBank([[p] for p in parameters], self.count, kind=kind)
+        coefficients = np.zeros((4, self.count))
+        coefficients[:, -2:] = -1.0, 2.0
+        self.coefficients = coefficients
+        self.copies = [p.detach().clone() for p in parameters]
+        self.step()
+        self.cycle()
+
+    def step(self):
+        self.optimizer.zero_grad()
+        F.mse_loss(self.model(self.x), self.x).backward()
+        self.optimizer.step()
+
+    def copy(self):
+        torch._foreach_copy_(self.copies, [p.detach() for p in self.model.parameters()])
+
+    def cycle(self):
+        for taken in range(self.count):
+            last = taken + 1 == self.count
+            self.bank.take(fresh=taken == 0, exact=last)
+        self.bank.gram()
+        self.bank.move(self.coefficients)
+
+    def seconds(self, call, times):
+        spent = []
+        for _ in range(times):
+            start = perf_counter()
+            call()
+            spent.append(perf_counter() - start)
+        return float(np.median(spent))
+
+    def track_share_of_full_steps(self, kind):
+        return self.seconds(self.cycle, 3) / (50 * self.seconds(self.step, 5))
+
+    def track_plain_copies(self, kind):
+        return self.seconds(self.cycle, 3) / self.seconds(self.copy, 5)
+
+    track_share_of_full_steps.unit = "share"
+    track_plain_copies.unit = "copies"
+
+
 class BackwardPassesSaved:
     """Share of the backward passes that a smooth run (digits, full batch) does without."""
 

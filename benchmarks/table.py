@@ -189,6 +189,23 @@ def models() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    result = recorded("memory")
+    lines = [
+        f"| {result['parameters'] / 1e6:.0f}M parameters, AdamW | snapshots | copies, estimated "
+        "| measured | whole peak by the estimate |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        told = row["estimate"]
+        kept = f"{told['count']}, {told['kind']}" if told["count"] else "none"
+        lines.append(
+            f"| `{row['settings']}` | {kept} | {row['estimated_copies']:.2f} "
+            f"| {row['measured_copies']:.2f} | {row['measured_peak_by_estimated']:.2f} |"
+        )
+    return "\n".join([*lines, "", "Recorded by `python benchmarks/memory.py`."])
+
+
 def drills() -> str:
     result = recorded("drills")
     kills, times = result["kills"], result["times"]
@@ -242,6 +259,7 @@ BLOCKS = {
     "corrections": corrections,
     "models": models,
     "ground": lambda: tables(Ground(RESULTS)),
+    "memory": memory,
     "drills": drills,
 }
 

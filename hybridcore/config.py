@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +17,13 @@ from hybridcore.errors import ConfigError
 Dynamics = Literal["linear", "mlp", "rssm"]
 Device = Literal["auto", "cpu", "cuda"]
 OnDivergence = Literal["recover", "raise"]
+SnapshotKind = Literal["auto", "exact", "bfloat16", "int8", "host"]
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)(x|B|[kMGT]B|[KMGT]iB)")
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {unit: 1024.0 ** (power + 1) for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"))}
+# Bytes of float32 parameters that a share is one of at least: below, copies cost next to nothing.
+_LEAST_MODEL = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,17 @@ class HybridTrainerConfig:
         Keras adapter does not take such steps yet.
     averaging : bool
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
+    memory : str
+        Most that all copies of the weights may take together, the optimizer's state during a jump
+        among them: bytes, as ``"2GiB"`` or ``"800MB"``, or so many copies of the trainable
+        parameters in float32, as ``"4x"``, of a model of 64 MiB at least, since on smaller ones
+        copies cost next to nothing. What does not fit is kept in fewer bits or left out. The Keras
+        adapter does not look at it yet.
+    snapshot_kind : {"auto", "exact", "bfloat16", "int8", "host"}
+        How snapshots are kept: in the parameters' own precision; as displacements from an exact one
+        in bfloat16, or in 8 bits with a scale for each 256 values; or exactly in the host's memory,
+        where a GPU trains. "auto" is the first of exact, int8 and, on a GPU, host that fits into
+        `memory`. The Keras adapter keeps exact ones.
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
         :class:`hybridcore.errors.DivergenceError` once the batch has been left out.
@@ -87,6 +106,8 @@ class HybridTrainerConfig:
     outer_momentum: bool = True
     secant_pairs: int = 20
     averaging: bool = True
+    memory: str = "4x"
+    snapshot_kind: SnapshotKind = "auto"
     on_divergence: OnDivergence = "recover"
 
     def __post_init__(self) -> None:
@@ -109,18 +130,39 @@ class HybridTrainerConfig:
             raise _error("device", self.device, "'auto', 'cpu' or 'cuda'")
         if self.device == "cuda" and self.dynamics != "rssm":
             raise _error("device", self.device, "'auto' or 'cpu' unless dynamics is 'rssm'")
+        if not isinstance(self.memory, str) or not _MEMORY.fullmatch(self.memory):
+            raise _error("memory", self.memory, "a size as '2GiB', or a number of copies as '4x'")
+        if self.snapshot_kind not in get_args(SnapshotKind):
+            raise _error(
+                "snapshot_kind", self.snapshot_kind, "'auto', 'exact', 'bfloat16', 'int8' or 'host'"
+            )
         if self.on_divergence not in get_args(OnDivergence):
             raise _error("on_divergence", self.on_divergence, "'recover' or 'raise'")
 
     @classmethod
     def memory_saver(cls) -> HybridTrainerConfig:
-        """Preset with the fewest snapshots, no pairs, no average, and short predict phases."""
-        return cls(horizon=15, snapshots=4, secant_pairs=0, averaging=False)
+        """Preset with the memory of one copy, the fewest snapshots, no pairs, short predict phases.
+
+        Of a model that is large, and no GPU with a host's memory beside it, that is the average.
+        """
+        return cls(horizon=15, snapshots=4, secant_pairs=0, memory="1x")
 
     @property
     def snapshot_interval(self) -> int:
         """Full steps between two snapshots, so that a bank fits into `min_full_steps`."""
         return max(1, self.min_full_steps // self.snapshots)
+
+    def memory_limit(self, weights: float) -> float:
+        """Return `memory` in bytes, for trainable parameters of so many bytes in float32."""
+        number, unit = re.findall(_MEMORY, self.memory)[0]
+        return float(number) * (max(weights, _LEAST_MODEL) if unit == "x" else _UNITS[unit])
+
+    def is_that_of(self, settings: Mapping[str, Any]) -> bool:
+        """Whether `settings` mean this; what an earlier version did not know is at its default."""
+        try:
+            return self.from_dict(settings) == self
+        except ConfigError:
+            return False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary that :meth:`from_dict` takes back."""

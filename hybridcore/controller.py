@@ -161,6 +161,11 @@ class Controller:
         return decides and self.bank == self.pace.snapshots
 
     @property
+    def holds_mark(self) -> bool:
+        """Whether the weights that the last ``MARK`` kept may still be asked for."""
+        return self.secant.holds_mark
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self.secant.active

@@ -187,6 +187,11 @@ class Engine:
         return self._controller.may_jump
 
     @property
+    def holds_mark(self) -> bool:
+        """Whether the weights that the last ``MARK`` kept may still be asked for."""
+        return self._controller.holds_mark
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self._controller.holds_pairs

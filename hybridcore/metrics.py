@@ -91,6 +91,9 @@ class TrainingStatistics:
     divergence_signals : dict of str to float
         By :class:`hybridcore.divergence.Signal`, its severity when last measured, above 1 if
         triggered.
+    memory : dict of str to int
+        Most bytes that each kind of copies of the weights has taken so far, in one process. Empty
+        where the adapter does not measure it.
     """
 
     steps: int
@@ -115,6 +118,7 @@ class TrainingStatistics:
     confidence: float
     divergence_level: str
     divergence_signals: dict[str, float]
+    memory: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -145,6 +145,11 @@ class PhaseController(Protocol):
         ...
 
     @property
+    def holds_mark(self) -> bool:
+        """Whether the weights that the last ``MARK`` kept may still be asked for."""
+        ...
+
+    @property
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         ...

@@ -133,6 +133,11 @@ class SecantDescent:
         """Whether a rollback may come."""
         return math.isfinite(self._saved)
 
+    @property
+    def holds_mark(self) -> bool:
+        """Whether a probe at the mark may come."""
+        return self.stage is not Stage.REST and math.isfinite(self._marked)
+
     def until_due(self, taken: int) -> int | None:
         """Full steps after number `taken` until the one that is taken here; None: never."""
         if self.pairs < LEAST_PAIRS:

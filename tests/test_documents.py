@@ -131,8 +131,8 @@ def test_the_commands_and_settings_that_the_readme_names_are_there():
 
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert set(re.findall(r"`hybridcore (\w+)", README)) == commands
-    assert len(dataclasses.fields(HybridTrainerConfig)) == 15
-    assert "`HybridTrainerConfig` has fifteen" in README
+    assert len(dataclasses.fields(HybridTrainerConfig)) == 17
+    assert "`HybridTrainerConfig` has seventeen" in README
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda text: text.splitlines()[0].split()[-1])

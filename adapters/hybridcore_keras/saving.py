@@ -63,7 +63,7 @@ def restore(callback: HybridCallback, state: dict[str, Any]) -> None:
     missing = sorted(KEYS - state.keys())
     if missing:
         raise CheckpointError(f"state lacks {', '.join(missing)}: pass all that state_dict() gave")
-    if state["config"] != callback.config.to_dict():
+    if not callback.config.is_that_of(state["config"]):
         raise CheckpointError(
             f"state was saved with settings {state['config']}, this callback has "
             f"{callback.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hybridcore_torch.buckets import wide
 from hybridcore_torch.ranks import local
-from hybridcore_torch.snapshots import wide
 
 
 class WeightAverage:
@@ -31,6 +31,11 @@ class WeightAverage:
         self._parameters = [local(p) for p in parameters]
         self.values = [wide(p.detach()).clone() for p in self._parameters]
         self.shown = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the average."""
+        return sum(v.nbytes for v in self.values)
 
     @torch.no_grad()
     def add(self, weight: float) -> None:

@@ -99,6 +99,8 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         whole = bool(state["snapshots"])
         copies = hands.copies_from(state, new_engine.snapshots, pairs)
         since = int(state["steps_since_recovery"])
+        saved_peaks = state["room"].get("peaks", {})
+        peaks = {name: int(saved_peaks.get(name, 0)) for name in hands.peaks}
         _check_random(state["random"])
         # A copy: an optimizer may keep the very tensors that it is given, and train on them.
         optimizer = copy.deepcopy(state["optimizer"])
@@ -111,6 +113,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         ) from error
     trainer.engine = new_engine
     hands.take_over(*copies, since, new_engine.snapshots, wanted, averages)
+    hands.peaks |= peaks
     if not whole:
         trainer._start_over(trainer._parameters)
     _restore_random(state["random"])
@@ -200,7 +203,7 @@ def _restore_random(random: dict[str, Any] | None) -> None:
 
 
 def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
-    if state["config"] != trainer.config.to_dict():
+    if not trainer.config.is_that_of(state["config"]):
         raise CheckpointError(
             f"state was saved with settings {state['config']}, this trainer has "
             f"{trainer.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"

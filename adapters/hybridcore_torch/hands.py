@@ -16,7 +16,7 @@ from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
-from hybridcore_torch.memory import is_out_of_memory
+from hybridcore_torch.memory import FEWEST, Kind, is_out_of_memory, plan, size_of
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
@@ -24,9 +24,6 @@ from hybridcore_torch.snapshots import SnapshotBank
 from hybridcore_torch.steps import NAN, Stepper
 
 logger = logging.getLogger("hybridcore")
-
-# Snapshots without which nothing can be extrapolated.
-FEWEST = 4
 
 
 class Hands:
@@ -57,9 +54,13 @@ class Hands:
         What the last ``SAVE`` kept, for as long as it may be asked for.
     pairs : int
         Secant pairs that there is room for.
+    plan : Plan
+        Copies of the weights that the settings leave room for.
+    peaks : dict of str to int
+        Most bytes that each kind of copies has taken so far.
     room : int
-        Snapshots that there is room for, 0 or at least 4; fewer than the settings ask for once
-        memory has run out.
+        Snapshots that there is room for, 0 or at least 4; fewer than planned once memory has run
+        out.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out or the step was interrupted.
@@ -85,13 +86,16 @@ class Hands:
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
         self._wanted = config.secant_pairs if scaler is None else 0
-        self.room = config.snapshots
-        self._averages = True
+        self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
+        self.room, self._averages = config.snapshots, True
         self.restart(parameters, groups)
 
     def restart(self, parameters: Group, groups: list[Group] | None) -> None:
         """Drop all copies of the weights: the parameters are others now."""
         self._parameters, self._groups = parameters, groups
+        self.plan = plan(self._config, size_of(parameters, self._optimizer, self._ranks))
+        # What was given up once memory had run out stays so.
+        self.room = min(self.room, self.plan.snapshots)
         self.bank: SnapshotBank | None = None
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
@@ -130,7 +134,8 @@ class Hands:
             self.room, text = 0, "no snapshots and no jumps"
         else:
             self._wanted, self._averages, text = 0, False, "no average"
-        logger.warning("memory has run out, so from now on there are %s: %s", text, error)
+        # As text: a handler that keeps the error would keep the copies in its frames.
+        logger.warning("memory has run out, so from now on there are %s: %s", text, str(error))
         self.bank = self.secants = self.average = None
         self.torn = True
         return True
@@ -157,6 +162,7 @@ class Hands:
             self._moving = directive.snapshot
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
             self._moving = False
+            self._measure()
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
@@ -169,9 +175,10 @@ class Hands:
         elif action is Action.SAVE:
             self.snapshots.save()
             self.recovery = RecoveryPoint(
-                self._model, self._optimizer, self._scheduler, self._scaler
+                self._model, self._optimizer, self._scheduler, self._scaler, self.snapshots.kind
             )
             self.steps_since_recovery = 0
+            self._measure()
         elif action is Action.ROLLBACK:
             self._roll_back()
         return Observation()
@@ -225,10 +232,12 @@ class Hands:
     def _present_versions(self) -> list[int]:
         return [p._version for p in self._parameters]
 
-    def let_go(self, recovery: bool, pairs: bool) -> None:
+    def let_go(self, recovery: bool, mark: bool, pairs: bool) -> None:
         """Drop copies of the weights that will not be asked for any more."""
         if not recovery:
             self.recovery = None
+            if self.bank is not None and not mark:
+                self.bank.forget()
         if not pairs:
             self.secants = None
         kept = self.bank is not None or self.secants is not None
@@ -238,8 +247,14 @@ class Hands:
     def snapshots(self) -> SnapshotBank:
         """The bank of snapshots."""
         if self.bank is None:
-            self.bank = SnapshotBank(self._layers(), self.room, self._ranks)
+            self.bank = SnapshotBank(self._layers(), self.room, self._ranks, self.plan.kind)
         return self.bank
+
+    def _measure(self) -> None:
+        """Bring the peaks up to date."""
+        parts = (self.bank, self.secants, self.average, self.recovery)
+        for name, part in zip(self.peaks, parts, strict=True):
+            self.peaks[name] = max(self.peaks[name], 0 if part is None else part.nbytes)
 
     def _layers(self) -> list[Group]:
         if self._groups is None:
@@ -247,12 +262,12 @@ class Hands:
         return by_user(self._groups, self._parameters)
 
     def room_beside(self) -> dict[str, Any]:
-        """Return what is kept besides snapshots: 0 or False once it was given up."""
-        return {"pairs": self._wanted, "average": self._averages}
+        """Return what is kept besides snapshots, 0 or False once it was given up, and the peaks."""
+        return {"pairs": self._wanted, "average": self._averages, "peaks": dict(self.peaks)}
 
     def pairs_of(self, wanted: int) -> int:
         """Secant pairs that there is room for, where so many are `wanted`."""
-        return affordable(self._optimizer, self._parameters, wanted)
+        return affordable(self._optimizer, self._parameters, wanted, self.plan.pairs)
 
     def copies_from(
         self, state: dict[str, Any], room: int, pairs: int
@@ -266,7 +281,8 @@ class Hands:
         """
         bank = secants = average = recovery = None
         if state["bank"] is not None:
-            bank = SnapshotBank(self._layers(), room, self._ranks)
+            kind: Kind = state["bank"].get("kind", "exact")
+            bank = SnapshotBank(self._layers(), room, self._ranks, kind)
             if not bank.takes(state["bank"]):
                 raise CheckpointError(
                     "state was saved with other layer groups: pass the same layer_groups to the "
@@ -337,8 +353,9 @@ class Hands:
             self._add_to_average(directive.average)
             if directive.snapshot:
                 self._taking = True
-                self.snapshots.take(fresh=directive.fresh_bank)
+                self.snapshots.take(fresh=directive.fresh_bank, exact=directive.gram)
                 self._taking = False
+                self._measure()
                 if directive.gram:
                     return observation._replace(gram=self.snapshots.gram())
         except (MemoryError, RuntimeError) as error:
@@ -362,15 +379,20 @@ class Hands:
 
     def _take_pair(self, fresh: bool) -> None:
         if self.secants is None:
+            if self.bank is not None:
+                # The descent needs no snapshots, and takes new ones when it has ended.
+                self.bank.clear()
             self.new_secants()
         elif fresh:
             self.secants.clear()
         assert self.secants is not None
         self.secants.take()
+        self._measure()
 
     def _add_to_average(self, weight: float) -> None:
-        if weight and self._averages:
+        if weight and self._averages and self.plan.average:
             (self.average or self.new_average()).add(weight)
+            self._measure()
 
     def _evaluate(self, directive: Directive, closure: Closures) -> Observation:
         coefficients = directive.coefficients

@@ -72,13 +72,17 @@ class Ranks:
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return what the local part counts in a sum over all ranks, as some hold the same."""
+        return self.parts(tensor) / self._size
+
+    def parts(self, tensor: torch.Tensor) -> int:
+        """Return over how many ranks `tensor` is spread."""
         parts = 1
         if hasattr(tensor, "placements"):
             mesh = tensor.device_mesh  # type: ignore[attr-defined]
             for dimension, placement in enumerate(tensor.placements):
                 if not placement.is_replicate():
                     parts *= mesh.size(dimension)
-        return parts / self._size
+        return parts
 
     def agree(self, loss: float, norm: float = 0.0) -> tuple[float, float]:
         """Return the mean loss, and the norm of which each rank holds a part.

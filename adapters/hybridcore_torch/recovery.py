@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from hybridcore_torch.memory import CODED, Kind
+from hybridcore_torch.ranks import local
 
 
 class RecoveryPoint:
@@ -16,6 +20,9 @@ class RecoveryPoint:
     ----------
     model, optimizer, scheduler, scaler
         The objects to copy now, and to restore in place later.
+    kind : Kind
+        How the bank keeps snapshots; float32 of the optimizer goes with them: in bfloat16, or to
+        the host.
     """
 
     def __init__(
@@ -24,11 +31,25 @@ class RecoveryPoint:
         optimizer: torch.optim.Optimizer,
         scheduler: Any | None,
         scaler: torch.amp.GradScaler | None,
+        kind: Kind = "exact",
     ) -> None:
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            if kind in CODED and tensor.dtype is torch.float32 and tensor.numel() > 1:
+                return tensor.to(torch.bfloat16)
+            tensor = tensor.detach()
+            return tensor.to("cpu", copy=True) if kind == "host" else tensor.clone()
+
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._optimizer = copy.deepcopy(optimizer.state_dict())
+        self._optimizer = _copied(optimizer.state_dict(), kept)
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, wherever they are."""
+        sizes = [b.nbytes for b in self._buffers.values()]
+        _copied(self._optimizer["state"], lambda t: sizes.append(local(t).nbytes))
+        return sum(sizes)
 
     @torch.no_grad()
     def restore(
@@ -53,11 +74,14 @@ class RecoveryPoint:
             written = 0 not in buffer.stride() or buffer.numel() < 2
             if written and saved is not None and saved.shape == buffer.shape:
                 buffer.copy_(saved)
-        state = copy.deepcopy(self._optimizer)
+        present, state = optimizer.state_dict(), self._optimizer
         if scheduler is None:
             # Rates then belong to the user alone, who may have changed them since.
-            state["param_groups"] = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state)
+            state = state | {"param_groups": present["param_groups"]}
+        if _copy_over(present["state"], state["state"]):
+            # Tensors are in place: a second copy of all of them would take the most memory.
+            state = state | {"state": present["state"]}
+        optimizer.load_state_dict(copy.deepcopy(state) if state is self._optimizer else state)
         if scaler is not None and self._scaler is not None:
             scaler.load_state_dict(self._scaler)
         if scheduler is not None and self._scheduler is not None:
@@ -83,3 +107,37 @@ class RecoveryPoint:
         point._scheduler = state["scheduler"]
         point._scaler = state["scaler"]
         return point
+
+
+def _copied(value: Any, kept: Callable[[torch.Tensor], object]) -> Any:
+    """Copy nested containers, with tensors as `kept` makes them."""
+    if isinstance(value, torch.Tensor):
+        return kept(value)
+    if type(value) is dict:
+        return {key: _copied(item, kept) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, kept) for item in value)
+    return copy.deepcopy(value)
+
+
+def _copy_over(present: dict[Any, Any], saved: dict[Any, Any]) -> bool:
+    """Write `saved` into the tensors of `present`; False, and nothing written, if they differ."""
+
+    def alike(mine: Any, other: Any) -> bool:
+        if isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor):
+            return mine.shape == other.shape
+        return type(mine) is type(other) and not isinstance(mine, torch.Tensor | dict | list)
+
+    same = present.keys() == saved.keys() and all(
+        isinstance(values, dict)
+        and values.keys() == saved[key].keys()
+        and all(alike(value, saved[key][name]) for name, value in values.items())
+        for key, values in present.items()
+    )
+    for key, values in saved.items() if same else ():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                present[key][name].copy_(value)
+            else:
+                present[key][name] = copy.deepcopy(value)
+    return same

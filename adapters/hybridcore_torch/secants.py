@@ -14,8 +14,6 @@ from hybridcore_torch.decay import Decay, is_known
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
-# Bytes that all pairs together may take: a model of some millions of parameters keeps all of them.
-_MOST_BYTES = 2**31
 # Rows before the pairs: base, next, and their gradients, and the metric.
 _FIRST = 5
 
@@ -27,9 +25,9 @@ def fits(state: dict[str, Any], parameters: Sequence[torch.Tensor], pairs: int) 
 
 
 def affordable(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], pairs: int
+    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], pairs: int, room: float
 ) -> int:
-    """How many of `pairs` there is room for.
+    """How many of `pairs` there is room for, in so many bytes.
 
     None where parameters are spread over devices or of several precisions, where it is not known
     what the optimizer's weight decay adds to the loss, and in a group of processes, each of which
@@ -40,7 +38,8 @@ def affordable(
     if len({(p.device, p.dtype) for p in parameters}) != 1 or not is_known(optimizer):
         return 0
     size = max(4, parameters[0].element_size()) * max(1, sum(p.numel() for p in parameters))
-    return max(0, min(pairs, (_MOST_BYTES // size - _FIRST) // 2))
+    # One copy more for the strengths of a decay that is no part of the gradient.
+    return max(0, min(pairs, (int(room // size) - _FIRST - 1) // 2))
 
 
 class SecantBank:
@@ -82,6 +81,12 @@ class SecantBank:
         self._moved = self._rows[_FIRST : _FIRST + capacity]
         self._changed = self._rows[_FIRST + capacity :]
         self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        decay = [s.nbytes for s in self._decay.strengths if isinstance(s, torch.Tensor)]
+        return self._rows.nbytes + sum(decay)
 
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""

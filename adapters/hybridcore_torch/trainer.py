@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -120,6 +121,9 @@ class HybridTrainer:
             groups,
         )
         self.engine = Engine(self.config, self._hands.pairs)
+        if self._hands.room != self.config.snapshots:
+            self.engine.regroup(self._hands.pairs, self._hands.room)
+            self.engine.take_events()
         for callback in self.callbacks:
             begin = getattr(callback, "begin", None)
             if callable(begin):
@@ -202,6 +206,11 @@ class HybridTrainer:
                 "averaged() needs the setting averaging=True, got False: build the trainer with "
                 "it, which costs one copy of the weights"
             )
+        if not self._hands.plan.average:
+            raise ConfigError(
+                "averaged() needs room for one copy of the weights, and the setting "
+                f"memory={self.config.memory!r} leaves none: build the trainer with more"
+            )
         self._check_own_weights("averaged()")
         if self.config.enabled:
             self._check_structure()
@@ -209,7 +218,7 @@ class HybridTrainer:
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
-        return self.engine.statistics()
+        return dataclasses.replace(self.engine.statistics(), memory=dict(self._hands.peaks))
 
     def _step(self, closure: Closures | None) -> StepResult:
         start = perf_counter()
@@ -251,7 +260,7 @@ class HybridTrainer:
                 raise
             predicted, observation = step is Action.SKIP, of_step
             if touches:
-                self._hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
+                self._hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(

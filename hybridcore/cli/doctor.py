@@ -229,6 +229,9 @@ def _print_memory(
     for label, name in rows:
         style = "bold" if name in ("plain", "total", "same_batch") else None
         table.add_row(label, *(_bytes(getattr(m, name)) for m in memory.values()), style=style)
+    table.add_row(
+        "kept", *(f"{m.count} snapshots, {m.kind}; {m.pairs} pairs" for m in memory.values())
+    )
     for device in devices:
         fits = ("fits" if m.same_batch <= device["bytes"] else "too much" for m in memory.values())
         table.add_row(f"on {device['name']}, {_bytes(device['bytes'])}", *fits)

@@ -11,6 +11,7 @@ from torch import nn
 from hybridcore import HybridTrainerConfig
 from hybridcore.cli.common import UserError
 from hybridcore.secant import LEAST_PAIRS
+from hybridcore_torch.memory import Size, plan, recovery_bytes, size_of, snapshots_bytes
 from hybridcore_torch.secants import affordable
 
 # Where momentum is off unless asked for.
@@ -33,25 +34,29 @@ class Memory:
     ----------
     weights, gradients, optimizer : int
         What the plain loop takes.
+    kind : str
+        How snapshots are kept, as the setting ``snapshot_kind``.
     snapshots : int
-        The bank, with its recovery point and the place where the weights wait during a probe.
+        The snapshots.
     average : int
         The running average of the weights.
     recovery : int
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
-        Secant pairs, where every batch is the same.
-    pairs : int
-        How many of them there is room for.
+        Secant pairs, where every batch is the same, with the weights that are kept beside them.
+    count, pairs : int
+        How many snapshots and pairs there is room for.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    kind: str
     snapshots: int
     average: int
     recovery: int
     secants: int
+    count: int
     pairs: int
 
     @property
@@ -66,8 +71,8 @@ class Memory:
 
     @property
     def same_batch(self) -> int:
-        """Bytes at most, where every batch is the same."""
-        return self.total + self.secants
+        """Bytes at most, where every batch is the same: pairs take the place of snapshots."""
+        return max(self.total, self.plain + self.average + self.recovery + self.secants)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -110,22 +115,26 @@ def estimate(
     held = nn.Parameter(torch.empty(parameters, dtype=kind, device="meta"))
     asked: Any = build
     made = asked([held], lr=1e-3, **arguments)
-    pairs = affordable(made, [held], config.secant_pairs)
+    there = plan(config, size_of([held], made))
+    pairs = affordable(made, [held], config.secant_pairs, there.pairs)
     pairs = pairs if pairs >= LEAST_PAIRS else 0
     group = made.param_groups[0]
     # Decay that is no part of the gradient has a strength of its own for each parameter.
     decays = group.get("decoupled_weight_decay", isinstance(made, torch.optim.AdamW))
     strengths = weights if decays and group.get("weight_decay") else 0
-    secants = (2 * pairs + 5) * max(4, size) * parameters + strengths
-    state = round(kept * parameters)
+    secants = (2 * pairs + 5) * max(4, size) * parameters + strengths + weights
+    taken = Size(parameters, weights, kept * parameters, on_gpu=False)
+    count = there.snapshots
     return Memory(
         weights=weights,
         gradients=weights,
-        optimizer=state,
-        snapshots=(config.snapshots + 2) * weights,
-        average=max(4, size) * parameters if config.averaging else 0,
-        recovery=state,
+        optimizer=round(taken.state),
+        kind=there.kind,
+        snapshots=round(snapshots_bytes(there.kind, count, taken)) if count else 0,
+        average=round(taken.average) if there.average else 0,
+        recovery=round(recovery_bytes(there.kind, taken)) if count or pairs else 0,
         secants=secants if pairs else 0,
+        count=count,
         pairs=pairs,
     )
 

@@ -25,6 +25,8 @@ BAD = {
     "outer_momentum": [0, 1, "yes", None],
     "averaging": [0, 1, "yes", None],
     "secant_pairs": [-1, 51, 2.0, True],
+    "memory": ["4", "x", "-1x", "4 x", "1.x", "2 GiB", "2gb", 4, None],
+    "snapshot_kind": ["float32", "INT8", None, 8],
     "on_divergence": ["ignore", None, True],
 }
 
@@ -202,7 +204,7 @@ def test_a_dictionary_round_trip_keeps_everything(chosen):
 
 
 def test_memory_saver_differs_in_four_settings():
-    saver = HybridTrainerConfig(horizon=15, snapshots=4, secant_pairs=0, averaging=False)
+    saver = HybridTrainerConfig(horizon=15, snapshots=4, secant_pairs=0, memory="1x")
     assert HybridTrainerConfig.memory_saver() == saver
 
 
@@ -297,3 +299,26 @@ def test_what_python_cannot_parse_is_refused(tmp_path, text):
     (tmp_path / "settings.toml").write_text(text)
     with pytest.raises(ConfigError, match="not valid TOML"):
         HybridTrainerConfig.from_toml(tmp_path / "settings.toml")
+
+
+def test_memory_is_bytes_or_copies_of_a_model_that_is_not_small():
+    for memory, weights, expected in (
+        ("4x", 1e9, 4e9),
+        ("1.5x", 1e9, 1.5e9),
+        ("4x", 1000, 2**28),
+        ("2GiB", 1e9, 2**31),
+        ("800MB", 1000, 8e8),
+        ("512B", 1000, 512),
+    ):
+        assert HybridTrainerConfig(memory=memory).memory_limit(weights) == expected
+
+
+def test_settings_of_an_earlier_version_mean_the_same():
+    config = HybridTrainerConfig(horizon=30)
+    settings = config.to_dict()
+    assert config.is_that_of(settings)
+    del settings["memory"]
+    assert config.is_that_of(settings)
+    assert not config.is_that_of(settings | {"memory": "1x"})
+    assert not config.is_that_of(settings | {"invented": 1})
+    assert not config.is_that_of(None)

@@ -131,7 +131,7 @@ def test_half_precision_is_averaged_in_single():
 
 
 def test_without_the_setting_there_is_none():
-    trainer, _, _ = noisy(config=HybridTrainerConfig.memory_saver())
+    trainer, _, _ = noisy(config=HybridTrainerConfig(averaging=False))
     with pytest.raises(ConfigError, match="averaging=True, got False"):
         trainer.averaged()
 

@@ -44,7 +44,7 @@ def test_what_is_not_finite_in_a_snapshot_makes_no_jump(bad):
             and step % 50 == 5
             and trainer.engine.phase is Phase.FULL
         ):
-            bank._buckets[0].rows[bank._order[0], 3] = bad
+            bank._buckets[0].rows[bank._order[0]][3] = bad
         trainer.step(closure)
         assert finite(model)
     assert closure().item() < 0.3

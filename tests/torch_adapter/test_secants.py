@@ -112,22 +112,22 @@ def test_what_trains_more_slowly_moves_less():
 def test_room_for_pairs():
     model, optimizer = small()
     parameters = list(model.parameters())
-    assert affordable(optimizer, parameters, 20) == 20
-    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20) == 6
-    assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20) == 0
-    assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20) == 0
+    assert affordable(optimizer, parameters, 20, 2**28) == 20
+    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20, 2**31) == 5
+    assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20, 2**31) == 0
+    assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20, 2**28) == 0
     maximizing = torch.optim.Adam(parameters, maximize=True)
-    assert affordable(maximizing, parameters, 20) == 0
+    assert affordable(maximizing, parameters, 20, 2**28) == 0
     # What its decay adds to the loss is not known, so it may have none.
     for decay, pairs in ((0.0, 20), (0.1, 0)):
         own = torch.optim.Adafactor(parameters, weight_decay=decay)
-        assert affordable(own, parameters, 20) == pairs
+        assert affordable(own, parameters, 20, 2**28) == pairs
     # Each process sees a loss of its own, and they would part.
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        assert affordable(optimizer, parameters, 20) == 0
+        assert affordable(optimizer, parameters, 20, 2**28) == 0
     finally:
         torch.distributed.destroy_process_group()
     scaler = torch.amp.GradScaler("cpu")

@@ -1,0 +1,254 @@
+"""Copies of the parameters of one device and dtype: one exact, the others in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hybridcore_torch import codes
+from hybridcore_torch.buckets import Groups, wide
+from hybridcore_torch.ranks import local
+
+# Values that are worked on at a time, a multiple of what shares a scale.
+_BLOCK = 256 * codes.BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some values of a parameter: where they are in it, in the exact row and in the codes."""
+
+    group: int
+    parameter: torch.Tensor
+    start: int
+    size: int
+    base: int
+    coded: int
+
+    def read(self) -> torch.Tensor:
+        """Return the values, in float32 at least."""
+        if not self.parameter.is_contiguous():
+            return wide(self.parameter.reshape(-1))
+        return wide(self.parameter.view(-1)[self.start : self.start + self.size])
+
+    def write(self, values: torch.Tensor) -> None:
+        """Put `values` in their place."""
+        if not self.parameter.is_contiguous():
+            self.parameter.copy_(values.view(self.parameter.shape))
+        else:
+            self.parameter.view(-1)[self.start : self.start + self.size].copy_(values)
+
+
+class CodedBucket:
+    """Parameters of one device and dtype: the base, an exact row, and displacements from it.
+
+    What is lost is relative to how far the weights have moved, and not to the weights. Of sharded
+    parameters it is the part on this rank.
+
+    Parameters
+    ----------
+    groups : dict of int to list of Parameter
+        By the number of the layer group.
+    kind : {"bfloat16", "int8"}
+        Of the displacements; :func:`hybridcore_torch.codes.encode` says what is lost.
+    """
+
+    def __init__(self, groups: Groups, kind: str) -> None:
+        self.parameters = [local(p) for group in groups.values() for p in group]
+        self._kind = kind
+        first = self.parameters[0]
+        self._dtype, self._device = first.dtype, first.device
+        self.spans: list[tuple[int, int, int]] = []
+        self._blocks: list[_Block] = []
+        base = coded = 0
+        for group, parameters in groups.items():
+            begin = base
+            for p in map(local, parameters):
+                most = _BLOCK if p.is_contiguous() else max(1, p.numel())
+                for start in range(0, p.numel(), most):
+                    size = min(most, p.numel() - start)
+                    self._blocks.append(_Block(group, p, start, size, base, coded))
+                    base, coded = base + size, coded + codes.padded(size)
+            self.spans.append((group, begin, base))
+        self.size, self._coded_size = base, coded
+        self._base: torch.Tensor | None = None
+        self._at: int | None = None
+        self._codes: dict[int, codes.Codes] = {}
+        # Exact copies of what is no snapshot.
+        self._spare: dict[int, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        tensors = [t for row in self._codes.values() for t in row if t is not None]
+        tensors += self._spare.values()
+        tensors += [] if self._base is None else [self._base]
+        return sum(t.nbytes for t in tensors)
+
+    def store(self, row: int, *, exact: bool = False) -> None:
+        """Make `row` a copy of the parameters; with `exact`, or if it is the base, the base."""
+        if self._at is None or self._at == row or exact:
+            self._rebase(row)
+            return
+        if row not in self._codes:
+            self._codes[row] = self._empty()
+        assert self._base is not None
+        for block in self._blocks:
+            moved = block.read() - wide(self._part(self._base, block))
+            codes.encode(moved, self._coded(row, block))
+
+    def _rebase(self, row: int) -> None:
+        """Make `row` the base, where the parameters are, and the others displacements from it."""
+        if self._base is None:
+            self._base = torch.zeros(self.size, dtype=self._dtype, device=self._device)
+        self._codes.pop(row, None)
+        if self._at is not None and self._at != row:
+            self._codes[self._at] = self._empty()
+        for block in self._blocks:
+            base, live = self._part(self._base, block), block.read()
+            moved = wide(base) - live if self._codes else live
+            for other in self._codes:
+                kept = self._coded(other, block)
+                codes.encode(codes.decode(kept, block.size).add_(moved), kept)
+            base.copy_(live)
+        self._at = row
+
+    def forget(self) -> None:
+        """Do without all snapshots: the next one is the base."""
+        self._codes, self._at = {}, None
+
+    def load(self, row: int) -> None:
+        """Put the parameters where `row` is."""
+        for block in self._blocks:
+            block.write(self._point(row, block))
+
+    def holds(self, row: int) -> bool:
+        """Whether the parameters are what :meth:`load` of `row` would give, bit for bit."""
+        return all(
+            torch.equal(block.read(), wide(self._point(row, block).to(self._dtype)))
+            for block in self._blocks
+        )
+
+    def keep(self, row: int) -> None:
+        """Make `row`, which is of no snapshot, an exact copy of the parameters."""
+        kept = torch.zeros(self.size, dtype=self._dtype, device=self._device)
+        for block in self._blocks:
+            self._part(kept, block).copy_(block.read())
+        self._spare[row] = kept
+
+    def copy(self, row: int, to: int) -> None:
+        """Make `to`, which is of no snapshot, a copy of `row`."""
+        kept = torch.zeros(self.size, dtype=self._dtype, device=self._device)
+        for block in self._blocks:
+            self._part(kept, block).copy_(self._point(row, block))
+        self._spare[to] = kept
+
+    def drop(self, kept: set[int]) -> None:
+        """Free all rows but those in `kept`."""
+        self._codes = {row: values for row, values in self._codes.items() if row in kept}
+        self._spare = {row: values for row, values in self._spare.items() if row in kept}
+        if self._at not in kept and not self._codes:
+            self._base = self._at = None
+
+    def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
+        """Inner products of the rows of `order` about the last of them, (m, m) float64."""
+        *older, newest = order
+        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
+        for block in self._blocks:
+            if start <= block.base < stop:
+                origin = self._moved(newest, block)
+                moved = torch.stack([self._moved(row, block) - origin for row in older])
+                out[:-1, :-1] += moved @ moved.T
+        return out
+
+    def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
+        """Put the parameters at the newest row plus weighted displacements from it.
+
+        `weights` is (groups, m), or (1, m) where they are the same for all groups. With `into` the
+        parameters have to be at the newest row, exactly, and that row is made a copy of the point.
+        """
+        *older, newest = order
+        assert self._base is not None
+        for block in self._blocks:
+            row = weights[0] if len(weights) == 1 else weights[block.group]
+            base = wide(self._part(self._base, block))
+            if into is None:
+                point, origin = self._point(newest, block), self._moved(newest, block)
+            else:
+                point = block.read().clone()
+                origin = point - base
+            for other, weight in zip(older, row[:-1].tolist(), strict=True):
+                if weight:
+                    point.add_(self._moved(other, block) - origin, alpha=weight)
+            block.write(point)
+        if into is not None:
+            self.store(into)
+
+    def state_dict(self, rows: Sequence[int | None]) -> dict[str, Any]:
+        """Return the rows as they are; `rows` are the snapshots and the recovery point."""
+        recovery = self._spare.get(-1 if rows[-1] is None else rows[-1])
+        return {
+            "at": self._at,
+            "base": None if self._base is None else self._base.clone(),
+            "numbers": list(self._codes),
+            "values": [row.values.clone() for row in self._codes.values()],
+            "scales": [
+                row.scales.clone() for row in self._codes.values() if row.scales is not None
+            ],
+            "recovery": None if recovery is None else recovery.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], recovery: int) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._at, self._base = state["at"], state["base"]
+        if self._base is not None:
+            self._base = self._base.to(self._device, copy=True)
+        self._codes, self._spare = {}, {}
+        for index, row in enumerate(state["numbers"]):
+            made = self._codes[int(row)] = self._empty()
+            made.values.copy_(state["values"][index])
+            if made.scales is not None:
+                made.scales.copy_(state["scales"][index])
+        if state["recovery"] is not None:
+            self._spare[recovery] = state["recovery"].to(self._device, copy=True)
+
+    def takes(self, state: object, rows: int) -> bool:
+        """Whether `state` is of a bucket like this one."""
+        if not isinstance(state, dict):
+            return False
+        base, values = state["base"], state["values"]
+        there = {*map(int, state["numbers"]), -1 if state["at"] is None else state["at"]}
+        kinds = {str(v.dtype).removeprefix("torch.") for v in values}
+        return (
+            all(v.shape == (self._coded_size,) for v in values)
+            and kinds <= {self._kind}
+            and (base is None or base.shape == (self.size,))
+            and max(there) < rows - 1
+        )
+
+    def _empty(self) -> codes.Codes:
+        return codes.empty(self._coded_size, self._kind, self._device)
+
+    @staticmethod
+    def _part(row: torch.Tensor, block: _Block) -> torch.Tensor:
+        return row[block.base : block.base + block.size]
+
+    def _coded(self, row: int, block: _Block) -> codes.Codes:
+        return codes.part(self._codes[row], block.coded, block.size)
+
+    def _moved(self, row: int, block: _Block) -> torch.Tensor:
+        """Displacement of `row` from the base."""
+        if row == self._at:
+            return torch.zeros(block.size, device=self._device)
+        return codes.decode(self._coded(row, block), block.size)
+
+    def _point(self, row: int, block: _Block) -> torch.Tensor:
+        """Values of `row`, a new tensor in float32 at least."""
+        if row in self._spare:
+            return wide(self._part(self._spare[row], block)).clone()
+        assert self._base is not None
+        return wide(self._part(self._base, block)) + self._moved(row, block)

@@ -1,0 +1,81 @@
+"""Displacements in fewer bits: bfloat16, or 8 bits with a scale for each block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Values that share a scale: 4 bytes for so many, which leaves a row at 0.254 of float32.
+BLOCK = 256
+_STEPS = 127
+
+
+class Codes(NamedTuple):
+    """A row of values in fewer bits.
+
+    Attributes
+    ----------
+    values : (n,) tensor of bfloat16 or int8
+        n is a multiple of `BLOCK`.
+    scales : (n / BLOCK,) tensor of float32 or None
+        What one step of the 8 bits stands for; None for bfloat16.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def padded(size: int) -> int:
+    """Least multiple of `BLOCK` that `size` values fit into."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def empty(size: int, kind: str, device: torch.device) -> Codes:
+    """Codes of `size` zeros, a multiple of `BLOCK`; `kind` is ``"bfloat16"`` or ``"int8"``."""
+    if kind == "bfloat16":
+        return Codes(torch.zeros(size, dtype=torch.bfloat16, device=device), None)
+    scales = torch.zeros(size // BLOCK, dtype=torch.float32, device=device)
+    return Codes(torch.zeros(size, dtype=torch.int8, device=device), scales)
+
+
+def encode(values: torch.Tensor, codes: Codes) -> None:
+    """Write `values`, floating-point (k,), over the first `padded(k)` of `codes`.
+
+    In 8 bits the error is at most 1/254 of the largest magnitude in the block, in bfloat16 at most
+    1/256 of the value itself, both beside the rounding of float32. A block that holds what is not
+    finite is not finite as a whole. `values` may be overwritten.
+    """
+    size = padded(len(values))
+    if codes.scales is None:
+        codes.values[: len(values)].copy_(values)
+        return
+    wide = values.float()
+    if len(wide) < size:
+        wide = torch.nn.functional.pad(wide, (0, size - len(wide)))
+    blocks = wide.view(-1, BLOCK)
+    scales = codes.scales[: size // BLOCK]
+    # A norm of order infinity would take ten times as long.
+    scales.copy_(blocks.abs().amax(dim=1)).div_(_STEPS)
+    # A step so small that float32 has no number for it stands for nothing.
+    steps = scales.reciprocal()
+    steps.masked_fill_(steps.isinf(), 0.0)
+    # The product may be one step too many where the reciprocal was rounded up.
+    blocks.mul_(steps.unsqueeze(1)).round_().clamp_(-_STEPS, _STEPS)
+    codes.values[:size].copy_(wide)
+
+
+def decode(codes: Codes, size: int) -> torch.Tensor:
+    """Return the first `size` values, a new float32 tensor."""
+    if codes.scales is None:
+        return codes.values[:size].float()
+    end = padded(size)
+    blocks = codes.values[:end].float().view(-1, BLOCK)
+    return blocks.mul_(codes.scales[: end // BLOCK].unsqueeze(1)).view(-1)[:size]
+
+
+def part(codes: Codes, start: int, size: int) -> Codes:
+    """Codes of `size` values from `start` on, a multiple of `BLOCK`, in the same memory."""
+    end = start + padded(size)
+    scales = None if codes.scales is None else codes.scales[start // BLOCK : end // BLOCK]
+    return Codes(codes.values[start:end], scales)

@@ -1,0 +1,250 @@
+"""Copies of the weights in fewer bits, and what all of them take together."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import BRISK, noisy, regression, weights
+from torch import nn
+
+from hybridcore import ConfigError, HybridTrainerConfig, Phase
+from hybridcore_torch import HybridTrainer, codes
+from hybridcore_torch.memory import Size, plan, recovery_bytes, snapshots_bytes
+from hybridcore_torch.recovery import RecoveryPoint
+from hybridcore_torch.snapshots import SnapshotBank
+
+MILLION = 1e6
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 700),
+    st.integers(0, 2**31),
+    st.floats(-30, 30),
+    st.floats(0, 6),
+)
+def test_what_codes_lose_is_bounded(size, seed, exponent, spread):
+    rng = np.random.default_rng(seed)
+    values = torch.from_numpy(
+        (rng.standard_normal(size) * 10.0 ** (exponent + spread * rng.standard_normal(size))).clip(
+            -1e37, 1e37
+        )
+    ).float()
+    for kind in ("int8", "bfloat16"):
+        made = codes.empty(codes.padded(size), kind, values.device)
+        codes.encode(values, made)
+        lost = (codes.decode(made, size).double() - values.double()).abs()
+        if kind == "bfloat16":
+            bound = values.double().abs() / 256
+        else:
+            blocks = F.pad(values, (0, codes.padded(size) - size)).view(-1, codes.BLOCK)
+            largest = blocks.abs().amax(1).double()
+            bound = (largest / 254 * (1 + 1e-4)).repeat_interleave(codes.BLOCK)[:size]
+        # Of numbers whose 127th part float32 has no reciprocal for, nothing is left.
+        assert bool((lost <= bound + 4e-37).all()), kind
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_what_is_not_finite_stays_so_in_codes(kind, bad):
+    values = torch.ones(600)
+    values[300] = bad
+    made = codes.empty(codes.padded(600), kind, values.device)
+    codes.encode(values, made)
+    assert not codes.decode(made, 600).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8", "host"])
+def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
+    torch.manual_seed(0)
+    # Strides that are no one-dimensional memory, and sizes that fill no block.
+    square = nn.Parameter(torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last))
+    group, other = [square, nn.Parameter(torch.randn(70_001))], [nn.Parameter(torch.randn(7))]
+    bank = SnapshotBank([group, other], 4, kind=kind)
+    flat = lambda: np.concatenate(  # noqa: E731
+        [p.detach().double().reshape(-1).numpy() for p in (*group, *other)]
+    )
+    taken = []
+    for step in range(7):
+        with torch.no_grad():
+            for p in (*group, *other):
+                p.add_(torch.randn_like(p), alpha=1e-3)
+        bank.take(fresh=step == 0, exact=step == 6)
+        taken.append(flat())
+    kept = np.array(taken[-4:])
+    moved = np.abs(kept - kept[0]).max()
+    tolerance = {"int8": moved / 40, "bfloat16": moved / 40}.get(kind, 1e-6)
+    gram = bank.gram().sum(axis=0)
+    exact = (kept - kept[-1]) @ (kept - kept[-1]).T
+    np.testing.assert_allclose(gram, exact, rtol=0.01 if kind in ("int8", "bfloat16") else 1e-4)
+    bank.save()
+    # The newest one is where the weights are, to the last bit, and so it comes back.
+    for there in ([0.0, 0.0, 0.0, 1.0], [0.5, -1.0, 0.25, 1.25]):
+        bank.move(np.array([there, there]))
+        np.testing.assert_allclose(flat(), np.array(there) @ kept, atol=tolerance)
+    bank.set_aside()
+    away = flat()
+    bank.move(np.array([[1.0, 0.0]]))
+    bank.put_back()
+    assert np.array_equal(flat(), away)
+    bank.restore()
+    assert np.array_equal(flat(), kept[-1])
+    bank.forget()
+    bank.move(np.array([[-1.0, 2.0]]), take=True)
+    np.testing.assert_allclose(flat(), 2 * kept[-1] - kept[-2], atol=tolerance)
+    state = bank.state_dict()
+    again = SnapshotBank([group, other], 4, kind=kind)
+    assert again.takes(state)
+    again.load_state_dict(state)
+    np.testing.assert_array_equal(again.gram(), bank.gram())
+    assert not SnapshotBank([group, other], 3, kind=kind).takes(state)
+    assert not SnapshotBank([group], 4, kind=kind).takes(state)
+
+
+def test_a_recovery_point_outlives_the_snapshot_that_it_is():
+    p = nn.Parameter(torch.zeros(4))
+    for kind in ("exact", "int8"):
+        bank = SnapshotBank([[p]], 4, kind=kind)
+        with torch.no_grad():
+            for step in range(7):
+                p.fill_(float(step))
+                bank.take(fresh=step == 0)
+                if step == 1:
+                    bank.save()
+            bank.restore()
+            assert p.tolist() == [1.0] * 4
+            bank.clear()
+            p.fill_(9.0)
+            bank.restore()
+            assert p.tolist() == [1.0] * 4
+            bank.forget()
+        assert bank.nbytes == 0
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "host"])
+def test_snapshots_in_fewer_bits_predict_too(kind):
+    config = dataclasses.replace(BRISK, secant_pairs=0, snapshot_kind=kind)
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, config)
+    for step in range(300):
+        trainer.step(closure)
+        if step == 150:
+            # To the last bit, wherever the run is.
+            other, other_optimizer, again = regression(seed=3)
+            resumed = HybridTrainer(other, other_optimizer, config)
+            resumed.load_state_dict(trainer.state_dict())
+        if step > 150:
+            resumed.step(again)
+    assert all(map(torch.equal, weights(model), weights(other)))
+    summary = trainer.statistics()
+    assert summary.predicted_steps > 50
+    assert closure().item() < 0.2
+
+
+def test_outer_steps_in_8_bits_follow_the_exact_ones():
+    losses = []
+    for kind in ("exact", "int8"):
+        config = HybridTrainerConfig(warmup_steps=20, snapshot_kind=kind)
+        trainer, closure, held_out = noisy(config=config, rate=3e-3, steps=400)
+        for _ in range(400):
+            trainer.step(closure)
+        assert trainer.statistics().outer_steps > 10
+        losses.append(held_out())
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8", "host"])
+def test_the_optimizers_state_comes_back(kind):
+    model, optimizer, closure = regression()
+    optimizer.zero_grad()
+    closure().backward()
+    optimizer.step()
+    before = {k: v.clone() for k, v in optimizer.state[model.weight].items()}
+    point = RecoveryPoint(model, optimizer, None, None, kind)
+    for _ in range(2):
+        # Twice: what was restored must not be what the optimizer trains on.
+        for _ in range(3):
+            optimizer.step()
+        point.restore(model, optimizer, None, None, 0)
+        for name, value in optimizer.state[model.weight].items():
+            assert value.dtype is before[name].dtype
+            rounding = 2**-8 if kind == "int8" else 0.0
+            torch.testing.assert_close(value, before[name], rtol=rounding, atol=0.0)
+
+
+# -- the plan -------------------------------------------------------------------------------------
+
+
+def adamw(parameters, bytes_each=4, on_gpu=False):
+    weights_of = bytes_each * parameters
+    return Size(parameters, weights_of, 2 * weights_of, on_gpu)
+
+
+def total(config, size):
+    there = plan(config, size)
+    snapshots = snapshots_bytes(there.kind, there.snapshots, size) if there.snapshots else 0
+    recovery = recovery_bytes(there.kind, size) if there.snapshots else 0
+    return there, snapshots + recovery + there.average * size.average
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.floats(1, 1e12),
+    st.sampled_from(["1x", "2x", "4x", "9.5x", "300MB", "2GiB"]),
+    st.sampled_from([2, 4, 8]),
+    st.floats(0, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["auto", "exact", "bfloat16", "int8", "host"]),
+)
+def test_a_plan_is_within_the_setting(n, memory, each, state, on_gpu, averaging, kind):
+    config = HybridTrainerConfig(memory=memory, averaging=averaging, snapshot_kind=kind)
+    size = Size(n, each * n, state * each * n, on_gpu)
+    there, taken = total(config, size)
+    assert taken <= config.memory_limit(4 * n) * (1 + 1e-12)
+    assert there.snapshots == 0 or 4 <= there.snapshots <= config.snapshots
+    assert averaging or not there.average
+
+
+def test_small_models_keep_everything_and_large_ones_four_copies():
+    config = HybridTrainerConfig()
+    assert plan(config, adamw(7 * MILLION))[:3] == ("exact", 6, True)
+    for n in (20 * MILLION, 124 * MILLION, 1.1e9, 70e9):
+        there, taken = total(config, adamw(n))
+        assert there[:3] == ("int8", 4, True)
+        assert 3.5 * 4 * n < taken <= 4 * 4 * n
+        saver, taken = total(HybridTrainerConfig.memory_saver(), adamw(n))
+        assert saver[1:3] == (0, True)
+        assert taken == 4 * n
+        saver, taken = total(HybridTrainerConfig.memory_saver(), adamw(n, on_gpu=True))
+        assert saver[:3] == ("host", 4, False)
+        assert taken == 4 * n
+
+
+def test_memory_that_is_not_there_is_said():
+    model = nn.Linear(2**13, 2**12, bias=False)
+    tight = HybridTrainerConfig(memory="64MiB", warmup_steps=5, min_full_steps=4)
+    trainer = HybridTrainer(model, torch.optim.SGD(model.parameters(), 1e-3), tight)
+    with pytest.raises(ConfigError, match=r"memory='64MiB' leaves none"):
+        trainer.averaged()
+    assert trainer.statistics().snapshots == 0
+    x = torch.zeros(1, 2**13)
+    for _ in range(12):
+        assert trainer.step(lambda: model(x).square().mean() + 1.0).phase is not Phase.PREDICT
+    assert trainer.statistics().memory == dict.fromkeys(trainer.statistics().memory, 0)
+
+
+def test_peaks_are_in_the_statistics():
+    trainer, closure, _ = noisy(config=BRISK)
+    for _ in range(200):
+        trainer.step(closure)
+    size = sum(4 * p.numel() for p in trainer.model.parameters())
+    memory = trainer.statistics().to_dict()["memory"]
+    assert memory["average"] == size
+    assert 4 * size <= memory["snapshots"] <= 6 * size
+    assert memory["secant pairs"] == 0
