@@ -13,6 +13,7 @@ import torch
 from hybridcore import CheckpointError, Engine
 from hybridcore.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_torch.groups import outside
+from hybridcore_torch.ranks import is_sharded
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
@@ -47,14 +48,20 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
     """Return all that `trainer` needs to go on as if it had not been interrupted.
 
     Without `snapshots` no copies of the weights are in it, unless a jump may have to be taken back.
+    Where weights are sharded there are none, and a jump under way is taken back in the state.
     """
     hands = trainer._hands
     bank, secants, average, recovery = hands.bank, hands.secants, hands.average, hands.recovery
     scheduler, scaler = trainer.scheduler, trainer.scaler
-    if not snapshots and recovery is None:
+    sharded = is_sharded(trainer.model)
+    if sharded or (not snapshots and recovery is None):
         bank = secants = average = None
+        snapshots = False
     else:
         snapshots = True
+    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    if sharded and recovery is not None:
+        model, optimizer, recovery = *hands.before_the_jump(), None
     return {
         "hybridcore": VERSION,
         "config": trainer.config.to_dict(),
@@ -66,15 +73,16 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
         "average": None if average is None else [v.clone() for v in average.values],
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
         "steps_since_recovery": hands.steps_since_recovery,
-        "model": trainer.model.state_dict(),
+        "model": model,
         "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
         "optimizer_class": type(trainer.optimizer).__name__,
-        "optimizer": to_tensors(trainer.optimizer.state_dict()),
+        "optimizer": to_tensors(optimizer),
         "max_grad_norm": trainer.max_grad_norm,
         "scheduler_class": None if scheduler is None else type(scheduler).__name__,
         "scheduler": None if scheduler is None else to_tensors(scheduler.state_dict()),
         "scaler": None if scaler is None else scaler.state_dict(),
-        "random": to_tensors(random_states()) | _torch_random_states(),
+        # Each rank has states of its own, and other ranks may go on.
+        "random": None if sharded else to_tensors(random_states()) | _torch_random_states(),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from time import perf_counter
@@ -86,6 +87,18 @@ class Hands:
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
         self._wanted = config.secant_pairs if scaler is None else 0
+        self._ranks.check_alike(
+            config.to_dict()
+            | {
+                "max_grad_norm": max_grad_norm,
+                "scaler": scaler is not None,
+                "scheduler": None if scheduler is None else type(scheduler).__name__,
+                "optimizer": type(optimizer).__name__,
+                "probe": probe is not None,
+                "trainable parameters": [tuple(p.shape) for p in parameters],
+                "layer_groups": None if groups is None else [len(group) for group in groups],
+            }
+        )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         self.room, self._averages = config.snapshots, True
         self.restart(parameters, groups)
@@ -143,6 +156,8 @@ class Hands:
     def carry_out(self, directive: Directive, closure: Closures | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""
         action = directive.action
+        if self._ranks.several:
+            self._ranks.check_even()
         self._ranks.turn += 1
         if action is Action.FULL or action is Action.GRADIENT:
             assert closure is not None
@@ -194,6 +209,22 @@ class Hands:
             self.steps_since_recovery,
         )
         self.recovery = None
+
+    def before_the_jump(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return copies of the states of model and optimizer that a rollback would restore."""
+        assert self.recovery is not None
+        self.snapshots.set_aside()
+        try:
+            self.snapshots.restore()
+            model = self._model.state_dict()
+            model = type(model)((name, copy.deepcopy(value)) for name, value in model.items())
+        finally:
+            self.snapshots.put_back()
+        saved = self.recovery.state_dict()
+        model |= {name: value for name, value in saved["buffers"].items() if name in model}
+        # Rates go on as the schedule does.
+        groups = self._optimizer.state_dict()["param_groups"]
+        return model, saved["optimizer"] | {"param_groups": groups}
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""

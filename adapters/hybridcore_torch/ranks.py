@@ -9,13 +9,14 @@ then added in the order of the ranks, because a sum made on the way may differ i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from hybridcore import ProtocolError
+from hybridcore import ConfigError, ProtocolError
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -23,6 +24,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     if hasattr(tensor, "to_local"):
         return tensor.detach().to_local()  # type: ignore[no-any-return, attr-defined]
     return tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of `model` are spread over ranks, or may be."""
+    return any(hasattr(p, "placements") for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
@@ -59,10 +65,12 @@ class Ranks:
         self.turn = 0
         self.several = False
         self._size = 1
+        self._wrapped: nn.parallel.DistributedDataParallel | None = None
         if not (dist.is_available() and dist.is_initialized()):
             return
         wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
-        self._group = next((m.process_group for m in wrapped), dist.group.WORLD)
+        self._wrapped = next(wrapped, None)
+        self._group = dist.group.WORLD if self._wrapped is None else self._wrapped.process_group
         self._size = dist.get_world_size(self._group)
         self.several = self._size > 1
         # Gloo exchanges what is on the CPU, and others what is where the model is.
@@ -83,6 +91,36 @@ class Ranks:
                 if not placement.is_replicate():
                     parts *= mesh.size(dimension)
         return parts
+
+    def check_alike(self, arguments: Mapping[str, object]) -> None:
+        """Compare what the trainer was built with on all ranks.
+
+        Raises
+        ------
+        ConfigError
+            On every rank, if any of it differs.
+        """
+        if not self.several:
+            return
+        seen: list[Any] = [None] * self._size
+        dist.all_gather_object(seen, dict(arguments), self._group)
+        for rank, other in enumerate(seen):
+            for name, value in seen[0].items():
+                if other.get(name) != value:
+                    raise ConfigError(
+                        f"{name} is {other.get(name)!r} on rank {rank} and {value!r} on rank 0: "
+                        "build the trainer with the same settings on every rank"
+                    )
+
+    def check_even(self) -> None:
+        """Raise :class:`ProtocolError` inside ``join()``: ranks that have ended do not answer."""
+        join = getattr(self._wrapped, "_join_config", None)
+        if join is not None and join.enable:
+            raise ProtocolError(
+                "step() inside join() of DistributedDataParallel: hybridcore exchanges the loss in "
+                "each step, which a rank without data does not; give every rank equally many "
+                "batches, as DistributedSampler does, or build the trainer with enabled=False"
+            )
 
     def agree(self, loss: float, norm: float = 0.0) -> tuple[float, float]:
         """Return the mean loss, and the norm of which each rank holds a part.

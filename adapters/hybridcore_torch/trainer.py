@@ -28,13 +28,13 @@ from hybridcore import (
 )
 from hybridcore.rotation import Rotation, read_newest
 from hybridcore.types import STEPS
-from hybridcore_torch import checkpoints, files
+from hybridcore_torch import checkpoints, files, sharded
 from hybridcore_torch.batches import Batch, Batches, NeedsBatchError
 from hybridcore_torch.checks import bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
-from hybridcore_torch.ranks import reshard
+from hybridcore_torch.ranks import is_sharded, reshard
 
 FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
@@ -336,6 +336,7 @@ class HybridTrainer:
 
         Without `snapshots` it holds no snapshots, pairs and average, by far the most of it, but
         while a jump may have to be taken back: a run that goes on from there takes new ones first.
+        Where weights are sharded over ranks there never are, and a jump is taken back in it.
         """
         self._check_own_weights("state_dict()")
         if self.config.enabled:
@@ -359,8 +360,13 @@ class HybridTrainer:
 
         The file is one of safetensors, with a checksum over all of it and nothing pickled. What is
         no number, string or tensor in the states of model, optimizer and scheduler is an error.
+
+        Where the weights are sharded over ranks, `path` is a folder that all of them write into by
+        ``torch.distributed.checkpoint``, so every rank has to call this. There are no snapshots in
+        it, and it holds a jump under way as it was before; any number of ranks may load it.
         """
-        files.write(self.state_dict(snapshots=snapshots), path)
+        state = self.state_dict(snapshots=snapshots)
+        (sharded.write if is_sharded(self.model) else files.write)(state, path)
 
     def save_every(
         self,
@@ -386,6 +392,11 @@ class HybridTrainer:
         before_jumps : bool
             Save too where the next step may begin a jump.
         """
+        if is_sharded(self.model):
+            raise ConfigError(
+                f"save_every({steps}) writes files, and the weights are sharded over ranks: call "
+                "save(folder) on every rank, every so many steps"
+            )
         saver = files.Saver(self, Rotation(steps, folder, keep), snapshots, before_jumps)
         self.callbacks = (*self.callbacks, saver)
 
@@ -398,7 +409,8 @@ class HybridTrainer:
         Parameters
         ----------
         path : str or Path
-            File of :meth:`save`, or folder of :meth:`save_every`: then the newest readable one.
+            File or folder of :meth:`save`, or folder of :meth:`save_every`: then the newest
+            readable one.
         model, optimizer
             Built as for the run that was saved; their state is overwritten, and so are the global
             random states.
@@ -410,7 +422,10 @@ class HybridTrainer:
         FileNotFoundError, CheckpointError
             If there is none, or if it is damaged or does not fit; nothing has been changed then.
         """
-        state = read_newest(path, files.read)
+        if sharded.is_folder_of_shards(path):
+            state = sharded.read(path, model, optimizer)
+        else:
+            state = read_newest(path, files.read)
         try:
             config = HybridTrainerConfig.from_dict(state["config"])
         except (ConfigError, AttributeError, TypeError) as error:

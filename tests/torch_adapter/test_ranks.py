@@ -12,9 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-from hybridcore import Action, Directive, HybridTrainerConfig, Phase, ProtocolError
+from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Phase, ProtocolError
 from hybridcore_torch import HybridTrainer
 
 pytestmark = [
@@ -27,15 +32,16 @@ STEPS, HALF = 260, 130
 CONFIG = HybridTrainerConfig(warmup_steps=30, secant_pairs=0)
 ROWS = 48
 BAD = 60
+EVEN = 20
 
 
-def problem():
+def problem(width=21):
     """A smooth regression in float64, so that rounding changes no decision."""
     torch.manual_seed(0)
     x = torch.linspace(-1, 1, ROWS, dtype=torch.float64).unsqueeze(1)
     y = torch.sin(3 * x) + 0.3 * torch.cos(7 * x)
     # Widths that two and four ranks cannot share out evenly.
-    model = nn.Sequential(nn.Linear(1, 21), nn.Tanh(), nn.Linear(21, 1)).double()
+    model = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1)).double()
     return model, x, y
 
 
@@ -111,7 +117,8 @@ def whole(model):
 
 
 def full(value):
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    # What all ranks hold whole comes as the very memory that it lies in.
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
 
 
 def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
@@ -128,19 +135,31 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
             for layer in (model[0], model[2]):
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
+        elif kind == "tensor parallel":
+            # A layer that rows and columns are cut of has to be cut evenly.
+            model, _, _ = problem(EVEN)
+            layers = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(model, init_device_mesh("cpu", (world,)), layers)
         elif kind == "root":
             # Its weights stay whole after a pass forwards that none backwards follows.
             fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
         if kind == "astray":
             outcome = astray(model, x, y, rank)
+        elif kind == "refused":
+            differing(*problem(), rank)
+            outcome = uneven(model, x, y, rank)
         elif kind == "clipped":
             outcome = clipped(model, x, y, rank)
         else:
             exchanged = watched_exchanges()
             bad = BAD if rank == bad_rank else None
-            file = folder / "checkpoint" if rank == 0 or steps.start else None
+            # A file is written by one of them, and a folder by all.
+            all_write = kind == "fsdp" or steps.start > 0
+            file = folder / "checkpoint" if rank == 0 or all_write else None
             # Each rank sees rows of its own; gradients are averaged over equal numbers of rows.
             rows, parts = slice(rank, None, world), 2 if kind == "ddp" else 1
+            if kind == "tensor parallel":
+                rows = slice(None)
             outcome = train(model, x[rows], y[rows], steps, bad, file, parts)
             outcome["exchanged"] = exchanged
         torch.save(outcome, folder / f"{rank}.pt")
@@ -157,6 +176,37 @@ def astray(model, x, y, rank):
     with pytest.raises(ProtocolError, match=r"rank 1 is at directive 2 .* others at 1"):
         trainer.step(lambda: F.mse_loss(model(x), y))
     return {}
+
+
+def differing(model, x, y, rank):
+    """Settings that are not those of the first rank, which each of them is told."""
+    model = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for config, clip, text in (
+        (HybridTrainerConfig(horizon=75 + 5 * rank), None, "horizon is 80 on rank 1 and 75 on"),
+        (HybridTrainerConfig(enabled=rank == 0), None, "enabled is False on rank 1 and True on"),
+        (CONFIG, 1.0 + rank, "max_grad_norm is 2.0 on rank 1 and 1.0 on rank 0: build the"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            HybridTrainer(model, optimizer, config, max_grad_norm=clip)
+    # Nothing is left behind: with the same ones they train.
+    trainer = HybridTrainer(model, optimizer, CONFIG)
+    trainer.step(lambda: F.mse_loss(model(x), y))
+
+
+def uneven(model, x, y, rank):
+    """What DDP makes up for where ranks have different numbers of batches."""
+    model = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    closure = lambda: F.mse_loss(model(x), y)  # noqa: E731
+    trainer = HybridTrainer(model, optimizer, CONFIG)
+    with pytest.raises(ProtocolError, match="equally many batches"), model.join():
+        trainer.step(closure)
+    plain = HybridTrainer(model, optimizer, HybridTrainerConfig(enabled=False))
+    with model.join():
+        for _ in range(3 + rank):
+            plain.step(closure)
+    return {"weights": whole(model)}
 
 
 def watched_exchanges():
@@ -200,7 +250,9 @@ def alone():
     return outcome
 
 
-@pytest.mark.parametrize(("world", "kind"), [(2, "ddp"), (2, "root"), (4, "fsdp")])
+@pytest.mark.parametrize(
+    ("world", "kind"), [(2, "ddp"), (2, "root"), (4, "fsdp"), (2, "tensor parallel")]
+)
 def test_ranks_decide_as_one_process_does(alone, tmp_path, world, kind):
     first, *others = run(world, tmp_path, kind)
     for other in others:
@@ -209,6 +261,9 @@ def test_ranks_decide_as_one_process_does(alone, tmp_path, world, kind):
         for mine, theirs in zip(first["weights"], other["weights"], strict=True):
             assert torch.equal(mine, theirs)
     assert first["rolled_back"]
+    if kind == "tensor parallel":
+        model, x, y = problem(EVEN)
+        alone = train(model, x, y)
     assert first["phases"] == alone["phases"]
     assert first["predicted"] == alone["predicted"]
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
@@ -232,6 +287,24 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
             torch.testing.assert_close(ours, single, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize(("last", "phase", "world"), [(126, "FULL", 4), (146, "PREDICT", 1)])
+def test_sharded_weights_are_saved_and_loaded_by_other_ranks(tmp_path, last, phase, world):
+    before = run(2, tmp_path, "fsdp", range(last))[0]
+    assert before["phases"][-1] == phase
+    rest = range(last, STEPS)
+    if world > 1:
+        after = run(world, tmp_path, "fsdp", rest)[0]
+        assert after["losses"][0] < before["losses"][-1]
+    else:
+        # One process alone, whose weights are whole; the jump that was under way is taken back.
+        model, x, y = problem()
+        after = train(model, x, y, rest, file=tmp_path / "checkpoint")
+        jump = before["phases"].index("PREDICT")
+        assert after["losses"][0] == pytest.approx(before["losses"][jump - 1], rel=0.05)
+    assert after["predicted"] > before["predicted"]
+    assert after["losses"][-1] < after["losses"][0]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "root"])
 def test_a_bad_batch_on_one_rank_costs_that_batch_on_all(tmp_path, kind):
     outcomes = run(2, tmp_path, kind, bad_rank=1)
@@ -251,3 +324,8 @@ def test_what_is_clipped_with_has_to_be_finite_on_every_rank(tmp_path):
 
 def test_a_rank_that_is_elsewhere_is_named(tmp_path):
     run(2, tmp_path, "astray")
+
+
+def test_settings_that_differ_and_uneven_inputs_are_refused_on_every_rank(tmp_path):
+    one, other = run(2, tmp_path, "refused")
+    assert all(map(torch.equal, one["weights"], other["weights"]))
