@@ -30,8 +30,25 @@ def gradient_norm(parameters: Iterable[torch.Tensor], ranks: Ranks | None = None
         norm = _added([n.item() for n in torch._foreach_norm(here)], shares)
     if 0.0 < norm < math.inf:
         return norm
-    precise = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in here]
-    return _added(torch.stack([n.to(precise[0].device) for n in precise]).tolist(), shares)
+    return _added(_precise(here).tolist(), shares)
+
+
+def loss_and_norm(
+    loss: torch.Tensor, parameters: Iterable[torch.Tensor], ranks: Ranks | None = None
+) -> tuple[float, float]:
+    """Value of `loss` and :func:`gradient_norm`, in one transfer from the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return loss.item(), 0.0
+    shares = [ranks.share(g) for g in gradients] if ranks is not None and ranks.several else None
+    norms = _precise([local(g) for g in gradients])
+    value, *rest = torch.cat((local(loss).double().view(1).to(norms.device), norms)).tolist()
+    return value, _added(rest, shares)
+
+
+def _precise(gradients: list[torch.Tensor]) -> torch.Tensor:
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return torch.stack([n.to(norms[0].device) for n in norms])
 
 
 def _added(norms: list[float], shares: list[float] | None) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closure, Closures, parts, training_loss
-from hybridcore_torch.gradients import gradient_norm
+from hybridcore_torch.gradients import gradient_norm, loss_and_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks
 
@@ -31,6 +31,12 @@ class Stepper:
         As for :class:`hybridcore_torch.HybridTrainer`.
     ranks : Ranks
         Makes one loss and one norm of those of all ranks.
+
+    Attributes
+    ----------
+    late : bool
+        Whether nothing is fetched from the device before the backward pass, and then once: the
+        model is not on the CPU.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Stepper:
     def refresh(self) -> None:
         """Look at the model and the optimizer again, after parameters were added or removed."""
         self.modules = list(self._model.modules())
+        self.late = not all(p.is_cpu for p in self._model.parameters())
 
     @property
     def learning_rate(self) -> float:
@@ -104,11 +111,12 @@ class Stepper:
         rate, norm, overflow = self.learning_rate, NAN, False
         self._watching = 0.0
         try:
-            loss = self._gradients(closure, guarded=True)
-            value = loss.item()
-            gone_through = math.isfinite(value) or self._ranks.several
+            loss = self._gradients(closure, guarded=not self.late)
+            # Elsewhere than on the CPU loss and norm come over together, after the backward pass.
+            value = NAN if self.late else loss.item()
+            gone_through = self.late or math.isfinite(value) or self._ranks.several
             if gone_through:
-                value, norm = self._watched_norm(value, keep, wait=not loss.is_cpu, clip=update)
+                value, norm = self._watched_norm(loss, value, keep, clip=update)
         except BaseException:
             buffers.put_back(kept)
             raise
@@ -204,7 +212,7 @@ class Stepper:
         return (p for group in self._optimizer.param_groups for p in group["params"])
 
     def _watched_norm(
-        self, value: float, keep: Keep | None, *, wait: bool, clip: bool
+        self, loss: torch.Tensor, value: float, keep: Keep | None, *, clip: bool
     ) -> tuple[float, float]:
         """Clip the gradients; return the loss of all ranks and the norm before.
 
@@ -213,21 +221,24 @@ class Stepper:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         most = self._max_grad_norm if clip else None
-        if most is not None and keep is None and not self._ranks.several:
+        if most is not None and keep is None and not self._ranks.several and not self.late:
             return value, self._clip(most)
         start = perf_counter()
-        value, norm = self._ranks.agree(
-            value, gradient_norm(self._clipped_or_used(most), self._ranks)
-        )
+        watched = self._clipped_or_used(most)
+        if self.late:
+            value, norm = loss_and_norm(loss, watched, self._ranks)
+        else:
+            norm = gradient_norm(watched, self._ranks)
+        value, norm = self._ranks.agree(value, norm)
         if not math.isfinite(value):
             norm = NAN
         if keep is not None and math.isfinite(norm):
             keep()
         # On other devices the norm waits for the backward pass, which is not watching.
-        if not wait:
+        if not self.late:
             self._watching = perf_counter() - start
         if most is not None and math.isfinite(norm):
-            self._clip(most)
+            nn.utils.clip_grad_norm_(self._clipped(), most)
         return value, norm
 
     def _update(self) -> None:
