@@ -1,7 +1,7 @@
 """``hybridcore compare``: the same runs by hand, and verdicts that say what the figures say."""
 
-import re
 import math
+import re
 import runpy
 from pathlib import Path
 
