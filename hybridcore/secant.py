@@ -43,6 +43,8 @@ FIRST_LOOK = 3
 PROOF = 97
 # Evaluations in a row without a lower loss, after which that is asked too.
 SUSPICIOUS = 2
+# Rise of the loss at which a trial of the optimizer is over before its time.
+SPIKE = 10.0
 # Steps of the optimizer from which its speed is told: the medians of their first and last thirds
 # are not moved by spikes.
 WINDOW = 60
@@ -263,7 +265,8 @@ class SecantDescent:
             self.loss = NAN
             return observation, True
         self._steps += 1
-        if self._steps == self.pairs:
+        spiked = self.holds_recovery and observation.loss > SPIKE * self._saved
+        if spiked or self._steps == self.pairs:
             self.stage = Stage.DESCEND
         return observation, False
 

@@ -135,7 +135,7 @@ class Hands:
             self.snapshots.save()
             self.recovery = port.keep()
         elif action is Action.ROLLBACK:
-            self._before_trial = None
+            self._take_back()
             self._roll_back()
         return Observation()
 

@@ -374,3 +374,31 @@ def test_a_state_that_does_not_fit_leaves_a_descent_as_it_is():
         trainer.load_state_dict(state)
     trainer.step(closure)
     assert trainer.engine.controller.secant.active
+
+
+def test_a_trial_that_makes_the_loss_leap_up_is_over_at_once():
+    torch.manual_seed(1)
+    x = torch.linspace(-1, 1, 200).unsqueeze(1)
+    y = torch.sin(9 * x) * torch.cos(23 * x)
+    first, second, last = nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)
+    model = nn.ModuleList([first, second, last])
+
+    def closure():
+        return F.mse_loss(last(torch.sin(15 * second(torch.sin(15 * first(x))))), y)
+
+    # A rate at which Adam starts with a leap where the loss is small already.
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-2))
+    trials: list[list[float]] = []
+    for _ in range(600):
+        before = trainer.engine.controller.secant.loss
+        result = trainer.step(closure)
+        if any(event["event"] == "optimizer on trial" for event in result.events):
+            trials.append([])
+            saved = before
+        if trials and trainer.engine.may_roll_back and trainer.engine.phase is Phase.FULL:
+            trials[-1].append(result.loss / saved)
+    assert len(trials) > 1
+    for trial in trials:
+        assert sum(ratio > 10.0 for ratio in trial) <= 1
+    assert max(map(max, trials)) > 10.0
+    assert min(map(len, trials)) < 12
