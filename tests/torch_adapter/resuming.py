@@ -31,8 +31,9 @@ def build(kind, seed=0, path=None):
         arguments = {"scheduler": schedule, "max_grad_norm": 0.5}
 
     def closure():
-        # A little noise from torch's own generator: too little to put jumps off.
-        return F.cross_entropy(model(x + 1e-4 * torch.randn(64)), y)
+        # A little noise from torch's own generator: too little to put jumps off, and enough to have
+        # no quasi-Newton steps.
+        return F.cross_entropy(model(x + 3e-3 * torch.randn(64)), y)
 
     if path is not None:
         return HybridTrainer.load(path, model, optimizer, **arguments), closure
