@@ -67,8 +67,7 @@ class HybridTrainerConfig:
     secant_pairs : int
         Most pairs of displacement and change of gradient, 0 to 50, two copies of the trainable
         parameters each, by which quasi-Newton steps are taken while every batch is the same; with
-        fewer than 3 there are none. The PyTorch adapter keeps fewer where the weights are many; the
-        Keras adapter does not take such steps yet.
+        fewer than 3 there are none. The adapters keep fewer where the weights are many.
     averaging : bool
         Keep a running average of the weights, one more copy, for the trainer's ``averaged()``.
     memory : str

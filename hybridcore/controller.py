@@ -197,7 +197,7 @@ class Controller:
         self.forget_path()
         self.pace.snapshots = self.pace.snapshots if snapshots is None else snapshots
         self.secant.pairs = pairs
-        self.flight, self.leap = None, 0
+        self.flight, self.leap, self.forecast_loss = None, 0, NAN
         self.secant.rest(self.taken)
         self.pace.wait = self.config.min_full_steps
         if self.phase is not Phase.WARMUP:

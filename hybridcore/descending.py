@@ -71,7 +71,8 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         surplus = math.inf
     elif stuck or surplus <= 0.0:
         controller.note("optimizer on trial")
-        yield secant.compare()
+        yield Directive(Action.SAVE)
+        secant.compare()
         return
     if surplus >= controller.config.snapshot_interval:
         controller.leap = round(min(surplus, controller.config.horizon))

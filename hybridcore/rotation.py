@@ -57,14 +57,18 @@ class Rotation:
             for old in checkpoints_in(self._folder)[self._keep :]:
                 old.unlink(missing_ok=True)
         # Frameworks call memory that has run out a RuntimeError.
-        except (OSError, MemoryError, RuntimeError) as error:
+        except (OSError, MemoryError, RuntimeError, CheckpointError) as error:
             logger.error("no checkpoint of step %d, training goes on: %s", step, error)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Return the checkpoints in `folder` that a :class:`Rotation` wrote, newest first."""
-    found = [(m, path) for path in Path(folder).iterdir() if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+    """Return the checkpoints in `folder` that a :class:`Rotation` wrote, newest first.
+
+    By when they were written: a run that went back, or another one in the same folder, may have
+    higher numbers.
+    """
+    found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def read_newest(path: str | Path, read: Callable[[Path], Content]) -> Content:

@@ -204,12 +204,11 @@ class SecantDescent:
         self._began, self._steps = math.log(self.loss), 0
         return surplus
 
-    def compare(self) -> Directive:
-        """Let the optimizer show whether it is faster by now; return what makes that undoable."""
+    def compare(self) -> None:
+        """Let the optimizer show whether it is faster by now; what undoes that has been kept."""
         self._saved, self._marked = self.loss, NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
-        return Directive(Action.SAVE)
 
     def _same(self, loss: float, before: float) -> bool:
         """Whether two losses at the same weights are of the same batch."""

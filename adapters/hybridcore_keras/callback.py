@@ -89,6 +89,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._fitting = False
         self._loaded: dict[str, Any] | None = None
         self._trained: tuple[Any, Any] | None = None
+        self._left: list[float] | None = None
         self._logs: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
@@ -227,6 +228,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             hands.abandon()
             hands.port.abandon()
             if not ends_the_data(error):
+                # Within a step the copies and what the engine knows of them may not agree.
+                hands.restart()
+                engine.regroup(hands.pairs, hands.room)
                 self._give_back()
             raise
         if predicted or math.isfinite(engine.forecast_loss):
@@ -257,20 +261,22 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._hands = Hands(port, self.config, self.probe, self.layer_groups)
         if self._trained is not None or self._hands.pairs != self.engine.pairs:
             self.engine = Engine(self.config, self._hands.pairs)
-        self._trained = (model, model.optimizer)
+        self._trained, self._left = (model, model.optimizer), None
 
     def _check_structure(self) -> None:
-        """Start over with snapshots if layers were frozen or thawed since the last ``fit``."""
+        """Start over with snapshots if layers or weights changed since the last ``fit``."""
         present, kept = [id(v) for v in self.hands.port.variables], self.hands.identities
-        if kept is not None and present != kept:
+        frozen = kept is not None and present != kept
+        if frozen or (self._left is not None and self._left != self.hands.fingerprint()):
             self.hands.restart()
-            self.engine.regroup(self.hands.pairs)
+            self.engine.regroup(self.hands.pairs, self.hands.room)
 
     def _give_back(self) -> None:
         self._fitting = False
         if self._trained is not None:
             self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
             self.hands.port.remove()
+            self._left = self.hands.fingerprint()
 
     def _epoch_logs(self, logs: Any) -> Any:
         """Stand in for the model's method, which knows nothing of predicted steps."""

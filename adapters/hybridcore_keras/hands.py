@@ -94,6 +94,14 @@ class Hands:
         self._on_trial = self.torn = False
         self.pairs = affordable(self.port.model, self.wanted)
 
+    def fingerprint(self) -> list[float] | None:
+        """Return sums that tell whether the weights are others, None where there are no copies."""
+        if self.identities is None:
+            return None
+        values = [ops.cast(variable.value, "float32") for variable in self.port.variables]
+        sums = [ops.sum(part) for value in values for part in (value, value * value)]
+        return [float(ops.convert_to_numpy(value)) for value in sums]
+
     @property
     def identities(self) -> list[int] | None:
         """Which variables there are copies of, None while there are no copies."""
@@ -216,7 +224,12 @@ class Hands:
             port.skip(1)
             return observation
         if directive.pair:
+            on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))
+            if self.torn and on_trial:
+                # The weights are those from before the trial, and the gradients of others.
+                port.count()
+                return observation
             port.apply(scale)
         return observation._replace(gram=self._spare(lambda: self._copy(directive)))
 

@@ -115,4 +115,5 @@ def apply_loaded(callback: HybridCallback) -> None:
     if state["recovery"] is not None:
         hands.recovery = [ops.convert_to_tensor(value) for value in state["recovery"]]
     hands.port.skipped = int(state["skipped"])
-    callback._loaded = None
+    # The weights are those that belong to this state.
+    callback._loaded = callback._left = None

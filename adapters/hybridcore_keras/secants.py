@@ -18,6 +18,8 @@ _FLOOR = 0.01
 _TINY = 1e-37
 # Bytes that all pairs together may take.
 _MOST_BYTES = 2**31
+# What a step at a rate of zero leaves as it was but for running averages of gradients.
+_KNOWN = {"SGD", "Adam", "Adamax", "Nadam", "RMSprop", "Adagrad", "Adadelta", "Lion"}
 # Vectors beside the pairs: base, its gradient, the metric.
 _BESIDE = 3
 
@@ -25,13 +27,14 @@ _BESIDE = 3
 def affordable(model: Any, wanted: int) -> int:
     """How many of the pairs `wanted` there can be; 0 without quasi-Newton steps.
 
-    There are none where the loss of a step is not the whole of what the optimizer lowers, where a
-    step is more than one batch, on several replicas, and where weights are not float32.
+    There are none where the loss of a step is not the whole of what the optimizer lowers, with an
+    optimizer that is not known to take a step at a rate of zero well, where a step is more than one
+    batch, on several replicas, and where weights are not float32.
     """
     optimizer, variables = model.optimizer, model.trainable_variables
     strategy = getattr(model, "distribute_strategy", None)
     more = (
-        hasattr(optimizer, "inner_optimizer")
+        type(optimizer).__name__ not in _KNOWN
         or optimizer.loss_scale_factor is not None
         or optimizer.weight_decay
         or optimizer.use_ema

@@ -265,8 +265,12 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         )
 
 
-def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(getattr(value, "shape", ())) for name, value in tensors.items()}
+def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of each tensor, and None for what is none."""
+    return {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        for name, value in values.items()
+    }
 
 
 def _from_2(state: dict[str, Any]) -> dict[str, Any]:

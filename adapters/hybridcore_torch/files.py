@@ -41,14 +41,20 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         pickled = file.read(len(_ZIP)) == _ZIP
-    if pickled:
-        return migrated(_unpickled(path))
-    state = migrated(checkpoint.read(path, "pt"))
-    versions = state.pop("model_versions", None)
-    if versions is not None:
-        state["model"] = OrderedDict(state["model"])
-        state["model"]._metadata = versions
-    return state
+    saved = _unpickled(path) if pickled else checkpoint.read(path, "pt")
+    try:
+        state = migrated(saved)
+        versions = state.pop("model_versions", None)
+        if versions is not None:
+            state["model"] = OrderedDict(state["model"])
+            state["model"]._metadata = versions
+        return state
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: use an earlier one ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _unpickled(path: str | Path) -> object:

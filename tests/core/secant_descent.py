@@ -121,7 +121,7 @@ class PairedDescent(Descent):
             self.on_trial = bool(directive.coefficients.any())
         elif action is Action.MARK:
             self.saved = self.marked = self.x
-        elif action is Action.SAVE and self.stage is not Stage.GATHER:
+        elif action is Action.SAVE and self.stage is not Stage.DESCEND:
             # A jump starts from the newest snapshot.
             assert np.array_equal(self.bank[-1], self.x)
         elif action is Action.SKIP:

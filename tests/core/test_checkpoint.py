@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as stnp
 
 from hybridcore import CheckpointError, checkpoint
 from hybridcore.randomness import check_random_states, random_states, restore_random_states
-from hybridcore.rotation import checkpoints_in, read_newest
+from hybridcore.rotation import Rotation, checkpoints_in, read_newest
 
 FLOATS = [0.1, -0.0, math.pi * 1e-300, 5e-324, 1.7976931348623157e308, math.inf, -math.inf]
 STATE = {
@@ -303,3 +304,22 @@ def test_random_states_come_back(tmp_path):
     assert draw() == expected
     with pytest.raises(ValueError, match="state"):
         check_random_states({**state, "python": [3, state["python"][1][:9], None]})
+
+
+def test_what_was_just_written_is_the_newest_whatever_others_are_called(tmp_path):
+    def write(path):
+        path.write_text(path.name)
+        # Filesystems may tell less than two writes apart.
+        now = len(written)
+        os.utime(path, (now, now))
+        written.append(path.name)
+
+    written = []
+    for step in (800, 900, 1000):
+        Rotation(100, tmp_path, 3).save(step, write)
+    # A run that went back, or another one that was begun in the same folder.
+    rotation = Rotation(100, tmp_path, 3)
+    for step in (100, 200):
+        rotation.save(step, write)
+        assert read_newest(tmp_path, Path.read_text) == f"step-{step:09d}.safetensors"
+    assert [path.name for path in checkpoints_in(tmp_path)] == written[:-4:-1]

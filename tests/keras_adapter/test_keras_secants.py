@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_problems import CURVED, Watch, digits, perceptron, regression, train
+from keras_problems import BRISK, CURVED, Watch, digits, perceptron, regression, train
 from keras_problems import weights as weights_of
 
 from hybridcore import HybridTrainerConfig, Phase
@@ -136,6 +136,7 @@ def test_a_trial_in_vain_leaves_no_trace():
         keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),
         keras.optimizers.Adam(1e-2, loss_scale_factor=8.0),
         keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2)),
+        keras.optimizers.Ftrl(1e-2),
     ],
     ids=lambda optimizer: type(optimizer).__name__,
 )
@@ -176,3 +177,43 @@ def test_where_memory_runs_out_they_are_given_up_first(monkeypatch, caplog):
     train(model, 60, again)
     assert again.statistics().secant_steps == 0
     assert again.hands.pairs == 0
+
+
+@pytest.mark.parametrize("config", [CURVED, BRISK], ids=["curved", "brisk"])
+def test_weights_that_the_user_loads_between_two_fits_are_kept(config):
+    model, hybrid = regression(), HybridCallback(config)
+    train(model, 65, hybrid)
+    assert hybrid.hands.identities is not None
+    rng = np.random.default_rng(0)
+    loaded = [rng.normal(size=w.shape).astype("float32") for w in weights_of(model)]
+    model.set_weights(loaded)
+    train(model, 1, hybrid)
+    # One step of Adam from there, and not from where the copies were.
+    for now, before in zip(weights_of(model), loaded, strict=True):
+        assert 0.0 < np.abs(now - before).max() < 0.05
+    train(model, 60, hybrid)
+    assert hybrid.statistics().steps == 126
+    assert model.evaluate(*digits(), verbose=0) < 2.0
+
+
+def test_an_interrupted_fit_goes_on_from_new_copies(monkeypatch):
+    model, hybrid = regression(), HybridCallback(CURVED)
+    plain, calls = SecantBank.products, 0
+
+    def interrupted(bank):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return plain(bank)
+
+    monkeypatch.setattr(SecantBank, "products", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, 100, hybrid)
+    assert hybrid.hands.identities is None
+    kept = weights_of(model)
+    assert all(np.isfinite(w).all() for w in kept)
+    hybrid.load_state_dict(hybrid.state_dict())
+    train(model, 200, hybrid)
+    assert hybrid.statistics().predicted_steps > 0
+    assert model.evaluate(*digits(), verbose=0) < 0.3

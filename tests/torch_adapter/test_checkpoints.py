@@ -430,3 +430,18 @@ def test_without_snapshots_it_is_small(tmp_path):
     trainer, _ = trained(200, HybridTrainerConfig())
     trainer.save(tmp_path / "run", snapshots=False)
     assert (tmp_path / "run").stat().st_size < 2e6
+
+
+@pytest.mark.parametrize("bad", ["other", None, -1, np.zeros(16, np.float32)])
+def test_a_buffer_that_is_no_tensor_is_refused_before_anything_is_loaded(bad):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), BRISK)
+    state = copy.deepcopy(trainer.state_dict())
+    state["model"]["0.weight"] += 1.0
+    name = "1.running_mean" if isinstance(bad, np.ndarray) else "1.num_batches_tracked"
+    state["model"][name] = bad
+    before = weights(model)
+    with pytest.raises(CheckpointError, match=name):
+        trainer.load_state_dict(state)
+    assert all(map(torch.equal, before, weights(model)))
