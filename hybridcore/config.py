@@ -80,7 +80,7 @@ class HybridTrainerConfig:
         How snapshots are kept: in the parameters' own precision; as displacements from an exact one
         in bfloat16, or in 8 bits with a scale for each 256 values; or exactly in the host's memory,
         where a GPU trains. "auto" is the first of exact, int8 and, on a GPU, host that fits into
-        `memory`. The Keras adapter keeps exact ones.
+        `memory`. The Keras adapter keeps exact ones and refuses others.
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
         :class:`hybridcore.errors.DivergenceError` once the batch has been left out.

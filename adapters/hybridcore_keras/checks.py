@@ -16,6 +16,11 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
             f"config must be a HybridTrainerConfig, got {type(config).__name__}: for a dictionary "
             "use HybridTrainerConfig.from_dict"
         )
+    if config is not None and config.snapshot_kind not in ("auto", "exact"):
+        raise ConfigError(
+            f"snapshot_kind is {config.snapshot_kind!r}, and snapshots are exact in Keras: leave "
+            "it at 'auto', or take fewer snapshots"
+        )
     if probe is not None and not (isinstance(probe, tuple) and 1 <= len(probe) <= 3):
         raise ConfigError(
             f"probe must be a held-out batch (x,), (x, y) or (x, y, sample_weight), got "
