@@ -26,8 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridcore import HybridTrainerConfig
+from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore_torch import HybridTrainer
-from hybridcore_torch.memory import Size, plan, recovery_bytes, snapshots_bytes
 
 ROOT = Path(__file__).resolve().parent
 RESULTS, PAGE = ROOT / "results" / "scale.json", ROOT.parent / "examples" / "at_scale.md"

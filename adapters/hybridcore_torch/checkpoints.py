@@ -67,7 +67,7 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
         "config": trainer.config.to_dict(),
         "engine": to_tensors(trainer.engine.state_dict()),
         "snapshots": snapshots,
-        "room": hands.room_beside(),
+        "room": hands.room.state_dict() | {"peaks": dict(hands.peaks)},
         "bank": None if bank is None else bank.state_dict(),
         "secants": None if secants is None else secants.state_dict(),
         "average": None if average is None else [v.clone() for v in average.values],
@@ -100,12 +100,12 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         _check_fits(trainer, state)
         engine = from_tensors(state["engine"])
         # A new one: what an engine does not take must not be half in the one that is there.
-        wanted, averages = int(state["room"]["pairs"]), bool(state["room"]["average"])
-        pairs = hands.pairs_of(wanted)
+        pairs = hands.pairs_of(int(state["room"]["pairs"]))
         new_engine = Engine(trainer.config, pairs)
         new_engine.load_state_dict(engine)
         whole = bool(state["snapshots"])
-        copies = hands.copies_from(state, new_engine.snapshots, pairs)
+        room = hands.room.restored(state["room"], new_engine.snapshots)
+        copies = hands.copies_from(state, room.snapshots, pairs)
         since = int(state["steps_since_recovery"])
         saved_peaks = state["room"].get("peaks", {})
         peaks = {name: int(saved_peaks.get(name, 0)) for name in hands.peaks}
@@ -120,7 +120,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
         ) from error
     trainer.engine = new_engine
-    hands.take_over(*copies, since, new_engine.snapshots, wanted, averages)
+    hands.take_over(*copies, since, room)
     hands.peaks |= peaks
     if not whole:
         trainer._start_over(trainer._parameters)

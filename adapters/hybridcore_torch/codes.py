@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-# Values that share a scale: 4 bytes for so many, which leaves a row at 0.254 of float32.
-BLOCK = 256
+from hybridcore.memory import SCALED
+
+BLOCK = SCALED
 _STEPS = 127
 
 

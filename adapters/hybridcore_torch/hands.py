@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Observation
+from hybridcore.memory import Kind, Room
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.groups import Group, by_depth, by_user
-from hybridcore_torch.memory import FEWEST, Kind, is_out_of_memory, plan, size_of
+from hybridcore_torch.memory import is_out_of_memory, size_of
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
@@ -55,13 +56,10 @@ class Hands:
         What the last ``SAVE`` kept, for as long as it may be asked for.
     pairs : int
         Secant pairs that there is room for.
-    plan : Plan
-        Copies of the weights that the settings leave room for.
     peaks : dict of str to int
         Most bytes that each kind of copies has taken so far.
-    room : int
-        Snapshots that there is room for, 0 or at least 4; fewer than planned once memory has run
-        out.
+    room : Room
+        Copies of the weights that there is room for.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out or the step was interrupted.
@@ -81,12 +79,11 @@ class Hands:
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._scheduler, self._scaler, self._probe = scheduler, scaler, probe
-        self._config = config
         self._prober = Prober(model)
         self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault.
-        self._wanted = config.secant_pairs if scaler is None else 0
+        self.room = Room(config, config.secant_pairs if scaler is None else 0)
         self._ranks.check_alike(
             config.to_dict()
             | {
@@ -100,15 +97,12 @@ class Hands:
             }
         )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
-        self.room, self._averages = config.snapshots, True
         self.restart(parameters, groups)
 
     def restart(self, parameters: Group, groups: list[Group] | None) -> None:
         """Drop all copies of the weights: the parameters are others now."""
         self._parameters, self._groups = parameters, groups
-        self.plan = plan(self._config, size_of(parameters, self._optimizer, self._ranks))
-        # What was given up once memory had run out stays so.
-        self.room = min(self.room, self.plan.snapshots)
+        self.room.measure(size_of(parameters, self._optimizer, self._ranks))
         self.bank: SnapshotBank | None = None
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
@@ -117,7 +111,7 @@ class Hands:
         self._on_trial = self._elsewhere = self._moving = self._taking = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
-        self.pairs = self.pairs_of(self._wanted)
+        self.pairs = self.pairs_of(self.room.pairs)
         self.stepper.refresh()
 
     def make_room(self, error: BaseException) -> bool:
@@ -132,23 +126,14 @@ class Hands:
             False if memory has not run out, or if there is nothing here that could be done without,
             or in a group of processes, the others of which would go on with what they have.
         """
-        spare = (self._wanted or self.room or self._averages) and not self._ranks.several
-        if not spare or not is_out_of_memory(error):
+        if self.room.is_bare or self._ranks.several or not is_out_of_memory(error):
             return False
         self.abandon()
         if self.recovery is not None:
             self._roll_back()
-        if self.pairs:
-            self._wanted, text = 0, "no secant pairs"
-        elif self.room > FEWEST:
-            self.room -= 1
-            text = f"{self.room} snapshots"
-        elif self.room:
-            self.room, text = 0, "no snapshots and no jumps"
-        else:
-            self._wanted, self._averages, text = 0, False, "no average"
+        left = self.room.give_up(self.pairs)
         # As text: a handler that keeps the error would keep the copies in its frames.
-        logger.warning("memory has run out, so from now on there are %s: %s", text, str(error))
+        logger.warning("memory has run out, so from now on there are %s: %s", left, str(error))
         self.bank = self.secants = self.average = None
         self.torn = True
         return True
@@ -278,7 +263,8 @@ class Hands:
     def snapshots(self) -> SnapshotBank:
         """The bank of snapshots."""
         if self.bank is None:
-            self.bank = SnapshotBank(self._layers(), self.room, self._ranks, self.plan.kind)
+            room = self.room
+            self.bank = SnapshotBank(self._layers(), room.snapshots, self._ranks, room.plan.kind)
         return self.bank
 
     def _measure(self) -> None:
@@ -292,28 +278,24 @@ class Hands:
             return by_depth(self._parameters)
         return by_user(self._groups, self._parameters)
 
-    def room_beside(self) -> dict[str, Any]:
-        """Return what is kept besides snapshots, 0 or False once it was given up, and the peaks."""
-        return {"pairs": self._wanted, "average": self._averages, "peaks": dict(self.peaks)}
-
     def pairs_of(self, wanted: int) -> int:
         """Secant pairs that there is room for, where so many are `wanted`."""
-        return affordable(self._optimizer, self._parameters, wanted, self.plan.pairs)
+        return affordable(self._optimizer, self._parameters, wanted, self.room.plan.pairs)
 
     def copies_from(
-        self, state: dict[str, Any], room: int, pairs: int
+        self, state: dict[str, Any], snapshots: int, pairs: int
     ) -> tuple[SnapshotBank | None, SecantBank | None, WeightAverage | None, RecoveryPoint | None]:
         """Build the copies of the weights that a saved state holds, and leave those here alone.
 
         Raises
         ------
         CheckpointError
-            If they are of other layer groups or parameters, or do not take so much `room`.
+            If they are of other layer groups or parameters, or not of so many `pairs`.
         """
         bank = secants = average = recovery = None
         if state["bank"] is not None:
             kind: Kind = state["bank"].get("kind", "exact")
-            bank = SnapshotBank(self._layers(), room, self._ranks, kind)
+            bank = SnapshotBank(self._layers(), snapshots, self._ranks, kind)
             if not bank.takes(state["bank"]):
                 raise CheckpointError(
                     "state was saved with other layer groups: pass the same layer_groups to the "
@@ -341,13 +323,10 @@ class Hands:
         average: WeightAverage | None,
         recovery: RecoveryPoint | None,
         steps_since_recovery: int,
-        room: int,
-        wanted: int,
-        averages: bool,
+        room: Room,
     ) -> None:
         """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
-        self.room, self._wanted, self._averages = room, wanted, averages
-        self.pairs = self.pairs_of(wanted)
+        self.room, self.pairs = room, self.pairs_of(room.pairs)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
         self.steps_since_recovery = steps_since_recovery
         self._on_trial, self._versions = False, None
@@ -421,7 +400,7 @@ class Hands:
         self._measure()
 
     def _add_to_average(self, weight: float) -> None:
-        if weight and self._averages and self.plan.average:
+        if weight and self.room.average:
             (self.average or self.new_average()).add(weight)
             self._measure()
 

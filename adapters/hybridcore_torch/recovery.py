@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridcore_torch.memory import CODED, Kind
+from hybridcore.memory import CODED, Kind
 from hybridcore_torch.ranks import local
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybridcore.memory import CODED, Kind
 from hybridcore_torch.buckets import ExactBucket, Groups
 from hybridcore_torch.coded import CodedBucket
-from hybridcore_torch.memory import CODED, Kind
 from hybridcore_torch.ranks import Ranks
 
 

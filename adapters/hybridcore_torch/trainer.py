@@ -121,8 +121,8 @@ class HybridTrainer:
             groups,
         )
         self.engine = Engine(self.config, self._hands.pairs)
-        if self._hands.room != self.config.snapshots:
-            self.engine.regroup(self._hands.pairs, self._hands.room)
+        if self._hands.room.snapshots != self.config.snapshots:
+            self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
             self.engine.take_events()
         for callback in self.callbacks:
             begin = getattr(callback, "begin", None)
@@ -206,7 +206,7 @@ class HybridTrainer:
                 "averaged() needs the setting averaging=True, got False: build the trainer with "
                 "it, which costs one copy of the weights"
             )
-        if not self._hands.plan.average:
+        if not self._hands.room.plan.average:
             raise ConfigError(
                 "averaged() needs room for one copy of the weights, and the setting "
                 f"memory={self.config.memory!r} leaves none: build the trainer with more"
@@ -322,7 +322,7 @@ class HybridTrainer:
 
     def _start_over(self, parameters: list[nn.Parameter]) -> None:
         self._hands.restart(parameters, self._layer_groups)
-        self.engine.regroup(self._hands.pairs, self._hands.room)
+        self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
 
     # -- state ------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.cli.common import UserError
+from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore.secant import LEAST_PAIRS
-from hybridcore_torch.memory import Size, plan, recovery_bytes, size_of, snapshots_bytes
+from hybridcore_torch.memory import size_of
 from hybridcore_torch.secants import affordable
 
 # Where momentum is off unless asked for.

@@ -13,8 +13,8 @@ from problems import BRISK, noisy, regression, weights
 from torch import nn
 
 from hybridcore import ConfigError, HybridTrainerConfig, Phase
+from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore_torch import HybridTrainer, codes
-from hybridcore_torch.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
 
