@@ -11,7 +11,7 @@ from keras import ops
 from numpy.typing import NDArray
 
 from hybridcore_keras.ports import Port
-from hybridcore_keras.snapshots import wide
+from hybridcore_keras.snapshots import bytes_of, wide
 
 
 class WeightAverage:
@@ -29,6 +29,11 @@ class WeightAverage:
         self._towards = port.reader(_towards)
         self._values: list[Any] = []
         self.shown = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return bytes_of(self._values)
 
     @property
     def identities(self) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,7 +101,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
-        return self.engine.statistics()
+        peaks = {} if self._hands is None else dict(self._hands.peaks)
+        return dataclasses.replace(self.engine.statistics(), memory=peaks)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Put the running average of the weights into the model, for as long as the block lasts.
@@ -111,7 +113,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Raises
         ------
         ConfigError
-            With ``averaging=False``.
+            With ``averaging=False``, or where `memory` leaves no room for it.
         ProtocolError
             While ``fit`` runs, or inside another such block.
         """
@@ -122,6 +124,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
         if self._fitting:
             raise ProtocolError("averaged() while fit runs: call it after fit has returned")
+        if self._hands is not None and not self._hands.room.plan.average:
+            raise ConfigError(
+                "averaged() needs room for one copy of the weights, and the setting "
+                f"memory={self.config.memory!r} leaves none: build the callback with more"
+            )
         average = None if self._hands is None else self._hands.average
         if average is None:
             return contextlib.nullcontext()
@@ -220,9 +227,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     engine.observe(observation)
                 if hands.torn:
                     engine.abandon()
-                    engine.regroup(hands.pairs, hands.room)
+                    engine.regroup(hands.pairs, hands.room.snapshots)
                     hands.torn = False
-            hands.let_go(recovery=engine.may_roll_back, pairs=engine.holds_pairs)
+            hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
         except BaseException as error:
             engine.abandon()
             hands.abandon()
@@ -230,7 +237,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if not ends_the_data(error):
                 # Within a step the copies and what the engine knows of them may not agree.
                 hands.restart()
-                engine.regroup(hands.pairs, hands.room)
+                engine.regroup(hands.pairs, hands.room.snapshots)
                 self._give_back()
             raise
         if predicted or math.isfinite(engine.forecast_loss):
@@ -259,8 +266,12 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Begin a run with a model or an optimizer that is new here."""
         port = port_of(model)
         self._hands = Hands(port, self.config, self.probe, self.layer_groups)
-        if self._trained is not None or self._hands.pairs != self.engine.pairs:
-            self.engine = Engine(self.config, self._hands.pairs)
+        pairs, snapshots = self._hands.pairs, self._hands.room.snapshots
+        if self._trained is not None or pairs != self.engine.pairs:
+            self.engine = Engine(self.config, pairs)
+        if snapshots != self.engine.snapshots:
+            self.engine.regroup(pairs, snapshots)
+            self.engine.take_events()
         self._trained, self._left = (model, model.optimizer), None
 
     def _check_structure(self) -> None:
@@ -269,7 +280,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         frozen = kept is not None and present != kept
         if frozen or (self._left is not None and self._left != self.hands.fingerprint()):
             self.hands.restart()
-            self.engine.regroup(self.hands.pairs, self.hands.room)
+            self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
 
     def _give_back(self) -> None:
         self._fitting = False

@@ -16,10 +16,10 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
             f"config must be a HybridTrainerConfig, got {type(config).__name__}: for a dictionary "
             "use HybridTrainerConfig.from_dict"
         )
-    if config is not None and config.snapshot_kind not in ("auto", "exact"):
+    if config is not None and config.snapshot_kind == "host":
         raise ConfigError(
-            f"snapshot_kind is {config.snapshot_kind!r}, and snapshots are exact in Keras: leave "
-            "it at 'auto', or take fewer snapshots"
+            "snapshot_kind is 'host', and Keras has no way to copy beside a step: leave it at "
+            "'auto', or take 'int8'"
         )
     if probe is not None and not (isinstance(probe, tuple) and 1 <= len(probe) <= 3):
         raise ConfigError(

@@ -12,18 +12,17 @@ import keras
 from keras import ops
 
 from hybridcore import Action, Directive, HybridTrainerConfig, Observation
+from hybridcore.memory import CODED, Room
 from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.groups import by_depth, by_user
-from hybridcore_keras.memory import is_out_of_memory
+from hybridcore_keras.memory import is_out_of_memory, size_of
 from hybridcore_keras.ports import Figures, Port
 from hybridcore_keras.secants import SecantBank, affordable
-from hybridcore_keras.snapshots import SnapshotBank
+from hybridcore_keras.snapshots import SnapshotBank, bytes_of
 
 logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
-# Snapshots without which nothing can be extrapolated.
-FEWEST = 4
 Copy = TypeVar("Copy")
 
 
@@ -55,11 +54,14 @@ class Hands:
     secants : SecantBank or None
         Secant pairs.
     recovery : list of tensor or None
-        What the last ``SAVE`` kept, for as long as it may be asked for.
-    pairs, room : int
-        Secant pairs and snapshots that there is room for.
-    wanted, averages : int, bool
-        Secant pairs and an average, as far as they have not been given up.
+        What the last ``SAVE`` kept, for as long as it may be asked for; in a tuple what is kept in
+        fewer bits.
+    room : Room
+        Copies of the weights that there is room for.
+    pairs : int
+        Secant pairs that there is room for.
+    peaks : dict of str to int
+        Most bytes that each kind of copies has taken so far.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out.
@@ -77,8 +79,8 @@ class Hands:
         self._probe_data: tuple[Any, ...] = ()
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
-        self.wanted, self.room = config.secant_pairs, config.snapshots
-        self.averages = config.averaging
+        self.room = Room(config, config.secant_pairs, host=False)
+        self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         if layer_groups is not None and port.model.built:
             by_user(layer_groups, port.variables)
         self.restart()
@@ -92,7 +94,12 @@ class Hands:
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
         self._on_trial = self.torn = False
-        self.pairs = affordable(self.port.model, self.wanted)
+        self.room.measure(size_of(self.port.model))
+        self.pairs = self.pairs_of(self.room)
+
+    def pairs_of(self, room: Room) -> int:
+        """Secant pairs that there is `room` for."""
+        return affordable(self.port.model, room.pairs, room.plan.pairs)
 
     def fingerprint(self) -> list[float] | None:
         """Return sums that tell whether the weights are others, None where there are no copies."""
@@ -128,9 +135,8 @@ class Hands:
             self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
-            self.snapshots.move(directive.coefficients)
-            if directive.snapshot:
-                self.snapshots.take(fresh=False)
+            self.snapshots.move(directive.coefficients, take=directive.snapshot)
+            self._measure()
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
@@ -141,17 +147,20 @@ class Hands:
             self.snapshots.save()
         elif action is Action.SAVE:
             self.snapshots.save()
-            self.recovery = port.keep()
+            self.recovery = [self._thrifty(value) for value in port.keep()]
+            self._measure()
         elif action is Action.ROLLBACK:
             self._take_back()
             self._roll_back()
         return Observation()
 
-    def let_go(self, recovery: bool, pairs: bool) -> None:
+    def let_go(self, recovery: bool, mark: bool, pairs: bool) -> None:
         """End a step: drop copies of the weights that will not be asked for any more."""
         self._take_back()
         if not recovery:
             self.recovery = None
+            if self.bank is not None and not mark:
+                self.bank.forget()
         if not pairs:
             self.secants = None
 
@@ -176,24 +185,16 @@ class Hands:
         bool
             False if memory has not run out, or if there is nothing here that could be done without.
         """
-        if not is_out_of_memory(error) or not (self.pairs or self.room or self.averages):
+        if self.room.is_bare or not is_out_of_memory(error):
             return False
         self.abandon()
         if self.recovery is not None:
             self._roll_back()
-        if self.pairs:
-            self.wanted = self.pairs = 0
-            text = "no secant pairs"
-        elif self.room > FEWEST:
-            self.room -= 1
-            text = f"{self.room} snapshots"
-        elif self.room:
-            self.room, text = 0, "no snapshots and no jumps"
-        else:
-            self.averages, text = False, "no average"
+        left = self.room.give_up(self.pairs)
+        self.pairs = self.pairs_of(self.room)
         # Not the text: TensorFlow's is a page.
         kind = type(error).__name__
-        logger.warning("memory has run out (%s), so from now on there are %s", kind, text)
+        logger.warning("memory has run out (%s), so from now on there are %s", kind, left)
         self.bank = self.average = self.secants = None
         self.torn = True
         return True
@@ -205,14 +206,27 @@ class Hands:
             self.bank = self.new_bank(self.room)
         return self.bank
 
-    def new_bank(self, room: int) -> SnapshotBank:
-        """Return an empty bank for so many snapshots."""
+    def new_bank(self, room: Room) -> SnapshotBank:
+        """Return an empty bank for as many snapshots as there is `room` for."""
         variables = self.port.variables
         if self._layer_groups is None:
             groups = by_depth([math.prod(v.shape) for v in variables])
         else:
             groups = by_user(self._layer_groups, variables)
-        return SnapshotBank(groups, room, self.port)
+        return SnapshotBank(groups, room.snapshots, self.port, room.plan.kind)
+
+    def _measure(self) -> None:
+        """Bring the peaks up to date."""
+        parts = (self.bank, self.secants, self.average)
+        sizes = [0 if part is None else part.nbytes for part in parts]
+        for name, size in zip(self.peaks, [*sizes, bytes_of(self.recovery)], strict=True):
+            self.peaks[name] = max(self.peaks[name], size)
+
+    def _thrifty(self, value: Any) -> Any:
+        """Return a tensor of the recovery point, in a tuple and fewer bits if snapshots are so."""
+        large = "float32" in str(value.dtype) and math.prod(value.shape) > 1
+        coded = self.room.plan.kind in CODED and large
+        return (ops.cast(value, "bfloat16"),) if coded else value
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -246,14 +260,18 @@ class Hands:
         """Take the weights into average and bank, where a full step asks for it."""
         self._add_to_average(directive.average)
         if directive.snapshot:
-            self.snapshots.take(fresh=directive.fresh_bank)
+            self.snapshots.take(fresh=directive.fresh_bank, exact=directive.gram)
+            self._measure()
         return self.snapshots.gram() if directive.gram else None
 
     def _add_to_average(self, weight: float) -> None:
-        if weight and self.averages:
-            if self.average is None:
-                self.average = WeightAverage(self.port)
-            self.average.add(weight)
+        if not (weight and self.room.average):
+            return
+        new = self.average is None
+        self.average = self.average or WeightAverage(self.port)
+        self.average.add(weight)
+        if new:
+            self._measure()
 
     def _gradient(self) -> Observation:
         self._before_trial = self.port.buffers()
@@ -292,10 +310,14 @@ class Hands:
 
     def _take_pair(self, fresh: bool) -> None:
         if self.secants is None:
+            if self.bank is not None:
+                # The descent needs no snapshots, and takes new ones when it has ended.
+                self.bank.clear()
             self.secants = SecantBank(self.port, self.pairs)
         elif fresh:
             self.secants.clear()
         self.secants.take()
+        self._measure()
 
     def _new_base(self, directive: Directive) -> Observation:
         """Make the trial point the base; the optimizer sees its gradients at a rate of zero."""
@@ -320,7 +342,9 @@ class Hands:
     def _roll_back(self) -> None:
         assert self.recovery is not None
         self.snapshots.restore()
-        self.port.put_back(self.recovery)
+        self.port.put_back(
+            [ops.cast(v[0], "float32") if isinstance(v, tuple) else v for v in self.recovery]
+        )
         self.recovery = None
 
 

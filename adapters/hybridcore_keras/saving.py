@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from keras import ops
 
 from hybridcore import CheckpointError, Engine
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.secants import SecantBank, affordable
-from hybridcore_keras.snapshots import SnapshotBank
+from hybridcore_keras.secants import SecantBank
+from hybridcore_keras.snapshots import SnapshotBank, as_numpy
 
 if TYPE_CHECKING:
     from hybridcore_keras.callback import HybridCallback
@@ -39,8 +38,8 @@ def collect(callback: HybridCallback) -> dict[str, Any]:
         copies = getattr(hands, name)
         state[name] = None if copies is None else copies.state_dict()
     if hands.recovery is not None:
-        state["recovery"] = [np.array(ops.convert_to_numpy(value)) for value in hands.recovery]
-    state["beside"] = {"pairs": hands.wanted, "average": hands.averages}
+        state["recovery"] = [as_numpy(v[0] if type(v) is tuple else v) for v in hands.recovery]
+    state["beside"] = hands.room.state_dict()
     state["skipped"] = hands.port.skipped
     return state
 
@@ -90,12 +89,13 @@ def apply_loaded(callback: HybridCallback) -> None:
     if state is None:
         return
     hands = callback.hands
-    beside = state["beside"] or {"pairs": hands.wanted, "average": hands.averages}
-    pairs = affordable(hands.port.model, int(beside["pairs"]))
+    beside = state["beside"] or hands.room.state_dict()
+    pairs = hands.pairs_of(hands.room.restored(beside, 0))
     engine = Engine(callback.config, pairs)
     engine.load_state_dict(state["engine"])
+    room = hands.room.restored(beside, engine.snapshots)
     copies: dict[str, SnapshotBank | WeightAverage | SecantBank] = {
-        "bank": hands.new_bank(engine.snapshots),
+        "bank": hands.new_bank(room),
         "average": WeightAverage(hands.port),
         "secants": SecantBank(hands.port, pairs),
     }
@@ -108,8 +108,7 @@ def apply_loaded(callback: HybridCallback) -> None:
             kept.load_state_dict(state[name])
     callback.engine = engine
     hands.restart()
-    hands.wanted, hands.pairs, hands.room = int(beside["pairs"]), pairs, engine.snapshots
-    hands.averages = bool(beside["average"])
+    hands.room, hands.pairs = room, pairs
     for name, kept in copies.items():
         setattr(hands, name, None if state[name] is None else kept)
     if state["recovery"] is not None:

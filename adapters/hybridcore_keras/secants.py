@@ -12,22 +12,21 @@ from numpy.typing import NDArray
 
 from hybridcore import Secants
 from hybridcore_keras.ports import Port
+from hybridcore_keras.snapshots import bytes_of
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
 _TINY = 1e-37
-# Bytes that all pairs together may take.
-_MOST_BYTES = 2**31
 # What a step at a rate of zero leaves as it was but for running averages of gradients.
 _KNOWN = {"SGD", "Adam", "Adamax", "Nadam", "RMSprop", "Adagrad", "Adadelta", "Lion"}
 # Vectors beside the pairs: base, its gradient, the metric.
 _BESIDE = 3
 
 
-def affordable(model: Any, wanted: int) -> int:
-    """How many of the pairs `wanted` there can be; 0 without quasi-Newton steps.
+def affordable(model: Any, wanted: int, room: float) -> int:
+    """How many of the pairs `wanted` there is room for, in so many bytes.
 
-    There are none where the loss of a step is not the whole of what the optimizer lowers, with an
+    None where the loss of a step is not the whole of what the optimizer lowers, with an
     optimizer that is not known to take a step at a rate of zero well, where a step is more than one
     batch, on several replicas, and where weights are not float32.
     """
@@ -47,7 +46,7 @@ def affordable(model: Any, wanted: int) -> int:
     if more:
         return 0
     size = 4 * sum(int(np.prod(variable.shape)) for variable in variables)
-    return max(0, min(wanted, (_MOST_BYTES // size - _BESIDE) // 2))
+    return max(0, min(wanted, (int(room // size) - _BESIDE) // 2))
 
 
 class SecantBank:
@@ -78,6 +77,11 @@ class SecantBank:
         self._point = port.compiled(self._reached)
         self._parts = port.compiled(self._split)
         self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all vectors, but for what an operation on them takes while it lasts."""
+        return bytes_of([list(self._moved), list(self._changed), self._base, self._metric])
 
     @property
     def identities(self) -> list[int]:

@@ -401,8 +401,10 @@ class Hands:
 
     def _add_to_average(self, weight: float) -> None:
         if weight and self.room.average:
+            new = self.average is None
             (self.average or self.new_average()).add(weight)
-            self._measure()
+            if new:
+                self._measure()
 
     def _evaluate(self, directive: Directive, closure: Closures) -> Observation:
         coefficients = directive.coefficients

@@ -251,8 +251,8 @@ def test_the_progress_bar_shows_what_it_always_did(capsys):
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match="from_dict"):
         HybridCallback({"horizon": 3})
-    with pytest.raises(ConfigError, match="snapshots are exact in Keras"):
-        HybridCallback(HybridTrainerConfig(snapshot_kind="int8"))
+    with pytest.raises(ConfigError, match="snapshot_kind is 'host'"):
+        HybridCallback(HybridTrainerConfig(snapshot_kind="host"))
     with pytest.raises(ConfigError, match="probe must be"):
         HybridCallback(probe=lambda: 1.0)
     model = regression()

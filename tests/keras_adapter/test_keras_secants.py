@@ -141,16 +141,16 @@ def test_a_trial_in_vain_leaves_no_trace():
     ids=lambda optimizer: type(optimizer).__name__,
 )
 def test_where_the_loss_is_not_all_that_is_lowered_there_are_none(optimizer):
-    assert affordable(regression(), 20) == 20
-    assert affordable(regression(optimizer), 20) == 0
+    assert affordable(regression(), 20, 1e9) == 20
+    assert affordable(regression(optimizer), 20, 1e9) == 0
 
 
 def test_nor_where_a_step_is_several_batches_or_weights_are_bound_or_half():
-    assert affordable(regression(steps_per_execution=2), 20) == 0
+    assert affordable(regression(steps_per_execution=2), 20, 1e9) == 0
     bound = perceptron(layers=lambda: [keras.layers.Dense(4, kernel_constraint="max_norm")])
-    assert affordable(bound, 20) == 0
+    assert affordable(bound, 20, 1e9) == 0
     half = perceptron(layers=lambda: [keras.layers.Dense(4, dtype="float16")])
-    assert affordable(half, 20) == 0
+    assert affordable(half, 20, 1e9) == 0
 
 
 def test_where_memory_runs_out_they_are_given_up_first(monkeypatch, caplog):
