@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from hybridcore.averaging import Averaging
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.decision import DecisionRule
-from hybridcore.descending import descend, leap
+from hybridcore.descending import descend, finish_trial, leap
 from hybridcore.divergence import DivergenceLevel, DivergenceMonitor, RecoveryAction
 from hybridcore.dynamics import build
-from hybridcore.jumping import correct, predict
+from hybridcore.jumping import correct, finish, predict
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
@@ -114,6 +114,10 @@ class Controller:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
         return predict(self) if self.phase is Phase.PREDICT else correct(self)
 
+    def finish(self) -> Turn:
+        """Directives that end what may be rolled back, where it is."""
+        return finish_trial(self) if self.secant.holds_recovery else finish(self)
+
     def quiet_steps(self) -> int:
         """Coming steps that are one full step and nothing else, whatever is seen in them."""
         until = self.secant.until_due(self.taken)
@@ -152,7 +156,8 @@ class Controller:
     @property
     def may_roll_back(self) -> bool:
         """Whether what the last ``SAVE`` kept may still be asked for."""
-        return self.phase is not Phase.FULL or self.secant.holds_recovery
+        jumping = self.phase in (Phase.PREDICT, Phase.CORRECT) and not self.secant.active
+        return jumping or self.secant.holds_recovery
 
     @property
     def may_jump(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from hybridcore.phases import Event, Phase, Turn
+from hybridcore.search import beside_mark, usable
 from hybridcore.secant import Stage
 from hybridcore.types import NAN, Action, Directive, Observation
 
@@ -91,6 +92,15 @@ def _end(controller: Controller) -> None:
     controller.secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()
+
+
+def finish_trial(controller: Controller) -> Turn:
+    """Take a trial of the optimizer back unless it has lowered the loss so far: the run ends."""
+    before, here = yield from beside_mark()
+    if not (usable(here) and here < before):
+        yield Directive(Action.ROLLBACK)
+        controller.note("trial taken back")
+    _end(controller)
 
 
 def leap(controller: Controller) -> Turn:

@@ -103,6 +103,23 @@ class Engine:
         """True when the directives of the present step have all been observed."""
         return self._directive is None
 
+    def finish(self) -> None:
+        """End a jump, or a trial of the optimizer, where it is: it is kept if the loss is lower.
+
+        Directives for it follow, none of which is a step, unless there is nothing to end.
+
+        Raises
+        ------
+        ProtocolError
+            In the middle of a step.
+        """
+        if not self.step_done:
+            raise ProtocolError("finish() in the middle of a step: finish the step first")
+        self._read()
+        if self._controller.may_roll_back:
+            self._turn = self._controller.finish()
+            self._directive = next(self._turn)
+
     def abandon(self) -> None:
         """Drop the present step, because the user's code raised in it."""
         self._turn = self._directive = None

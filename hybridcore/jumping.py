@@ -6,8 +6,8 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from hybridcore.phases import Event, Turn
-from hybridcore.search import AVERAGED_SNAPSHOTS, probe_average, usable
+from hybridcore.phases import Event, Phase, Turn
+from hybridcore.search import AVERAGED_SNAPSHOTS, beside_mark, probe_average, usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
 if TYPE_CHECKING:
@@ -98,6 +98,21 @@ def validate(controller: Controller) -> Generator[Directive, Observation, bool]:
     if progress > 0.0:
         controller.close(math.log(after), predicting=True, progress=progress)
     return progress > 0.0
+
+
+def finish(controller: Controller) -> Turn:
+    """Keep a jump or take it back at once, because the run ends."""
+    before, here = yield from beside_mark()
+    if controller.phase is Phase.PREDICT:
+        controller.enter(Event.HORIZON_REACHED)
+    progress = math.log(before) - math.log(here) if usable(before) and usable(here) else 0.0
+    reward(controller, progress)
+    if progress > 0.0:
+        controller.close(math.log(here), predicting=True, progress=progress)
+        controller.note("jump kept", arm=controller.in_flight.jump.extrapolator)
+        controller.enter(Event.VALIDATED)
+    else:
+        yield from roll_back(controller)
 
 
 def roll_back(controller: Controller) -> Turn:

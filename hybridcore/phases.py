@@ -126,6 +126,10 @@ class PhaseController(Protocol):
         """Directives of the next step, in the present phase."""
         ...
 
+    def finish(self) -> Turn:
+        """Directives that end what may be rolled back, where it is, without a step."""
+        ...
+
     def quiet_steps(self) -> int:
         """Coming steps that are one full step and nothing else, whatever is seen in them."""
         ...

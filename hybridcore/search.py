@@ -107,6 +107,12 @@ def scaled(trial: Trial, scales: NDArray[np.float64]) -> Jump:
     return replace(trial.jump, scales=tuple(scales.tolist()))
 
 
+def beside_mark() -> Generator[Directive, Observation, tuple[float, float]]:
+    """Probe what ``SAVE`` or ``MARK`` kept, and the weights as they are; return both losses."""
+    before = (yield Directive(Action.PROBE, at_mark=True)).loss
+    return before, (yield Directive(Action.PROBE)).loss
+
+
 def probe_average(behind: int = 0) -> Directive:
     """Return a probe at the mean of snapshots, where the noise of steps is less.
 

@@ -123,7 +123,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     hands.take_over(*copies, since, room)
     hands.peaks |= peaks
     if not whole:
-        trainer._start_over(trainer._parameters)
+        trainer._start_over()
     _restore_random(state["random"])
 
 
@@ -258,7 +258,7 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         raise CheckpointError(
             "state is of another optimizer: its parameters outside the model differ"
         )
-    shapes_now = [p.shape for p in trainer._parameters]
+    shapes_now = [p.shape for p in trainer._structure.parameters]
     if state["average"] is not None and [v.shape for v in state["average"]] != shapes_now:
         raise CheckpointError(
             "state is of another set of trainable parameters: freeze and order them likewise"

@@ -17,13 +17,13 @@ from hybridcore.memory import Kind, Room
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
-from hybridcore_torch.groups import Group, by_depth, by_user
 from hybridcore_torch.memory import is_out_of_memory, size_of
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
 from hybridcore_torch.snapshots import SnapshotBank
 from hybridcore_torch.steps import NAN, Stepper
+from hybridcore_torch.structure import Structure
 
 logger = logging.getLogger("hybridcore")
 
@@ -41,10 +41,8 @@ class Hands:
         As for :class:`hybridcore_torch.HybridTrainer`.
     config : HybridTrainerConfig
         Settings.
-    parameters : list of Parameter
+    structure : Structure
         What is trained.
-    groups : list of lists of Parameter or None
-        The user's layer groups; None where they go by depth.
 
     Attributes
     ----------
@@ -74,8 +72,7 @@ class Hands:
         max_grad_norm: float | None,
         probe: Closure | None,
         config: HybridTrainerConfig,
-        parameters: Group,
-        groups: list[Group] | None,
+        structure: Structure,
     ) -> None:
         self._model, self._optimizer = model, optimizer
         self._scheduler, self._scaler, self._probe = scheduler, scaler, probe
@@ -92,17 +89,18 @@ class Hands:
                 "scheduler": None if scheduler is None else type(scheduler).__name__,
                 "optimizer": type(optimizer).__name__,
                 "probe": probe is not None,
-                "trainable parameters": [tuple(p.shape) for p in parameters],
-                "layer_groups": None if groups is None else [len(group) for group in groups],
+                "trainable parameters": [tuple(p.shape) for p in structure.parameters],
+                "layer_groups": structure.sizes,
             }
         )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
-        self.restart(parameters, groups)
+        self._structure = structure
+        self.restart()
 
-    def restart(self, parameters: Group, groups: list[Group] | None) -> None:
+    def restart(self) -> None:
         """Drop all copies of the weights: the parameters are others now."""
-        self._parameters, self._groups = parameters, groups
-        self.room.measure(size_of(parameters, self._optimizer, self._ranks))
+        self._parameters = self._structure.parameters
+        self.room.measure(size_of(self._parameters, self._optimizer, self._ranks))
         self.bank: SnapshotBank | None = None
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
@@ -148,7 +146,6 @@ class Hands:
             assert closure is not None
             return self._pass(directive, closure)
         if action is Action.PROBE:
-            assert closure is not None
             return self._evaluate(directive, closure)
         if action is Action.BASE:
             return self._base(directive)
@@ -263,8 +260,8 @@ class Hands:
     def snapshots(self) -> SnapshotBank:
         """The bank of snapshots."""
         if self.bank is None:
-            room = self.room
-            self.bank = SnapshotBank(self._layers(), room.snapshots, self._ranks, room.plan.kind)
+            layers, room = self._structure.layers, self.room
+            self.bank = SnapshotBank(layers, room.snapshots, self._ranks, room.plan.kind)
         return self.bank
 
     def _measure(self) -> None:
@@ -272,11 +269,6 @@ class Hands:
         parts = (self.bank, self.secants, self.average, self.recovery)
         for name, part in zip(self.peaks, parts, strict=True):
             self.peaks[name] = max(self.peaks[name], 0 if part is None else part.nbytes)
-
-    def _layers(self) -> list[Group]:
-        if self._groups is None:
-            return by_depth(self._parameters)
-        return by_user(self._groups, self._parameters)
 
     def pairs_of(self, wanted: int) -> int:
         """Secant pairs that there is room for, where so many are `wanted`."""
@@ -295,7 +287,7 @@ class Hands:
         bank = secants = average = recovery = None
         if state["bank"] is not None:
             kind: Kind = state["bank"].get("kind", "exact")
-            bank = SnapshotBank(self._layers(), snapshots, self._ranks, kind)
+            bank = SnapshotBank(self._structure.layers, snapshots, self._ranks, kind)
             if not bank.takes(state["bank"]):
                 raise CheckpointError(
                     "state was saved with other layer groups: pass the same layer_groups to the "
@@ -406,7 +398,7 @@ class Hands:
             if new:
                 self._measure()
 
-    def _evaluate(self, directive: Directive, closure: Closures) -> Observation:
+    def _evaluate(self, directive: Directive, closure: Closures | None) -> Observation:
         coefficients = directive.coefficients
         elsewhere = directive.at_mark or coefficients is not None
         if elsewhere:
@@ -419,6 +411,7 @@ class Hands:
                 self.snapshots.move(coefficients)
             start = perf_counter()
             if self._probe is None or directive.own_batch:
+                assert closure is not None
                 loss = self._prober.loss(closure, "closure")
             else:
                 loss = self._prober.loss(self._probe, "probe")

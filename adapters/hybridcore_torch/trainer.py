@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from hybridcore import (
     Action,
     CheckpointError,
+    ClosureError,
     ConfigError,
     Engine,
     HybridTrainerConfig,
@@ -32,9 +33,21 @@ from hybridcore_torch import checkpoints, files, sharded
 from hybridcore_torch.batches import Batch, Batches, NeedsBatchError
 from hybridcore_torch.checks import bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
-from hybridcore_torch.groups import by_user, trainable_parameters
 from hybridcore_torch.hands import Hands
-from hybridcore_torch.ranks import is_sharded, reshard
+from hybridcore_torch.ranks import is_sharded
+from hybridcore_torch.structure import Structure
+
+
+class _Taken(NamedTuple):
+    """What carrying out a turn of the engine came to."""
+
+    phase: Phase
+    predicted: bool = False
+    # Of the turn's step, None where it took none.
+    observation: Observation | None = None
+    # Of passes, which are no overhead.
+    seconds: float = 0.0
+
 
 FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
@@ -93,11 +106,7 @@ class HybridTrainer:
         callbacks: Sequence[Callable[[StepResult], object]] = (),
     ) -> None:
         check_arguments(model, optimizer, config, scheduler, max_grad_norm, probe, callbacks)
-        reshard(model)
-        parameters = trainable_parameters(model, optimizer)
-        groups = None if layer_groups is None else [list(group) for group in layer_groups]
-        if groups is not None:
-            by_user(groups, parameters)
+        structure = Structure(model, optimizer, layer_groups)
         self.model = model
         self.optimizer = optimizer
         self.config = HybridTrainerConfig() if config is None else config
@@ -106,9 +115,7 @@ class HybridTrainer:
         self.max_grad_norm = max_grad_norm
         self.probe = probe
         self.callbacks = tuple(callbacks)
-        self._layer_groups = groups
-        self._parameters = parameters
-        self._structure = self._present_structure()
+        self._structure = structure
         self._hands = Hands(
             model,
             optimizer,
@@ -117,8 +124,7 @@ class HybridTrainer:
             max_grad_norm,
             probe,
             self.config,
-            parameters,
-            groups,
+            structure,
         )
         self.engine = Engine(self.config, self._hands.pairs)
         if self._hands.room.snapshots != self.config.snapshots:
@@ -184,6 +190,42 @@ class HybridTrainer:
             return True
         return False
 
+    def finish(self, closure: Closures | None = None) -> None:
+        """End a jump, or a trial of the optimizer, that is under way: for after the loop.
+
+        Until it has been validated the weights may be worse than those before it. Both are
+        evaluated, and those with the lower loss stay; where nothing is under way nothing is done.
+        It is no step, and training may go on after it:
+
+            for x, y in loader:
+                trainer.step(lambda: F.cross_entropy(model(x), y))
+            trainer.finish(lambda: F.cross_entropy(model(x), y))
+
+        Parameters
+        ----------
+        closure : callable or sequence of callables, optional
+            As for :meth:`step`, of the last batch for instance. Not needed with ``probe=``.
+
+        Raises
+        ------
+        ClosureError
+            If there is neither, or if it does not return a loss; nothing has been changed then.
+        """
+        if closure is None and self.probe is None:
+            raise ClosureError(
+                "finish() needs a closure that returns the loss of a batch, got None: pass one as "
+                "to step(), or build the trainer with probe="
+            )
+        if closure is not None:
+            check_callable(closure)
+        self._check_own_weights("finish()")
+        if not self.config.enabled:
+            return
+        self._check_structure()
+        self.engine.finish()
+        self._take_turn(closure, a_step=False)
+        self._hands.let_go(False, self.engine.holds_mark, self.engine.holds_pairs)
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Put the running average of the weights into the model, for as long as the block lasts.
 
@@ -232,33 +274,10 @@ class HybridTrainer:
             touches = engine.touches_weights
             if touches:
                 self._check_structure()
-            working = 0.0
-            of_step: Observation | None = None
-            try:
-                while of_step is None or not engine.step_done:
-                    directive = engine.next()
-                    try:
-                        observation = self._hands.carry_out(directive, closure)
-                    except (MemoryError, RuntimeError) as error:
-                        if not self._hands.make_room(error):
-                            raise
-                    else:
-                        if directive.action in STEPS:
-                            phase, step, of_step = engine.phase, directive.action, observation
-                        working += observation.seconds
-                        engine.observe(observation)
-                    if self._hands.torn:
-                        engine.abandon()
-                        self._start_over(self._parameters)
-                        if closure is None and of_step is None:
-                            raise NeedsBatchError
-            except BaseException:
-                engine.abandon()
-                self._hands.abandon()
-                if self._hands.torn:
-                    self._start_over(self._parameters)
-                raise
-            predicted, observation = step is Action.SKIP, of_step
+            taken = self._take_turn(closure)
+            phase, predicted, working = taken.phase, taken.predicted, taken.seconds
+            assert taken.observation is not None
+            observation = taken.observation
             if touches:
                 self._hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
         seconds = perf_counter() - start
@@ -282,6 +301,36 @@ class HybridTrainer:
             raise bad_batch(observation, engine.counters.steps, self.model)
         return result
 
+    def _take_turn(self, closure: Closures | None, *, a_step: bool = True) -> _Taken:
+        """Carry out what the engine asks for until its turn, which is `a_step`, is over."""
+        engine, hands, taken = self.engine, self._hands, _Taken(self.engine.phase)
+        try:
+            while (a_step and taken.observation is None) or not engine.step_done:
+                directive = engine.next()
+                try:
+                    seen = hands.carry_out(directive, closure)
+                except (MemoryError, RuntimeError) as error:
+                    if not hands.make_room(error):
+                        raise
+                else:
+                    if directive.action in STEPS:
+                        predicted = directive.action is Action.SKIP
+                        taken = _Taken(engine.phase, predicted, seen, taken.seconds)
+                    taken = taken._replace(seconds=taken.seconds + seen.seconds)
+                    engine.observe(seen)
+                if hands.torn:
+                    engine.abandon()
+                    self._start_over()
+                    if a_step and closure is None and taken.observation is None:
+                        raise NeedsBatchError
+        except BaseException:
+            engine.abandon()
+            hands.abandon()
+            if hands.torn:
+                self._start_over()
+            raise
+        return taken
+
     def _check_own_weights(self, call: str) -> None:
         average = self._hands.average
         if average is not None and average.shown:
@@ -292,36 +341,16 @@ class HybridTrainer:
 
     # -- structure --------------------------------------------------------------------------
 
-    def _present_structure(self) -> tuple[object, ...]:
-        return tuple(
-            (id(p), p.requires_grad, p.shape, p.dtype, p.device)
-            for group in self.optimizer.param_groups
-            for p in group["params"]
-        )
-
     def _check_structure(self) -> None:
-        """Start over with snapshots if parameters were added, frozen or resized.
+        """Start over with snapshots if parameters were added, frozen or resized, or written into.
 
         Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
-        reshard(self.model)
-        if self._present_structure() == self._structure:
-            if self._hands.disturbed():
-                self._start_over(self._parameters)
-            return
-        parameters = trainable_parameters(self.model, self.optimizer)
-        if self._layer_groups is not None:
-            known = {id(p) for p in parameters}
-            groups = [[p for p in group if id(p) in known] for group in self._layer_groups]
-            named = {id(p) for group in groups for p in group}
-            groups.append([p for p in parameters if id(p) not in named])
-            self._layer_groups = [group for group in groups if group]
-        self._parameters = parameters
-        self._structure = self._present_structure()
-        self._start_over(parameters)
+        if self._structure.renew() or self._hands.disturbed():
+            self._start_over()
 
-    def _start_over(self, parameters: list[nn.Parameter]) -> None:
-        self._hands.restart(parameters, self._layer_groups)
+    def _start_over(self) -> None:
+        self._hands.restart()
         self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
 
     # -- state ------------------------------------------------------------------------------

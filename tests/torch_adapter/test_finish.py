@@ -1,0 +1,121 @@
+"""A run that ends in a jump or in a trial of the optimizer is left at the better weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BRISK, regression, weights
+from torch import nn
+
+from hybridcore import ClosureError, HybridTrainerConfig, Phase, ProtocolError
+from hybridcore_torch import HybridTrainer
+
+JUMPS = HybridTrainerConfig(
+    warmup_steps=20, min_full_steps=24, horizon=30, correction_interval=10, secant_pairs=0
+)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("phase", [Phase.PREDICT, Phase.CORRECT])
+def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase, spoil):
+    model, optimizer, closure = regression()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
+    trainer = HybridTrainer(model, optimizer, JUMPS, scheduler=schedule)
+    before = None
+    while trainer.engine.phase is not phase or before is None:
+        if trainer.engine.may_jump:
+            before = weights(model)
+        trainer.step(closure)
+    trainer.step(closure)
+    steps, rate = trainer.statistics().steps, optimizer.param_groups[0]["lr"]
+    if spoil:
+        # As if the jump had gone somewhere bad, by means that nobody notices.
+        for p in model.parameters():
+            p.data.neg_()
+    jumped = weights(model)
+    trainer.finish(closure)
+    assert trainer.engine.phase is Phase.FULL
+    assert not trainer.engine.may_roll_back
+    assert all(map(torch.equal, weights(model), before if spoil else jumped))
+    summary = trainer.statistics()
+    assert summary.steps == steps
+    assert summary.rollbacks == spoil
+    assert optimizer.param_groups[0]["lr"] == rate
+    assert trainer.state_dict()["recovery"] is None
+    # It goes on, jumps and all.
+    for _ in range(120):
+        trainer.step(closure)
+    assert trainer.statistics().predicted_steps > summary.predicted_steps
+    assert closure().item() < 0.3
+
+
+def test_a_trial_of_the_optimizer_is_taken_back_unless_it_has_helped():
+    torch.manual_seed(1)
+    x = torch.linspace(-1, 1, 200).unsqueeze(1)
+    y = torch.sin(9 * x) * torch.cos(23 * x)
+    first, second, last = nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)
+    model = nn.ModuleList([first, second, last])
+
+    def closure():
+        return F.mse_loss(last(torch.sin(15 * second(torch.sin(15 * first(x))))), y)
+
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-2))
+    ends = []
+    for _ in range(600):
+        saved = trainer.engine.controller.secant.loss
+        result = trainer.step(closure)
+        if any(event["event"] == "optimizer on trial" for event in result.events):
+            trainer.step(closure)
+            now = closure().item()
+            trainer.finish(closure)
+            ends.append((saved, now, closure().item()))
+            assert not trainer.engine.may_roll_back
+    assert ends
+    for saved, now, end in ends:
+        assert end == pytest.approx(min(saved, now), rel=1e-5)
+    assert any(now > saved for saved, now, _ in ends)
+
+
+@pytest.mark.parametrize("config", [BRISK, HybridTrainerConfig(enabled=False)])
+def test_where_nothing_is_under_way_nothing_is_done(config):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, config)
+    for _ in range(30):
+        trainer.step(closure)
+    assert not trainer.engine.may_roll_back
+    before, probes, calls = weights(model), trainer.statistics().probes, []
+    trainer.finish(lambda: calls.append(1) or closure())
+    assert not calls
+    assert all(map(torch.equal, before, weights(model)))
+    assert trainer.statistics().probes == probes
+
+
+def test_a_probe_stands_in_for_the_closure():
+    model, optimizer, closure = regression()
+    calls = []
+    trainer = HybridTrainer(model, optimizer, JUMPS, probe=lambda: calls.append(1) or closure())
+    while trainer.engine.phase is not Phase.PREDICT:
+        trainer.step(closure)
+    calls.clear()
+    trainer.finish()
+    assert len(calls) == 2
+    assert trainer.engine.phase is Phase.FULL
+
+
+def test_what_does_not_fit_is_said_and_changes_nothing():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, JUMPS)
+    while trainer.engine.phase is not Phase.PREDICT:
+        trainer.step(closure)
+    before = weights(model)
+    with pytest.raises(ClosureError, match="pass one as to step"):
+        trainer.finish()
+    with pytest.raises(ClosureError):
+        trainer.finish(lambda: None)
+    with trainer.averaged(), pytest.raises(ProtocolError, match="averaged"):
+        trainer.finish(closure)
+    assert all(map(torch.equal, before, weights(model)))
+    assert trainer.engine.phase is Phase.PREDICT
+    trainer.finish(lambda: closure() * math.nan)
+    assert not trainer.engine.may_roll_back
