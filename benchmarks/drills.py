@@ -1,6 +1,6 @@
 """Run the fault drills and record how often each was survived, in results/drills.json.
 
-python benchmarks/drills.py               # with 200 kills
+python benchmarks/drills.py               # with 200 kills of each adapter
 python benchmarks/drills.py --kills 20
 
 A drill counts once for each case of its tests, or as often as the test itself counts.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 HERE = Path(__file__).parent
@@ -22,12 +23,16 @@ FAULTS = "torch_adapter/test_faults.py"
 DRILLS = "torch_adapter/test_drills.py"
 LOOP = "torch_adapter/test_acceptance.py"
 KERAS = "keras_adapter/test_keras_acceptance.py"
+KERAS_FAULTS = "keras_adapter/test_keras_faults.py"
 ROOM = "keras_adapter/test_keras_memory.py"
-# Drill, file of its tests and their names; of the first the whole is run by kills.py.
+# Drill, file of its tests and their names; of those in SCRIPTS the whole is run by a script.
 KILLS = "SIGKILL at a random line of save, predict, correct or rollback, or at any moment"
+KERAS_KILLS = "the same, in Keras"
+SCRIPTS = {KILLS: "torch_adapter/kills.py", KERAS_KILLS: "keras_adapter/keras_kills.py"}
 TABLE: list[tuple[str, str, tuple[str, ...]]] = [
     # What may happen to the process.
     (KILLS, FAULTS, ("a_run_that_is_killed_again_and_again_loses_nothing",)),
+    (KERAS_KILLS, KERAS_FAULTS, ("a_fit_that_is_killed_again_and_again_loses_nothing",)),
     (
         "SIGKILL in a jump, saved before it",
         FAULTS,
@@ -47,6 +52,11 @@ TABLE: list[tuple[str, str, tuple[str, ...]]] = [
         "SIGINT at a random line of a step",
         FAULTS,
         ("an_interrupted_step_can_be_taken_again",),
+    ),
+    (
+        "SIGINT at a random line of fit, in Keras",
+        KERAS_FAULTS,
+        ("an_interrupted_fit_can_be_begun_again",),
     ),
     (
         "memory runs out",
@@ -165,6 +175,20 @@ def run_tests() -> dict[str, int]:
     return counts
 
 
+def start(script: str, kills: int) -> subprocess.Popen[str]:
+    """Begin to kill, by one of the scripts."""
+    command = [sys.executable, str(HERE.parent / "tests" / script), str(kills)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def outcome(killing: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what a script counted, when it has ended."""
+    printed, _ = killing.communicate()
+    if killing.returncode:
+        sys.exit("a kill was not survived")
+    return dict(json.loads(printed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
@@ -172,17 +196,16 @@ def main() -> None:
     arguments = parser.parse_args()
     from hybridcore.cli.common import environment
 
-    script = HERE.parent / "tests" / "torch_adapter" / "kills.py"
-    command = [sys.executable, str(script), str(arguments.kills)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killing:
+    # One beside the tests, the other after them.
+    with start(SCRIPTS[KILLS], arguments.kills) as killing:
         counts = run_tests()
-        killed, _ = killing.communicate()
-    if killing.returncode:
-        sys.exit("a kill was not survived")
+        killed = {KILLS: outcome(killing)}
+    with start(SCRIPTS[KERAS_KILLS], arguments.kills) as killing:
+        killed[KERAS_KILLS] = outcome(killing)
     document = environment() | {
         "command": f"python benchmarks/drills.py --kills {arguments.kills}",
         "times": dict(sorted(counts.items())),
-        "kills": json.loads(killed),
+        "kills": killed,
     }
     arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document["kills"]))

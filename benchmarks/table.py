@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.drills import KILLS, TABLE  # noqa: E402
+from benchmarks.drills import SCRIPTS, TABLE  # noqa: E402
 from benchmarks.proving_ground.results import Ground, tables  # noqa: E402
 from benchmarks.proving_ground.runs import RESULTS  # noqa: E402
 
@@ -213,15 +213,21 @@ def drills() -> str:
     for drill, file, tests in TABLE:
         count = sum(times[f"{file}::test_{test}"] for test in tests)
         names = ", ".join(f"`test_{test}`" for test in tests)
-        if drill == KILLS:
-            count, names = kills["kills"], f"`kills.py`, {names}"
+        if drill in SCRIPTS:
+            count = kills[drill]["kills"]
+            names = f"`{SCRIPTS[drill].split('/')[1]}`, {names}"
         lines.append(f"| {drill} | {count} | `{file}`: {names} |")
     lines += [
         "",
         f"Times each was survived, recorded by `{result['command']}`. Where the kills were: "
-        + ", ".join(f"{place} {n}" for place, n in kills["by place"].items())
-        + f". {kills['whole runs compared']} runs that went on after kills to the end came to the "
-        "same as one that was not killed, to the last bit.",
+        + "; ".join(
+            ", ".join(f"{place} {n}" for place, n in done["by place"].items())
+            for done in kills.values()
+        )
+        + " in Keras. "
+        + " and ".join(str(done["whole runs compared"]) for done in kills.values())
+        + " runs that went on after kills to the end came to the same as one that was not killed, "
+        "to the last bit.",
         "",
         "| long run | steps | memory, MiB | open files | a step, µs of processor |",
         "|---|---|---|---|---|",

@@ -6,9 +6,12 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hybridcore.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from hybridcore.engine import Engine
 
 logger = logging.getLogger("hybridcore")
 
@@ -59,6 +62,55 @@ class Rotation:
         # Frameworks call memory that has run out a RuntimeError.
         except (OSError, MemoryError, RuntimeError, CheckpointError) as error:
             logger.error("no checkpoint of step %d, training goes on: %s", step, error)
+
+
+class Saver:
+    """Saves a run as often as a :class:`Rotation` says, and before jumps if asked.
+
+    Parameters
+    ----------
+    rotation : Rotation
+        Says when and where.
+    write : callable
+        Writes the checkpoint of the run as it is to a path.
+    are_finite : callable
+        Whether the weights are.
+    before_jumps : bool
+        Save too where the next step may begin a jump.
+    """
+
+    def __init__(
+        self,
+        rotation: Rotation,
+        write: Callable[[Path], object],
+        are_finite: Callable[[], bool],
+        before_jumps: bool = False,
+    ) -> None:
+        self._rotation, self._write, self._are_finite = rotation, write, are_finite
+        self._before_jumps = before_jumps
+        self._step = 0
+        self.due = False
+
+    def begin(self, engine: Engine) -> None:
+        """Take over the number of steps, which are then counted here: it is put off there."""
+        self._step, self.due = engine.counters.steps, False
+
+    def count(self, engine: Engine) -> None:
+        """Count a step, after which a checkpoint may be due."""
+        self._step += 1
+        jump = self._before_jumps and engine.may_jump
+        self.due = jump or self._rotation.due(self._step)
+
+    def save(self, engine: Engine) -> None:
+        """Save if that is due; if it fails, training goes on, with a log line."""
+        if not self.due:
+            return
+        self.due, step = False, engine.counters.steps
+        if self._are_finite():
+            self._rotation.save(step, self._write)
+        else:
+            # It would take the place of one that a run can go on from.
+            logger.error("weights are not finite, so there is no checkpoint of step %d", step)
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:

@@ -24,15 +24,16 @@ from hybridcore import (
     TrainingStatistics,
     checkpoint,
 )
+from hybridcore.rotation import Rotation, Saver, read_newest
 from hybridcore.types import STEPS
 from hybridcore_keras import saving
 from hybridcore_keras.checks import check_arguments, check_model, ends_the_data
 from hybridcore_keras.hands import Hands
+from hybridcore_keras.history import report
 from hybridcore_keras.losses import RunningMean
 from hybridcore_keras.ports import port_of
 
 NAN = float("nan")
-PHASES = list(Phase)
 
 
 class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -72,6 +73,12 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     :class:`hybridcore.Phase`, from 0), ``hybrid_measured_speedup`` and
     ``hybrid_backward_reduction``; ``History`` gets the other statistics too. The loss of a
     predicted step is its forecast, in the running mean of the epoch.
+
+    Attributes
+    ----------
+    epoch : int
+        Epoch of ``fit`` that is under way or comes next, from 0. After :meth:`load` it is the
+        ``initial_epoch`` to go on from.
     """
 
     def __init__(
@@ -88,16 +95,20 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine = Engine(self.config, self.config.secant_pairs)
         self._hands: Hands | None = None
         self._fitting = False
+        self.epoch = 0
         self._loaded: dict[str, Any] | None = None
+        # What was put back, until the first epoch begins.
+        self._restored: dict[str, Any] | None = None
+        self._saver: Saver | None = None
         self._trained: tuple[Any, Any] | None = None
         self._left: list[float] | None = None
+        # Each fit has one of its own.
+        self._history: Any = None
         self._logs: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
         if not self.config.enabled:
-            # Only then: a callback with these makes Keras read the logs of every batch at once.
-            self.on_train_batch_begin = self._begin_plain
-            self.on_train_batch_end = self._end_plain
+            self._watch_batches()
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -145,22 +156,41 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         ------
         ModelError
             If the model cannot be trained by predicted steps; nothing has been changed then.
+        CheckpointError
+            If a state that was loaded is of another model; nothing has been changed then.
         """
-        if not self.config.enabled:
-            return
         average = None if self._hands is None else self._hands.average
         if average is not None and average.shown:
             raise ProtocolError("fit() inside averaged(): leave the with block first")
-        model = self.model
-        check_model(model)
-        # A fit that was interrupted did not give the model back.
-        interrupted = getattr(model.train_function, "__self__", None)
-        if isinstance(interrupted, HybridCallback):
-            interrupted._give_back()
-        if self._trained is None or self._trained != (model, model.optimizer):
-            self._start(model)
-        saving.apply_loaded(self)
-        self.hands.port.install()
+        model, hands, put = self.model, None, None
+        known = self._trained is not None and self._trained == (model, model.optimizer)
+        if self.config.enabled:
+            check_model(model)
+            interrupted = getattr(model.train_function, "__self__", None)
+            if isinstance(interrupted, HybridCallback):
+                # It was not told, and what became of the weights since then is not known here.
+                interrupted._start_over()
+            hands = self._hands
+            if hands is None or not known:
+                hands = Hands(port_of(model), self.config, self.probe, self.layer_groups)
+        if self._loaded is not None:
+            put = saving.fitted(self, self._loaded, model, hands)
+        if not known:
+            self._start(model, hands)
+        if put is not None:
+            put()
+        if self._saver is not None:
+            self._saver.begin(self.engine)
+        if hands is not None:
+            try:
+                self._take_over(model, hands)
+            except BaseException:
+                self._give_back()
+                raise
+
+    def _take_over(self, model: Any, hands: Hands) -> None:
+        self._history = model.history
+        hands.port.install()
         self._check_structure()
         self._fitting = True
         model.train_function = self._train
@@ -172,34 +202,46 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._give_back()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Begin a new running mean of the loss."""
+        """Begin a new running mean of the loss.
+
+        Raises
+        ------
+        CheckpointError
+            If another callback put other weights in the place of those that were loaded.
+        """
         self._mean = RunningMean()
+        self.epoch = epoch
+        if self._restored is not None:
+            restored, self._restored = self._restored, None
+            saving.check_untouched(self.model, restored)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the run's figures to `logs` and to ``History``."""
-        summary = self.statistics()
-        shown = {
-            "hybrid_phase": float(PHASES.index(self.engine.phase)),
-            "hybrid_measured_speedup": float(summary.measured_speedup),
-            "hybrid_backward_reduction": float(summary.backward_reduction),
-        }
-        if logs is not None:
-            logs.update(shown)
-        history = self._model.history.history
-        for name, value in summary.to_dict().items():
-            if f"hybrid_{name}" not in shown and not isinstance(value, dict | list):
-                history.setdefault(f"hybrid_{name}", []).append(value)
+        report(self.statistics(), self.engine.phase, logs, self._model.history.history)
+        self.epoch = epoch + 1
+        if self._saver is not None:
+            self._saver.save(self.engine)
 
-    def _begin_plain(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Take the time of a batch of plain ``fit``."""
+    def _watch_batches(self) -> None:
+        # Only where it must be: a callback with these makes Keras read the logs of every batch.
+        self.on_train_batch_begin = self._begin_batch
+        self.on_train_batch_end = self._end_batch
+
+    def _begin_batch(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save, which waits until here: after the last batch of an epoch it is done at its end."""
+        if self._saver is not None:
+            self._saver.save(self.engine)
         self._began = perf_counter()
 
-    def _end_plain(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Count a batch of plain ``fit``."""
-        seconds = perf_counter() - self._began
-        loss = float((logs or {}).get("loss", NAN))
-        self.engine.count_plain(Observation(loss=loss, seconds=seconds))
-        self.engine.count_time(Phase.FULL, seconds, 0.0)
+    def _end_batch(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count a batch of plain ``fit``, and see whether a checkpoint is due."""
+        if not self.config.enabled:
+            seconds = perf_counter() - self._began
+            loss = float((logs or {}).get("loss", NAN))
+            self.engine.count_plain(Observation(loss=loss, seconds=seconds))
+            self.engine.count_time(Phase.FULL, seconds, 0.0)
+        if self._saver is not None:
+            self._saver.count(self.engine)
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -207,6 +249,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Stand in for ``model.train_function``."""
         start = perf_counter()
         hands, engine = self.hands, self.engine
+        if self._trained is not None and self._trained[0].history is not self._history:
+            return self._train_plainly(*arguments)
         hands.port.begin(*arguments)
         working = 0.0
         of_step: Observation | None = None
@@ -230,25 +274,25 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     engine.regroup(hands.pairs, hands.room.snapshots)
                     hands.torn = False
             hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
+            if predicted or math.isfinite(engine.forecast_loss):
+                # A trial point that was taken back counts as little as a jump that was never made.
+                self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
+            else:
+                self._logs = hands.logs
+                self._mean.full_steps += 1
+            result = hands.port.finish(self._logs)
+            seconds = perf_counter() - start
+            engine.count_time(phase, seconds, seconds - working)
         except BaseException as error:
             engine.abandon()
-            hands.abandon()
-            hands.port.abandon()
-            if not ends_the_data(error):
+            if ends_the_data(error):
+                hands.abandon()
+            else:
                 # Within a step the copies and what the engine knows of them may not agree.
-                hands.restart()
-                engine.regroup(hands.pairs, hands.room.snapshots)
-                self._give_back()
+                hands.break_off()
+                self._start_over()
+            hands.port.abandon()
             raise
-        if predicted or math.isfinite(engine.forecast_loss):
-            # A trial point that was taken back counts as little as a jump that was never made.
-            self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
-        else:
-            self._logs = hands.logs
-            self._mean.full_steps += 1
-        result = hands.port.finish(self._logs)
-        seconds = perf_counter() - start
-        engine.count_time(phase, seconds, seconds - working)
         # A trial point may be far off: that is no fault of the batch.
         bad = not of_step.applied and math.isnan(engine.forecast_loss)
         if self.config.on_divergence == "raise" and bad:
@@ -262,17 +306,29 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     # -- the model --------------------------------------------------------------------------
 
-    def _start(self, model: Any) -> None:
+    def _start(self, model: Any, hands: Hands | None) -> None:
         """Begin a run with a model or an optimizer that is new here."""
-        port = port_of(model)
-        self._hands = Hands(port, self.config, self.probe, self.layer_groups)
-        pairs, snapshots = self._hands.pairs, self._hands.room.snapshots
+        pairs = self.config.secant_pairs if hands is None else hands.pairs
         if self._trained is not None or pairs != self.engine.pairs:
             self.engine = Engine(self.config, pairs)
-        if snapshots != self.engine.snapshots:
-            self.engine.regroup(pairs, snapshots)
+        if hands is not None and hands.room.snapshots != self.engine.snapshots:
+            self.engine.regroup(pairs, hands.room.snapshots)
             self.engine.take_events()
+        self._hands, self._logs = hands, {}
         self._trained, self._left = (model, model.optimizer), None
+
+    def _train_plainly(self, *arguments: Any) -> Any:
+        """Leave the model to a ``fit`` without this callback, which was not told of its end."""
+        self._start_over()
+        self._model.make_train_function()
+        return self._model.train_function(*arguments)
+
+    def _start_over(self) -> None:
+        """Give the model back, and forget what was known of its weights."""
+        self.engine.abandon()
+        self.hands.restart()
+        self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
+        self._give_back()
 
     def _check_structure(self) -> None:
         """Start over with snapshots if layers or weights changed since the last ``fit``."""
@@ -303,24 +359,37 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     # -- state ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the callback knows, as numbers, strings, lists and NumPy arrays.
+    def state_dict(self, *, snapshots: bool = True) -> dict[str, Any]:
+        """Return all that training needs to go on, as numbers, strings, lists and NumPy arrays.
 
-        Weights and optimizer are Keras's to save, at the same moment.
+        Values of model and optimizer are included, with the seed generators of layers, which Keras
+        itself does not save, and the global random states of Python, NumPy and Keras, and of
+        TensorFlow's ``tf.random.get_global_generator()`` or torch. Where ``fit`` is in its data is
+        not, nor what operations such as ``tf.random.shuffle`` keep to themselves. From torch's own
+        generator Keras draws as ``fit`` begins, so that dropout goes on with others there.
+
+        Without `snapshots` it holds no snapshots, pairs and average, by far the most of it, but
+        while a jump may have to be taken back: a run that goes on from there takes new ones first.
         """
-        return saving.collect(self)
+        return saving.collect(self, snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned, at once or when ``fit`` begins.
+        """Take back what :meth:`state_dict` returned: random states at once, the rest in ``fit``.
+
+        When ``fit`` begins, model and optimizer get the values that they had. Until then
+        :meth:`state_dict` and :meth:`save` give what was loaded. The settings must be those of the
+        run that was saved, ``enabled`` too: weights may be those of a jump under way.
 
         Raises
         ------
         CheckpointError
-            If the state is of another version or was saved with other settings.
+            If the state is of another version, has other settings, or is not of the model that
+            this callback has been used with; nothing has been changed then. Without one, ``fit``
+            raises it when it begins.
         """
         saving.restore(self, state)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, snapshots: bool = True) -> None:
         """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched.
 
         Raises
@@ -328,14 +397,52 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         OSError
             If the file cannot be written.
         """
-        checkpoint.write(path, self.state_dict())
+        checkpoint.write(path, self.state_dict(snapshots=snapshots))
+
+    def save_every(
+        self,
+        steps: int,
+        folder: str | Path,
+        *,
+        keep: int = 3,
+        snapshots: bool = True,
+        before_jumps: bool = False,
+    ) -> None:
+        """From now on save to ``folder/step-<number>.safetensors`` every so many steps of ``fit``.
+
+        One that fails, on a full disk for instance, is logged as an error, and training goes on.
+        List this callback behind those that change the learning rate at the end of an epoch.
+
+        Parameters
+        ----------
+        steps, keep : int
+            Steps between two checkpoints, and newest ones that are kept, at least 1 each.
+        folder : str or Path
+            Where to, made if it is not there; :meth:`load` takes it and reads the newest.
+        snapshots : bool
+            As for :meth:`state_dict`.
+        before_jumps : bool
+            Save too where the next step may begin a jump.
+        """
+        self._saver = Saver(
+            Rotation(steps, folder, keep),
+            lambda path: self.save(path, snapshots=snapshots),
+            lambda: saving.are_finite(self),
+            before_jumps,
+        )
+        self._watch_batches()
 
     def load(self, path: str | Path) -> None:
         """Take back what :meth:`save` wrote, as :meth:`load_state_dict` does.
 
+        Parameters
+        ----------
+        path : str or Path
+            File of :meth:`save`, or folder of :meth:`save_every`: then the newest readable one.
+
         Raises
         ------
         FileNotFoundError, CheckpointError
-            If there is no such file, or if it is damaged or does not fit.
+            If there is none, or if it is damaged or does not fit.
         """
-        saving.restore(self, checkpoint.read(path))
+        saving.restore(self, read_newest(path, lambda file: saving.migrated(checkpoint.read(file))))

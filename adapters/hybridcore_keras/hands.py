@@ -146,6 +146,7 @@ class Hands:
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
+            self.recovery = None
             self.snapshots.save()
             self.recovery = [self._thrifty(value) for value in port.keep()]
             self._measure()
@@ -173,6 +174,12 @@ class Hands:
             self.secants.back_to_base()
             self._on_trial = False
         self._take_back()
+
+    def break_off(self) -> None:
+        """Undo the present step, and a jump or a trial that nobody will validate any more."""
+        self.abandon()
+        if self.recovery is not None:
+            self._roll_back()
 
     def make_room(self, error: BaseException) -> bool:
         """Make do with fewer copies of the weights, if that is what `error` asks for.

@@ -20,6 +20,7 @@ from hybridcore_keras.rates import Rates
 _FIGURES = "hybrid_figures"
 _GRADIENTS = "hybrid_gradients"
 _WEIGHTS, _OTHERS, _OPTIMIZER, _METRICS = range(4)
+_PARTS = ("trainable", "non_trainable", "optimizer", "metrics")
 
 
 class JAXPort:
@@ -163,7 +164,7 @@ class JAXPort:
 
     def begin(self, state: Any, iterator: Any) -> None:
         """Take the state and the iterator of ``fit``."""
-        self._state, self._iterator = list(state), iterator
+        self._state, self._iterator, self._batches = list(state), iterator, None
 
     def pull(self) -> int:
         """Take the batches of one execution out of the iterator, and return how many."""
@@ -255,11 +256,17 @@ class JAXPort:
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""
         state = tuple(self._state)
-        self.abandon()
+        self._state, self._iterator, self._batches = [], None, None
         return logs, state
 
     def abandon(self) -> None:
         """Let go of the batch, because something raised."""
+        if self._state:
+            # Keras gives the model back what the step before left, and that has been freed.
+            self.model._jax_state = {
+                f"{part}_variables": values
+                for part, values in zip(_PARTS, self._state, strict=True)
+            }
         self._state, self._iterator, self._batches = [], None, None
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,6 +281,10 @@ class JAXPort:
     def assign(self, values: Sequence[Any]) -> None:
         """Put the weights at `values`, one for each of `variables`."""
         self._state[_WEIGHTS] = _copies(list(values))
+
+    def others(self) -> list[Any]:
+        """Variables that :meth:`keep` copies, in its order."""
+        return [*self.model.non_trainable_variables, *self.optimizer.variables]
 
     def keep(self) -> list[Any]:
         """Copy all training state but weights, iterations and the user's learning rate."""

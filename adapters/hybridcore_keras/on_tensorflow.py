@@ -36,7 +36,7 @@ class TensorFlowPort(StatefulPort):
 
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
-        self._iterator = iterator
+        self._iterator, self._batches = iterator, None
 
     def pull(self) -> int:
         """Take the batches of one execution out of the iterator, and return how many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -119,6 +120,10 @@ class Port(Protocol):
         """Put the weights at `values`, one for each of `variables`."""
         ...
 
+    def others(self) -> list[Any]:
+        """Variables that :meth:`keep` copies, in its order."""
+        ...
+
     def keep(self) -> list[Any]:
         """Copy all training state but weights, iterations and the user's learning rate."""
         ...
@@ -147,3 +152,16 @@ def port_of(model: Any) -> Port:
         f"Keras backend {backend!r} is not supported: set KERAS_BACKEND to tensorflow, torch or "
         "jax before keras is imported"
     )
+
+
+def scope_of(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return where variables of `model` may be made and written."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def build_optimizer(model: Any) -> None:
+    """Have the optimizer of `model` make its variables, which it does in its first step else."""
+    if not model.optimizer.built:
+        with scope_of(model):
+            model.optimizer.build(model.trainable_variables)

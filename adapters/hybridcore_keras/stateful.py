@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from keras import ops
 
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures
+from hybridcore_keras.ports import Figures, build_optimizer
 from hybridcore_keras.rates import Rates
 
 FIGURES = "hybrid_figures"
@@ -51,6 +52,8 @@ class StatefulPort:
         self._norm: Any = None
         self._trackers: list[Any] = []
         self._batches: list[Any] | None = None
+        # Whether a pass has come to its end, and with it all that makes variables.
+        self._passed = False
 
     @property
     def variables(self) -> list[Any]:
@@ -62,6 +65,9 @@ class StatefulPort:
     def install(self) -> None:
         """Have Keras build its train function around the watched step; once for a ``compile``."""
         model = self.model
+        if model.built and type(model).train_step is keras.Model.train_step:
+            # TensorFlow gives variables that are made in a step no value if it is interrupted.
+            build_optimizer(model)
         self.rates.install()
         vars(self.optimizer)["apply"] = self._apply
         vars(model)["train_step"] = self._train_step
@@ -203,10 +209,13 @@ class StatefulPort:
     # -- around it --------------------------------------------------------------------------
 
     def _set_rates(self, scale: float) -> None:
+        # Between the two lines an interrupt may come.
         if scale != self._scale:
+            self._scale = math.nan
             self.rates.scale.assign(scale)
             self._scale = scale
         if self.skipped != self._offset:
+            self._offset = -1
             self.rates.offset.assign(self.skipped)
             self._offset = self.skipped
 
@@ -224,6 +233,9 @@ class StatefulPort:
     def abandon(self) -> None:
         """Let go of the batch, because something raised."""
         self._batches = None
+        if not self._passed:
+            # A function that was left while it made variables takes no more.
+            self._function = None
 
     # -- quasi-Newton steps -------------------------------------------------------------------
 
@@ -268,9 +280,10 @@ class StatefulPort:
         return [*self.model.non_trainable_variables, *self.model.metrics_variables]
 
     def _figures(self, logs: dict[str, Any]) -> Figures:
+        self._passed = True
         return Figures(*ops.convert_to_numpy(logs.pop(FIGURES)).tolist())
 
-    def _others(self) -> list[Any]:
+    def others(self) -> list[Any]:
         """Variables that a rollback restores besides the weights.
 
         Rate and iterations stay where they are: the one is the user's, the other counts passes.
@@ -281,9 +294,9 @@ class StatefulPort:
 
     def keep(self) -> list[Any]:
         """Copy all training state but weights, iterations and the user's learning rate."""
-        return [self._read(variable) for variable in self._others()]
+        return [self._read(variable) for variable in self.others()]
 
     def put_back(self, kept: Sequence[Any]) -> None:
         """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
-        for variable, value in zip(self._others(), kept, strict=True):
+        for variable, value in zip(self.others(), kept, strict=True):
             variable.assign(value)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hybridcore import CheckpointError, StepResult, checkpoint
-from hybridcore.rotation import Rotation
+from hybridcore.rotation import Rotation, Saver
 from hybridcore_torch.checkpoints import migrated
 from hybridcore_torch.checks import are_finite
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
-
-logger = logging.getLogger("hybridcore")
 
 _ZIP = b"PK\x03\x04"
 
@@ -93,36 +91,20 @@ def _save_file(tensors: dict[str, Any], path: str, metadata: dict[str, str]) -> 
     save_file(kept, path, metadata)
 
 
-class Saver:
-    """Called after each step, saves `trainer` when that is due.
+def saver(
+    trainer: HybridTrainer, rotation: Rotation, snapshots: bool, before_jumps: bool
+) -> Callable[[StepResult], None]:
+    """Return a callback that saves `trainer` as :meth:`HybridTrainer.save_every` says."""
+    kept = Saver(
+        rotation,
+        lambda path: trainer.save(path, snapshots=snapshots),
+        lambda: are_finite(trainer.model),
+        before_jumps,
+    )
+    kept.begin(trainer.engine)
 
-    Parameters
-    ----------
-    trainer : HybridTrainer
-        Whose state is saved.
-    rotation : Rotation
-        Says when and where.
-    snapshots, before_jumps : bool
-        As for :meth:`HybridTrainer.save_every`.
-    """
+    def after_step(result: StepResult) -> None:
+        kept.count(trainer.engine)
+        kept.save(trainer.engine)
 
-    def __init__(
-        self, trainer: HybridTrainer, rotation: Rotation, snapshots: bool, before_jumps: bool
-    ) -> None:
-        self._trainer, self._rotation = trainer, rotation
-        self._snapshots, self._before_jumps = snapshots, before_jumps
-        self._step = trainer.engine.counters.steps
-
-    def __call__(self, result: StepResult) -> None:
-        """Count a step."""
-        self._step += 1
-        engine = self._trainer.engine
-        if self._rotation.due(self._step) or (self._before_jumps and engine.may_jump):
-            step = engine.counters.steps
-            if not are_finite(self._trainer.model):
-                # It would take the place of one that a run can go on from.
-                logger.error("weights are not finite, so there is no checkpoint of step %d", step)
-                return
-            self._rotation.save(
-                step, lambda path: self._trainer.save(path, snapshots=self._snapshots)
-            )
+    return after_step

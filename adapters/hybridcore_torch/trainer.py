@@ -426,7 +426,7 @@ class HybridTrainer:
                 f"save_every({steps}) writes files, and the weights are sharded over ranks: call "
                 "save(folder) on every rank, every so many steps"
             )
-        saver = files.Saver(self, Rotation(steps, folder, keep), snapshots, before_jumps)
+        saver = files.saver(self, Rotation(steps, folder, keep), snapshots, before_jumps)
         self.callbacks = (*self.callbacks, saver)
 
     @classmethod

@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import sys
+import tempfile
 
 import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-from hybridcore import HybridTrainerConfig
+from hybridcore import CheckpointError, HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 SHORT = {"warmup_steps": 20, "min_full_steps": 24, "horizon": 30, "correction_interval": 10}
@@ -27,8 +28,9 @@ def build(optimizer, *hidden):
     return model
 
 
-def fit(model, *callbacks, epochs=150, inputs=x, batch_size=2000):
+def fit(model, *callbacks, epochs=150, inputs=x, batch_size=2000, **more):
     arguments = {"batch_size": batch_size, "epochs": epochs, "verbose": 0, "shuffle": False}
+    arguments |= more
     return model.fit(inputs, y, callbacks=list(callbacks), **arguments).history
 
 
@@ -88,6 +90,48 @@ resumed.load_state_dict(state)
 got = fit(again, resumed, epochs=60)["loss"]
 assert got == expected, (got, expected)
 sys.stdout.write(str(statistics))
+
+# All of a run in one file, which a model that was built anew takes up; an interrupt breaks nothing.
+with tempfile.TemporaryDirectory() as folder:
+    model = build(keras.optimizers.Adam(1e-2), keras.layers.GaussianNoise(1e-3))
+    hybrid = HybridCallback(BRISK)
+    hybrid.save_every(45, folder)
+    expected = fit(model, hybrid, epochs=60)["loss"][45:]
+    again = build(keras.optimizers.Adam(3e-2), keras.layers.GaussianNoise(1e-3))
+    resumed = HybridCallback(BRISK)
+    resumed.load(folder)
+    assert resumed.epoch == 45
+    assert fit(again, resumed, epochs=60, initial_epoch=45)["loss"] == expected
+    damaged = HybridCallback(BRISK)
+    damaged.load(folder)
+    try:
+        fit(build(keras.optimizers.Adam(1e-2), keras.layers.Dense(10)), damaged, epochs=1)
+    except CheckpointError as error:
+        refused = str(error)
+    assert "another model" in refused
+while resumed.engine.phase is not Phase.PREDICT:
+    fit(again, resumed, epochs=1)
+before, carry_out = [np.array(w) for w in again.get_weights()], resumed.hands.carry_out
+
+
+def interrupted(directive):
+    carry_out(directive)
+    raise KeyboardInterrupt
+
+
+resumed.hands.carry_out = interrupted
+try:
+    fit(again, resumed, epochs=1)
+except KeyboardInterrupt:
+    del resumed.hands.carry_out
+assert resumed.engine.phase is Phase.FULL
+# The jump was taken back, to where the weights were before it.
+assert not all(np.array_equal(a, b) for a, b in zip(before, again.get_weights(), strict=True))
+assert np.isfinite(fit(again, epochs=2)["loss"]).all()
+steps = resumed.statistics().steps
+last = fit(again, resumed, epochs=60)["loss"][-1]
+assert last < 0.5, last
+assert resumed.statistics().steps == steps + 60
 
 # Quasi-Newton steps.
 model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())

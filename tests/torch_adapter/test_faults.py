@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import linecache
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drilling import Interrupter
 from problems import BRISK, regression, weights
 
 from hybridcore import Phase
@@ -45,14 +45,15 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing():
 KILLED_IN_A_JUMP = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from kills import Killer
+from kills import lie_in_wait
+from drilling import Killer
 from problems import BRISK, regression
 from hybridcore_torch import HybridTrainer
 import dataclasses
 model, optimizer, closure = regression()
 trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
 trainer.save_every(10_000, sys.argv[2], before_jumps=True)
-Killer("predict", 400).lie_in_wait()
+lie_in_wait(Killer("predict", 400))
 for step in range(200):
     trainer.step(closure)
 """
@@ -157,34 +158,6 @@ def test_a_folder_that_is_gone_or_closed_costs_the_checkpoints_and_nothing_else(
 
 
 # -- SIGINT ---------------------------------------------------------------------------------------
-
-
-class Interrupter:
-    """Raises SIGINT at a line of hybridcore's that is run in the block."""
-
-    def __init__(self, line):
-        self.left = line
-
-    def trace(self, frame, event, argument):
-        if "hybridcore" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            # CPython looks for signals at calls and loops: not at a bare try, nor as a block ends.
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            here = not line.startswith(("try:", "with "))
-            self.left -= here
-            if self.left == 0 and here:
-                signal.raise_signal(signal.SIGINT)
-        return self.trace
-
-    def __enter__(self):
-        # A process in the background of a shell is started with SIGINT ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-
-    def __exit__(self, *error):
-        sys.settrace(self.before)
 
 
 def taken(optimizer):
