@@ -16,33 +16,6 @@ from hybridcore import (
 # -- interruptions --------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_abandoned_at_any_directive_can_be_taken_again():
-    clean = Watched()
-    clean.run(130)
-    for at in range(0, len(clean.directives), 3):
-        descent = Descent()
-        seen = 0
-        while descent.engine.counters.steps < 130:
-            if seen <= at < seen + 40 and descent.engine.step_done:
-                # Carry out the next directives one by one, to stop at the one that is wanted.
-                while seen < at:
-                    directive = descent.engine.next()
-                    descent.engine.observe(descent.carry_out(directive))
-                    seen += 1
-                descent.engine.next()
-                descent.engine.abandon()
-                assert descent.engine.step_done
-                seen = at + 1
-            before = len(descent.log)
-            descent.step()
-            seen += len(descent.log) - before
-        counters = descent.engine.counters
-        assert counters.steps == counters.full_steps + counters.predicted_steps
-        assert counters.predicted_steps >= clean.engine.counters.predicted_steps // 2, at
-        assert counters.rollbacks == 0
-        assert descent.loss(descent.x) < 1.5 * clean.loss(clean.x)
-
-
 def test_a_directive_waits_until_it_is_observed():
     engine = Engine(BRISK)
     assert engine.step_done
