@@ -367,7 +367,7 @@ class Controller:
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
         self.events.clear()
         # States from before they were kept have none.
-        self.events.extend(state.get("events", []))
+        self.events.extend(dict(event) for event in state.get("events", []))
 
     # -- small change -----------------------------------------------------------------------
 

@@ -116,10 +116,10 @@ class Engine:
         """Drop the present step, because the user's code raised in it; it can be taken again.
 
         Before its full, quasi-Newton or predicted step has been observed, what was learned and
-        counted in it is forgotten, so that it leaves no trace; a phase that was entered and an outer
-        step that was taken stay, and it goes on from there. After that the step counts, and what
-        would have followed is left out: a trial point is no new base, or a jump is not yet taken
-        back. The adapter takes back points that were only tried.
+        counted in it is forgotten, so that it leaves no trace; a phase that was entered and an
+        outer step that was taken stay, and it goes on from there. After that the step counts, and
+        what would have followed is left out: a trial point is no new base, or a jump is not yet
+        taken back. The adapter takes back points that were only tried.
         """
         self._turn = self._directive = None
         if self._before is not None:
