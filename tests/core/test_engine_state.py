@@ -8,6 +8,7 @@ from descent import BRISK, Descent, Watched, text
 
 from hybridcore import (
     Engine,
+    HybridTrainerConfig,
     Observation,
     Phase,
     ProtocolError,
@@ -51,6 +52,24 @@ def test_every_phase_is_resumed_at_every_step_boundary():
             assert other.engine.statistics() == whole.engine.statistics()
         walker.step()
     assert phases == set(Phase)
+
+
+def test_what_is_still_to_be_told_of_quiet_steps_is_told_by_a_resumed_run():
+    descent = Descent(HybridTrainerConfig())
+    descent.run(52)
+    descent.engine.take_events()
+    assert not descent.engine.touches_weights
+    descent.engine.next()
+    descent.engine.observe(Observation(1e6, 1.0, 0.5))
+    state = text(descent.engine.state_dict())
+    other = Descent(HybridTrainerConfig())
+    other.engine.load_state_dict(json.loads(state))
+    told = other.engine.take_events()
+    assert told == ({"event": "divergence level", "level": "CAUTION"},)
+    assert told == descent.engine.take_events()
+    # Nor is anything told twice.
+    other.engine.load_state_dict(json.loads(text(other.engine.state_dict())))
+    assert other.engine.take_events() == ()
 
 
 def test_a_state_does_not_move_with_the_engine():
