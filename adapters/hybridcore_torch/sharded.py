@@ -8,6 +8,7 @@ place of the one before in one move: until then that one and its shards are whol
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import warnings
@@ -73,7 +74,9 @@ def write(state: dict[str, Any], path: str | Path) -> None:
         _together(path, finish)
     finally:
         if first:
-            _tidy(path)
+            # An error now would be this rank's alone.
+            with contextlib.suppress(OSError):
+                _tidy(path)
 
 
 def _save(shards: dict[Place, torch.Tensor], folder: Path) -> None:
