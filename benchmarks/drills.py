@@ -59,6 +59,16 @@ TABLE: list[tuple[str, str, tuple[str, ...]]] = [
         ("an_interrupted_fit_can_be_begun_again",),
     ),
     (
+        "the loop's own code raises, at each pass of each step",
+        "torch_adapter/test_abandoned.py",
+        ("a_step_that_fails_at_each_of_its_passes_comes_to_the_same",),
+    ),
+    (
+        "SIGKILL or an error on one rank, while sharded weights are saved",
+        "torch_adapter/test_ranks.py",
+        ("sharded_saves_that_are_killed_or_fail_lose_nothing_and_no_rank_waits",),
+    ),
+    (
         "memory runs out",
         FAULTS,
         (

@@ -25,6 +25,8 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(HERE.parent))
 MOST_MB, MOST_SECONDS = 500, 10
+# Longer cases are cut, seeds among them.
+MOST_BYTES = 32768
 # Not tomllib, which atheris 2.3 rewrites into code that crashes.
 COVERED = ["hybridcore", "hybridcore_torch"]
 
@@ -146,13 +148,14 @@ def fuzz(target: str, seconds: int, folder: Path) -> None:
         check, seeds = globals()[target](folder)
     corpus = folder / "corpus"
     corpus.mkdir()
+    assert max(map(len, seeds)) <= MOST_BYTES
     for number, seed in enumerate(seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
     options = {
         "max_total_time": seconds,
         "timeout": MOST_SECONDS,
         "rss_limit_mb": MOST_MB,
-        "max_len": 16384,
+        "max_len": MOST_BYTES,
         "print_final_stats": 1,
         "artifact_prefix": f"fuzz-{target}-",
     }

@@ -93,14 +93,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "soak.json")
     arguments = parser.parse_args()
     share = arguments.share
-    document = environment() | {"command": f"python benchmarks/soak.py --share {share:g}"}
+    command = f"python benchmarks/soak.py --share {share:g}"
+    runs: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, step, steps in (
             ("engine", engine_step(), int(1e6 * share)),
             ("torch", torch_step(folder), int(1e5 * share)),
         ):
-            document[name] = {"steps": steps} | soak(step, steps)
-            print(json.dumps({name: document[name]}), flush=True)
+            runs[name] = {"steps": steps} | soak(step, steps)
+            print(json.dumps({name: runs[name]}), flush=True)
+    document = environment() | {"command": command, "runs": runs}
     arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -234,7 +234,7 @@ def drills() -> str:
     ]
     long = recorded("soak")
     for name, title in {"engine": "the engine alone", "torch": "a PyTorch loop"}.items():
-        run = long[name]
+        run = long["runs"][name]
         quarters = [
             (statistics.median(run[figure][:5]), statistics.median(run[figure][-5:]))
             for figure in ("resident_mib", "handles", "step_us")

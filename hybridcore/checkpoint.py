@@ -103,7 +103,7 @@ def write(
             raise OSError(f"{path} could not be written: {error}") from error
         _sign(file)
         os.replace(file, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read(path: str | Path, framework: str = "np") -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _hold(file: BinaryIO) -> None:
     fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a renaming to the disk, where the system lets folders be opened for that."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

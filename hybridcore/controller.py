@@ -66,6 +66,8 @@ class Controller:
         self.confidence = 0.0
         self.forecast_loss = NAN
         self.prediction_error: float | None = None
+        # Whether a probe has sent the weights back from the end of a segment, in the present step.
+        self.astray = False
         # Bounded, because an adapter need not take them.
         self.events: deque[dict[str, Any]] = deque(maxlen=64)
         self.dynamics = build(config.dynamics, config.device)
@@ -239,7 +241,9 @@ class Controller:
                 return
             self.gram = None
         if self.outer.pending:
-            yield self.outer.step(self._rates[-1])
+            rate = self._rates[-1]
+            yield self.outer.step(rate)
+            self.outer.stepped(rate)
         calm = self._loss_confidence >= self.config.confidence_threshold
         if self.outer.active and not calm and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
@@ -302,17 +306,20 @@ class Controller:
         slope = self.dynamics.slope
         ahead = learning_rate_ahead(self._rates, config.horizon)
         context = self.rule.context(in_path, in_loss, slope, ahead)
+        action = self.monitor.action()
+        bearable = action in BEARABLE
+        sure = self.confidence >= config.confidence_threshold
+        # Nothing is learned before the first probe, in which the step may be abandoned.
+        here = (yield _PROBE).loss if bearable and sure else NAN
         self.rule.learn(gram, path, context)
         self.pace.wait = self.taken + config.snapshot_interval
-        action = self.monitor.action()
-        if action not in BEARABLE:
+        if not bearable:
             return None
-        if self.confidence < config.confidence_threshold:
+        if not sure:
             if in_path < config.confidence_threshold / 2 and self.regular >= self.pace.snapshots:
                 # Irregular though no spike explains it: looking again soon would be in vain.
                 self.pace.look_later(self.taken)
             return None
-        here = (yield _PROBE).loss
         averaged = (yield probe_average()).loss
         if not (usable(here) and usable(averaged)):
             return None
@@ -344,6 +351,7 @@ class Controller:
             "rates": list(self._rates),
             "secant": self.secant.state_dict(),
             "counts": [self.taken, self.bank, self.regular, self.lost, self.leap],
+            "events": [dict(event) for event in self.events],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -362,6 +370,9 @@ class Controller:
         self.secant.load_state_dict(state["secant"])
         counts = map(int, state["counts"])
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
+        self.events.clear()
+        # States from before they were kept have none.
+        self.events.extend(dict(event) for event in state.get("events", []))
 
     # -- small change -----------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from hybridcore.errors import ProtocolError
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
 from hybridcore.phases import Phase, PhaseController, Turn
-from hybridcore.types import Action, Directive, Observation
+from hybridcore.types import STEPS, Action, Directive, Observation
 
 
 class Engine:
@@ -57,6 +57,8 @@ class Engine:
         self._controller = controller(config, self._counters, self._meter, pairs)
         self._turn: Turn | None = None
         self._directive: Directive | None = None
+        # State from before the first decision of the present step, while it may be abandoned.
+        self._before: dict[str, Any] | None = None
         self._quiet = self._controller.quiet_steps()
         self._unread: list[Observation] = []
         self._times: list[tuple[Phase, float, float]] = []
@@ -91,12 +93,19 @@ class Engine:
             if not self._quiet or not observation.applied:
                 self._read()
             return
+        if self._directive.action in STEPS:
+            self._before = None
+        elif self._directive.action is Action.PROBE and self._before is None:
+            self._before = self._state()
         self._account(self._directive, observation)
+        phase = self._controller.phase
         try:
             self._directive = self._turn.send(observation)
         except StopIteration:
             self._turn = self._directive = None
             self._quiet = self._controller.quiet_steps()
+        if self._controller.phase is not phase:
+            self._before = None
 
     @property
     def step_done(self) -> bool:
@@ -121,8 +130,18 @@ class Engine:
             self._directive = next(self._turn)
 
     def abandon(self) -> None:
-        """Drop the present step, because the user's code raised in it."""
+        """Drop the present step, because the user's code raised in it; it can be taken again.
+
+        Before its full, quasi-Newton or predicted step has been observed, what was learned and
+        counted in it is forgotten, so that it leaves no trace; a phase that was entered and an
+        outer step that was taken stay, and it goes on from there. After that the step counts, and
+        what would have followed is left out: a trial point is no new base, or a jump is not yet
+        taken back. The adapter takes back points that were only tried.
+        """
         self._turn = self._directive = None
+        if self._before is not None:
+            self._load(self._before)
+            self._before = None
 
     def regroup(self, pairs: int = 0, snapshots: int | None = None) -> None:
         """Start over with an empty bank: the parameters, or the room for copies of them, changed.
@@ -257,23 +276,30 @@ class Engine:
         """
         if not self.step_done:
             raise ProtocolError("state_dict() in the middle of a step: finish the step first")
-        return {
-            "controller": self.controller.state_dict(),
-            "counters": self.counters.state_dict(),
-            "meter": self.meter.state_dict(),
-        }
+        self._read()
+        return self._state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned under the same settings."""
         self.abandon()
         self._unread.clear()
         self._times.clear()
-        self._controller.load_state_dict(state["controller"])
-        self._counters.load_state_dict(state["counters"])
-        self._meter.load_state_dict(state["meter"])
+        self._load(state)
         self._quiet = self._controller.quiet_steps()
 
     # -- bookkeeping ------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "controller": self._controller.state_dict(),
+            "counters": self._counters.state_dict(),
+            "meter": self._meter.state_dict(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._controller.load_state_dict(state["controller"])
+        self._counters.load_state_dict(state["counters"])
+        self._meter.load_state_dict(state["meter"])
 
     def _read(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""

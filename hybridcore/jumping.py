@@ -24,8 +24,9 @@ _PROBE = Directive(Action.PROBE)
 def predict(controller: Controller) -> Turn:
     """Take a predicted step: move at the start of a segment, probe at its end."""
     flight, interval = controller.in_flight, controller.config.correction_interval
-    if controller.taken % interval == 0:
-        yield controller.move(min(controller.taken + interval, flight.last) / flight.horizon)
+    if controller.taken % interval == 0 or controller.astray:
+        end = controller.taken + interval - controller.taken % interval
+        yield controller.move(min(end, flight.last) / flight.horizon)
     controller.forecast_loss = math.exp(flight.expected((controller.taken + 1) / flight.horizon))
     event = Event.HORIZON_REACHED if controller.taken + 1 == flight.last else None
     if controller.needs_batch:
@@ -45,8 +46,10 @@ def predict(controller: Controller) -> Turn:
             if event in (Event.DIVERGED, Event.CONFIDENCE_LOST):
                 controller.note("jump cut short", steps=controller.taken + 1)
             if event is Event.DIVERGED:
+                controller.astray = True
                 yield controller.move(flight.best_share)
     yield _SKIP
+    controller.astray = False
     controller.taken += 1
     if event is not None:
         controller.enter(event)
@@ -69,14 +72,13 @@ def correct(controller: Controller) -> Turn:
     bad = not (observation.applied or observation.overflow)
     controller.lost = controller.lost + 1 if bad else 0
     # One bad batch is the data's fault, several in a row are the jump's.
-    hopeless = controller.lost == PATIENT_STEPS
+    hopeless = controller.lost >= PATIENT_STEPS
     # The fast directions that a jump excites fall back within a few steps, or never.
     if controller.taken >= PATIENT_STEPS and usable(observation.loss):
         # The trend from before the jump: a probe's loss may be of other data.
         rise = math.log(observation.loss) - controller.dynamics.forecast(0.0).mean
         hopeless = hopeless or rise > ABORT_RISE + controller.margin
     if hopeless:
-        reward(controller, 0.0)
         yield from roll_back(controller)
 
 
@@ -94,8 +96,8 @@ def validate(controller: Controller) -> Generator[Directive, Observation, bool]:
         controller.close(NAN, predicting=True)
         return True
     progress = math.log(before) - math.log(after) if usable(after) else 0.0
-    reward(controller, progress)
     if progress > 0.0:
+        reward(controller, progress)
         controller.close(math.log(after), predicting=True, progress=progress)
     return progress > 0.0
 
@@ -117,8 +119,9 @@ def finish(controller: Controller) -> Turn:
 
 def roll_back(controller: Controller) -> Turn:
     """Undo the jump."""
-    controller.lost = 0
     yield Directive(Action.ROLLBACK)
+    controller.lost = 0
+    reward(controller, 0.0)
     controller.counters.rollbacks += 1
     controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator)
     controller.close(controller.meter.mark[0], predicting=True, progress=0.0)

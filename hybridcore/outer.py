@@ -109,7 +109,7 @@ class OuterMomentum:
         return self.straight
 
     def step(self, learning_rate: float) -> Directive:
-        """Return the outer step that is pending.
+        """Return the outer step that is pending; :meth:`stepped` says that it has been taken.
 
         Parameters
         ----------
@@ -123,11 +123,12 @@ class OuterMomentum:
             fallen = learning_rate / self._learning_rate if self._learning_rate > 0.0 else 1.0
             kept = MOMENTUM * min(1.0, fallen)
             coefficients[:3] += kept * np.array([RATE - 1.0, -RATE, 1.0])
-        self.pending = False
-        self._learning_rate = learning_rate
-        rows = coefficients[None, -self._snapshots :]
+        return Directive(Action.MOVE, coefficients[None, -self._snapshots :], snapshot=True)
+
+    def stepped(self, learning_rate: float) -> None:
+        """Take note that the outer step of this `learning_rate` has been taken."""
+        self.pending, self._learning_rate = False, learning_rate
         self._snapshots += 1
-        return Directive(Action.MOVE, rows, snapshot=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""

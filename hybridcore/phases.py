@@ -123,7 +123,12 @@ class PhaseController(Protocol):
         ...
 
     def turn(self) -> Turn:
-        """Directives of the next step, in the present phase."""
+        """Directives of the next step, in the present phase.
+
+        It may be abandoned at any of them; the engine then puts back the state from before its
+        first probe, if it had one, and the step is taken again. So what must not be done twice, or
+        be lost, changes only after the directive that it belongs to has been observed.
+        """
         ...
 
     def finish(self) -> Turn:
@@ -176,7 +181,10 @@ class PhaseController(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that decides what comes next, as numbers, lists and arrays."""
+        """Return everything that decides what comes next, as numbers, lists and arrays.
+
+        With the events, which have still to be told.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -322,8 +322,8 @@ class SecantDescent:
         return observation, False
 
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
-        self.loss, self._objective = observation.loss, observation.objective
         secants = (yield self._base).secants
+        self.loss, self._objective = observation.loss, observation.objective
         self._descent = None if secants is None else direction(secants)
         self._length = 1.0
         self._rejected = 0 if self._descent is not None else MOST_REJECTED

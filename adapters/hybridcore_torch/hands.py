@@ -165,7 +165,9 @@ class Hands:
             assert directive.coefficients is not None
             self.secants.reach(directive.coefficients)
             self._on_trial = bool(directive.coefficients.any())
-            if not self._on_trial:
+            if self._on_trial:
+                self._kept = []
+            else:
                 buffers.put_back(self._kept)
         elif action is Action.MARK:
             self.snapshots.save()
@@ -217,11 +219,12 @@ class Hands:
         if self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
+            buffers.put_back(self._kept)
             self._on_trial = False
         if self._moving and self.bank is not None:
             self.bank.return_to_newest()
         if self._moving or self._taking:
-            # The bank may be a snapshot short.
+            # The bank may be a snapshot short, or have a base that the engine does not know of.
             self.torn = True
 
     @contextlib.contextmanager
@@ -343,6 +346,7 @@ class Hands:
         observation = self.stepper.full(
             closure, directive.learning_rate_scale, keep=keep, update=update
         )
+        self._taking = False
         self.steps_since_recovery += 1
         if not observation.applied:
             return observation
@@ -372,14 +376,17 @@ class Hands:
         start = perf_counter()
         self.stepper.follow()
         seconds = perf_counter() - start
-        if self.secants is None:
-            return Observation(seconds=seconds)
-        # Some optimizers move the weights at a rate of zero too.
-        self.secants.back_to_base()
-        self._add_to_average(directive.average)
-        return Observation(seconds=seconds, secants=self.secants.products())
+        products = None
+        if self.secants is not None:
+            # Some optimizers move the weights at a rate of zero too.
+            self.secants.back_to_base()
+            self._add_to_average(directive.average)
+            products = self.secants.products()
+        self._taking = False
+        return Observation(seconds=seconds, secants=products)
 
     def _take_pair(self, fresh: bool) -> None:
+        self._taking = True
         if self.secants is None:
             if self.bank is not None:
                 # The descent needs no snapshots, and takes new ones when it has ended.

@@ -2,28 +2,32 @@
 
 ``torch.distributed.checkpoint`` writes the shards, each rank its own, and reads them into other
 shards where there are more or fewer ranks. All else, which is the same on all ranks, is a file of
-:mod:`hybridcore_torch.files` beside them.
+:mod:`hybridcore_torch.files`. It names the folder beside it that the shards are in, and takes the
+place of the one before in one move: until then that one and its shards are whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from hybridcore import CheckpointError
+from hybridcore import CheckpointError, checkpoint
 from hybridcore_torch import files
 from hybridcore_torch.ranks import reshard
 
-_REST = "rest.safetensors"
+_REST, _SHARDS = "rest.safetensors", "shards-"
 Place = tuple[Any, ...]
+Result = TypeVar("Result")
 
 
 def is_folder_of_shards(path: str | Path) -> bool:
@@ -34,29 +38,90 @@ def is_folder_of_shards(path: str | Path) -> bool:
 def write(state: dict[str, Any], path: str | Path) -> None:
     """Write `state` to the folder `path`; every rank has to call it.
 
-    It is written beside `path` and then renamed, so that what was there is whole until then.
+    The folder holds the state from before until the new one is whole and on the disk, and none of
+    what a process that died in the middle left there.
+
+    Raises
+    ------
+    CheckpointError
+        If `state` holds something that a checkpoint cannot.
+    OSError
+        On every rank, if any of them cannot write its part; what was there before is untouched.
     """
+    path, first = Path(path), dist.get_rank() == 0
+    shards = dict(_shards(state, ()))
+    name = _SHARDS + secrets.token_hex(8)
+
+    def begin() -> str:
+        if first:
+            path.mkdir(parents=True, exist_ok=True)
+            checkpoint.sync_folder(path.parent)
+            _tidy(path)
+        return name
+
+    def finish() -> None:
+        if first:
+            rest = _without(state, ())
+            rest["model"] = OrderedDict(rest["model"])
+            rest["model"]._metadata = getattr(state["model"], "_metadata", None)
+            rest |= {"shards": [list(place) for place in shards], "folder": name}
+            files.write(rest, path / _REST)
+
+    # That of the first rank.
+    name = _together(path, begin)[0]
+    try:
+        _together(path, lambda: _save(shards, path / name))
+        _together(path, finish)
+    finally:
+        if first:
+            # An error now would be this rank's alone.
+            with contextlib.suppress(OSError):
+                _tidy(path)
+
+
+def _save(shards: dict[Place, torch.Tensor], folder: Path) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    path = Path(path)
-    beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    shards = dict(_shards(state, ()))
-    first = dist.get_rank() == 0
-    if first:
-        for left_over in (beside, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-    dist.barrier()
-    save({_name(place): value for place, value in shards.items()}, checkpoint_id=beside)
-    if first:
-        rest = _without(state, ())
-        rest["model"] = OrderedDict(rest["model"])
-        rest["model"]._metadata = getattr(state["model"], "_metadata", None)
-        files.write(rest | {"shards": [list(place) for place in shards]}, beside / _REST)
-        if path.exists():
-            path.rename(old)
-        beside.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+    try:
+        save({_name(place): value for place, value in shards.items()}, checkpoint_id=folder)
+    except CheckpointException as error:
+        failed = [f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in error.failures.items()]
+        raise OSError(f"{folder} could not be written: {'; '.join(failed)}") from error
+    checkpoint.sync_folder(folder)
+
+
+def _tidy(path: Path) -> None:
+    """Remove the shards in `path` that do not belong to what is there."""
+    try:
+        own = files.read(path / _REST).get("folder")
+    except FileNotFoundError:
+        own = None
+    except CheckpointError:
+        # Which ones belong to it nobody knows.
+        return
+    for folder in path.glob(f"{_SHARDS}*"):
+        if folder.name != own:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _together(path: Path, work: Callable[[], Result]) -> list[Result]:
+    """Do `work` on all ranks and return what each came to; if one fails, all of them do."""
+    failure: BaseException | None = None
+    result = text = None
+    try:
+        result = work()
+    # The others wait for this rank, whatever has happened here.
+    except BaseException as error:
+        failure, text = error, f"{type(error).__name__}: {error}"
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (result, text))
+    if failure is not None:
+        raise failure
+    for rank, (_, other) in enumerate(seen):
+        if other is not None:
+            raise OSError(f"{path} could not be written, because rank {rank} failed: {other}")
+    return [result for result, _ in seen]
 
 
 def read(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -72,11 +137,13 @@ def read(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
     reshard(model)
     state = files.read(Path(path) / _REST)
+    # In the first ones the shards were beside the file.
+    folder = Path(path) / state.pop("folder", ".")
     places = [tuple(place) for place in state.pop("shards", [])]
     here = model.state_dict()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        stored = FileSystemReader(Path(path)).read_metadata().state_dict_metadata
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         into: dict[str, torch.Tensor] = {}
         for place in places:
             like = here[place[1]] if place[0] == "model" else trained[int(place[2])]
@@ -90,7 +157,7 @@ def read(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         with warnings.catch_warnings():
             # One process may read what several wrote.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            load(into, checkpoint_id=Path(path))
+            load(into, checkpoint_id=folder)
     except CheckpointError:
         raise
     # What a damaged folder makes of itself is anything: the reader's errors are of many kinds.

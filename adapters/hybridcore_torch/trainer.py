@@ -444,7 +444,8 @@ class HybridTrainer:
             Built as for the run that was saved; their state is overwritten, and so are the global
             random states.
         **arguments
-            Further arguments of the constructor as they were; ``config`` is the saved one.
+            Further arguments of the constructor as they were, callbacks among them; ``config`` is
+            the saved one. :meth:`save_every` has to be called again.
 
         Raises
         ------

@@ -1,6 +1,7 @@
 """The README's tables are those of the recorded results, and each drill has its tests."""
 
 import ast
+import re
 
 import pytest
 
@@ -21,3 +22,10 @@ def test_each_drill_has_its_tests(drill, file, tests):
     tree = ast.parse((drills.HERE.parent / "tests" / file).read_text(encoding="utf-8"))
     there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert {f"test_{test}" for test in tests} <= there
+
+
+@pytest.mark.parametrize("name", ["soak", "fuzz", "drills"])
+def test_a_record_names_the_versions_that_it_depends_on(name):
+    document = table.recorded(name)
+    for package in ("hybridcore", "python", "torch", "numpy"):
+        assert re.match(r"\d+\.\d+", document[package]), package

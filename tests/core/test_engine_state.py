@@ -8,39 +8,13 @@ from descent import BRISK, Descent, Watched, text
 
 from hybridcore import (
     Engine,
+    HybridTrainerConfig,
     Observation,
     Phase,
     ProtocolError,
 )
 
 # -- interruptions --------------------------------------------------------------------------------
-
-
-def test_a_step_that_is_abandoned_at_any_directive_can_be_taken_again():
-    clean = Watched()
-    clean.run(130)
-    for at in range(0, len(clean.directives), 3):
-        descent = Descent()
-        seen = 0
-        while descent.engine.counters.steps < 130:
-            if seen <= at < seen + 40 and descent.engine.step_done:
-                # Carry out the next directives one by one, to stop at the one that is wanted.
-                while seen < at:
-                    directive = descent.engine.next()
-                    descent.engine.observe(descent.carry_out(directive))
-                    seen += 1
-                descent.engine.next()
-                descent.engine.abandon()
-                assert descent.engine.step_done
-                seen = at + 1
-            before = len(descent.log)
-            descent.step()
-            seen += len(descent.log) - before
-        counters = descent.engine.counters
-        assert counters.steps == counters.full_steps + counters.predicted_steps
-        assert counters.predicted_steps >= clean.engine.counters.predicted_steps // 2, at
-        assert counters.rollbacks == 0
-        assert descent.loss(descent.x) < 1.5 * clean.loss(clean.x)
 
 
 def test_a_directive_waits_until_it_is_observed():
@@ -78,6 +52,24 @@ def test_every_phase_is_resumed_at_every_step_boundary():
             assert other.engine.statistics() == whole.engine.statistics()
         walker.step()
     assert phases == set(Phase)
+
+
+def test_what_is_still_to_be_told_of_quiet_steps_is_told_by_a_resumed_run():
+    descent = Descent(HybridTrainerConfig())
+    descent.run(52)
+    descent.engine.take_events()
+    assert not descent.engine.touches_weights
+    descent.engine.next()
+    descent.engine.observe(Observation(1e6, 1.0, 0.5))
+    state = text(descent.engine.state_dict())
+    other = Descent(HybridTrainerConfig())
+    other.engine.load_state_dict(json.loads(state))
+    told = other.engine.take_events()
+    assert told == ({"event": "divergence level", "level": "CAUTION"},)
+    assert told == descent.engine.take_events()
+    # Nor is anything told twice.
+    other.engine.load_state_dict(json.loads(text(other.engine.state_dict())))
+    assert other.engine.take_events() == ()
 
 
 def test_a_state_does_not_move_with_the_engine():

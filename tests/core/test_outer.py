@@ -26,6 +26,7 @@ def by_bank(displacements, rates, capacity=4):
         outer.take(None)
         if outer.pending:
             move = outer.step(rate)
+            outer.stepped(rate)
             assert move.action is Action.MOVE
             assert move.snapshot
             (row,) = move.coefficients
@@ -75,6 +76,7 @@ def test_noise_is_averaged_down():
         outer.take(None)
         if outer.pending:
             (row,) = outer.step(1.0).coefficients
+            outer.stepped(1.0)
             x = float(row @ bank[-len(row) :])
             bank = [*bank[-3:], x]
             left.append(x)
@@ -91,6 +93,7 @@ def test_a_state_resumes_exactly():
         assert first.pending == second.pending == (count > 0)
         if first.pending:
             moves = [outer.step(1.0 / (1 + count)).coefficients for outer in (first, second)]
+            first.stepped(1.0 / (1 + count))
             assert np.array_equal(*moves)
     first.stop()
     assert not first.active
@@ -243,7 +246,7 @@ def test_a_straight_path_ends_them(turn, straight):
             break
         assert not outer.take(None)
         if outer.pending:
-            outer.step(1.0)
+            outer.stepped(1.0)
     assert asked.count(False) == CHECK
     assert outer.take(gram) == straight
     assert outer.active != straight
@@ -262,5 +265,5 @@ def test_the_path_is_held_against_itself_ever_more_rarely():
         points = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
         outer.take((points @ points.T)[None] if directive.gram else None)
         if outer.pending:
-            outer.step(1e-3)
+            outer.stepped(1e-3)
     assert checked == [5, 10, 20, 40, 80]

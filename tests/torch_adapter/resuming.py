@@ -12,7 +12,7 @@ from torch import nn
 
 from hybridcore_torch import HybridTrainer
 
-RUNS = ("adam", "sgd momentum", "adamw, schedule, clipping")
+RUNS = ("adam", "sgd momentum", "adamw, schedule, clipping", "quasi-Newton steps")
 
 
 def build(kind, seed=0, path=None):
@@ -21,7 +21,7 @@ def build(kind, seed=0, path=None):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.BatchNorm1d(16), nn.Linear(16, 10))
     arguments = {}
-    if kind == "adam":
+    if kind in ("adam", "quasi-Newton steps"):
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     elif kind == "sgd momentum":
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -32,8 +32,9 @@ def build(kind, seed=0, path=None):
 
     def closure():
         # A little noise from torch's own generator: too little to put jumps off, and enough to have
-        # no quasi-Newton steps.
-        return F.cross_entropy(model(x + 3e-3 * torch.randn(64)), y)
+        # no quasi-Newton steps where they are not asked for.
+        noise = 0.0 if kind == "quasi-Newton steps" else 3e-3
+        return F.cross_entropy(model(x + noise * torch.randn(64)), y)
 
     if path is not None:
         return HybridTrainer.load(path, model, optimizer, **arguments), closure
@@ -41,7 +42,10 @@ def build(kind, seed=0, path=None):
 
 
 def figures(trainer, results):
-    """What must be the same to the last bit: each step, and at the end weights and decisions."""
+    """What must be the same to the last bit: each step, and at the end weights and decisions.
+
+    And what happened: of quiet steps it is told later, so in one list, with what is left to tell.
+    """
     names = ("loss", "phase", "was_predicted", "prediction_error", "confidence", "gradient_norm")
     steps = [[repr(getattr(r, name)) for name in (*names, "metrics")] for r in results]
     digest = hashlib.sha256()
@@ -52,7 +56,9 @@ def figures(trainer, results):
     clocks = ("phase_seconds", "overhead_seconds", "probe_cost", "cost", "measured_speedup")
     for name in (*clocks, "measured_speedup_interval"):
         del summary[name]
-    return steps, [digest.hexdigest(), json.loads(json.dumps(summary))]
+    events = [event for result in results for event in result.events]
+    events = [repr(event) for event in (*events, *trainer.engine.take_events())]
+    return steps, [digest.hexdigest(), json.loads(json.dumps(summary)), events]
 
 
 def main(kind, steps, folder):

@@ -50,13 +50,15 @@ def test_a_new_process_goes_on_bit_for_bit(kind, tmp_path):
     trainer, closure = build(kind)
     at, seen, results = set(rng.sample(range(1, steps), 20)), {}, []
     for step in range(steps):
-        phase = trainer.engine.phase
-        # At 20 random steps, and in every phase.
-        if step in at or phase not in seen:
-            seen.setdefault(phase, step)
+        engine = trainer.engine
+        moment = engine.phase, engine.holds_mark, engine.holds_pairs
+        # At 20 random steps, in every phase, and with and without what each of them may hold.
+        if step in at or moment not in seen:
+            seen.setdefault(moment, step)
             trainer.save(tmp_path / f"{step}")
         results.append(trainer.step(closure))
-    assert set(seen) == set(Phase)
+    assert {phase for phase, _, _ in seen} == set(Phase)
+    assert (trainer.statistics().secant_steps > 50) == (kind == "quasi-Newton steps")
     done = subprocess.run(
         [sys.executable, str(HERE / "resuming.py"), kind, str(steps), str(tmp_path)],
         capture_output=True,

@@ -1,7 +1,11 @@
 """Several processes that train one model: the same decisions, and those of a single process."""
 
 import datetime
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +36,8 @@ STEPS, HALF = 260, 130
 CONFIG = HybridTrainerConfig(warmup_steps=30, secant_pairs=0)
 ROWS = 48
 BAD = 60
+# Kills right after a save is whole, right before the next one is, and of the other rank.
+KILLS_AT_THE_WORST = 8176
 EVEN = 20
 
 
@@ -314,6 +320,21 @@ def test_a_bad_batch_on_one_rank_costs_that_batch_on_all(tmp_path, kind):
         assert all(torch.isfinite(w).all() for w in outcome["weights"])
         assert outcome["phases"] == outcomes[0]["phases"]
         assert Phase.PREDICT.name in outcome["phases"]
+
+
+def test_sharded_saves_that_are_killed_or_fail_lose_nothing_and_no_rank_waits(record_property):
+    # python tests/torch_adapter/sharded_kills.py 40 is the whole drill.
+    script = Path(__file__).with_name("sharded_kills.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "3", str(KILLS_AT_THE_WORST)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout)
+    assert (counts["kills"], counts["failed saves"]) == (3, 4)
+    record_property("times", 7)
 
 
 def test_what_is_clipped_with_has_to_be_finite_on_every_rank(tmp_path):
