@@ -105,13 +105,12 @@ def validate(controller: Controller) -> Generator[Directive, Observation, bool]:
 def finish(controller: Controller) -> Turn:
     """Keep a jump or take it back at once, because the run ends."""
     before, here = yield from beside_mark()
-    if controller.phase is Phase.PREDICT:
-        controller.enter(Event.HORIZON_REACHED)
     progress = math.log(before) - math.log(here) if usable(before) and usable(here) else 0.0
-    reward(controller, progress)
     if progress > 0.0:
+        reward(controller, progress)
         controller.close(math.log(here), predicting=True, progress=progress)
         controller.note("jump kept", arm=controller.in_flight.jump.extrapolator)
+        _come_down(controller)
         controller.enter(Event.VALIDATED)
     else:
         yield from roll_back(controller)
@@ -125,7 +124,14 @@ def roll_back(controller: Controller) -> Turn:
     controller.counters.rollbacks += 1
     controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator)
     controller.close(controller.meter.mark[0], predicting=True, progress=0.0)
+    _come_down(controller)
     controller.enter(Event.ROLLED_BACK)
+
+
+def _come_down(controller: Controller) -> None:
+    """End the predicted steps of a jump that the end of the run has caught in them."""
+    if controller.phase is Phase.PREDICT:
+        controller.enter(Event.HORIZON_REACHED)
 
 
 def reward(controller: Controller, progress: float) -> None:

@@ -27,8 +27,8 @@ from hybridcore import (
 from hybridcore.rotation import Rotation, Saver, read_newest
 from hybridcore.types import STEPS
 from hybridcore_keras import saving
-from hybridcore_keras.checks import check_arguments, check_model, ends_the_data
-from hybridcore_keras.hands import Hands
+from hybridcore_keras.checks import check_arguments, check_batch, check_model, ends_the_data
+from hybridcore_keras.hands import Hands, on_device
 from hybridcore_keras.history import report
 from hybridcore_keras.losses import RunningMean
 from hybridcore_keras.ports import port_of
@@ -146,6 +146,50 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if average.shown:
             raise ProtocolError("averaged() inside averaged(): leave the with block first")
         return average.in_place()
+
+    def finish(self, batch: tuple[Any, ...] | None = None) -> None:
+        """End a jump, or a trial of the optimizer, that is under way: for after ``fit``.
+
+        See ``hybridcore_torch.HybridTrainer.finish``. A later ``fit`` may go on.
+
+        Parameters
+        ----------
+        batch : tuple, optional
+            A batch as for `probe`, on which the weights are compared; not needed with ``probe=``.
+
+        Raises
+        ------
+        ConfigError
+            If there is neither; nothing has been changed then.
+        ProtocolError
+            While ``fit`` runs, or inside ``averaged()``.
+        """
+        check_batch("batch", batch)
+        if batch is None and self.probe is None:
+            raise ConfigError(
+                "finish() needs a batch, got None: pass one as (x, y), or build the callback with "
+                "probe="
+            )
+        if self._fitting:
+            raise ProtocolError("finish() while fit runs: call it after fit has returned")
+        hands, engine = self._hands, self.engine
+        if hands is None:
+            return
+        if hands.average is not None and hands.average.shown:
+            raise ProtocolError("finish() inside averaged(): leave the with block first")
+        self._check_structure()
+        engine.finish()
+        if engine.step_done:
+            return
+        try:
+            with hands.port.alone(None if batch is None else on_device(batch)):
+                while not engine.step_done:
+                    engine.observe(hands.carry_out(engine.next()))
+        except BaseException:
+            engine.abandon()
+            raise
+        hands.let_go(False, engine.holds_mark, engine.holds_pairs)
+        self._left = hands.fingerprint()
 
     # -- what Keras calls -------------------------------------------------------------------
 

@@ -21,14 +21,19 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
             "snapshot_kind is 'host', and Keras has no way to copy beside a step: leave it at "
             "'auto', or take 'int8'"
         )
-    if probe is not None and not (isinstance(probe, tuple) and 1 <= len(probe) <= 3):
-        raise ConfigError(
-            f"probe must be a held-out batch (x,), (x, y) or (x, y, sample_weight), got "
-            f"{type(probe).__name__}: pass the arrays of one batch as a tuple"
-        )
+    check_batch("probe", probe)
     if layer_groups is not None and not hasattr(layer_groups, "__iter__"):
         raise ConfigError(
             f"layer_groups must be lists of variables, got {type(layer_groups).__name__}"
+        )
+
+
+def check_batch(name: str, batch: object) -> None:
+    """Raise :class:`hybridcore.ConfigError` unless the argument `name` is a batch or None."""
+    if batch is not None and not (isinstance(batch, tuple) and 1 <= len(batch) <= 3):
+        raise ConfigError(
+            f"{name} must be a held-out batch (x,), (x, y) or (x, y, sample_weight), got "
+            f"{type(batch).__name__}: pass the arrays of one batch as a tuple"
         )
 
 

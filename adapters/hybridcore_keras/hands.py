@@ -308,9 +308,7 @@ class Hands:
     def _held_out(self) -> tuple[Any, ...]:
         """Return the user's probe, brought to the device once."""
         if not self._probe_data:
-            self._probe_data = tuple(
-                keras.tree.map_structure(ops.convert_to_tensor, part) for part in self._probe or ()
-            )
+            self._probe_data = on_device(self._probe or ())
         return self._probe_data
 
     # -- quasi-Newton steps -----------------------------------------------------------------
@@ -353,6 +351,11 @@ class Hands:
             [ops.cast(v[0], "float32") if isinstance(v, tuple) else v for v in self.recovery]
         )
         self.recovery = None
+
+
+def on_device(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a user's batch as tensors."""
+    return tuple(keras.tree.map_structure(ops.convert_to_tensor, part) for part in batch)
 
 
 def _seen(figures: Figures, start: float) -> Observation:

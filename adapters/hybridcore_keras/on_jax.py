@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -165,6 +166,28 @@ class JAXPort:
     def begin(self, state: Any, iterator: Any) -> None:
         """Take the state and the iterator of ``fit``."""
         self._state, self._iterator, self._batches = list(state), iterator, None
+
+    @contextlib.contextmanager
+    def alone(self, batch: Any) -> Iterator[None]:
+        """Hold `batch` as one of ``fit``'s, where no ``fit`` runs."""
+        model = self.model
+        owners = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            self.optimizer.variables,
+            model.metrics_variables,
+        )
+        self.install()
+        self._state = [_copies([variable.value for variable in part]) for part in owners]
+        self._batches = [batch]
+        try:
+            yield
+            for part, values in zip(owners, self._state, strict=True):
+                for variable, value in zip(part, values, strict=True):
+                    variable.assign(value)
+        finally:
+            self.abandon()
+            self.remove()
 
     def pull(self) -> int:
         """Take the batches of one execution out of the iterator, and return how many."""

@@ -55,6 +55,10 @@ class Port(Protocol):
         """Take what ``fit`` passed to the train function."""
         ...
 
+    def alone(self, batch: Any) -> contextlib.AbstractContextManager[None]:
+        """Hold `batch` as one of ``fit``'s, where no ``fit`` runs."""
+        ...
+
     def pull(self) -> int:
         """Take one execution's batches out of the iterator, and return how many.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -207,6 +208,17 @@ class StatefulPort:
         raise NotImplementedError
 
     # -- around it --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def alone(self, batch: Any) -> Iterator[None]:
+        """Hold `batch` as one of ``fit``'s, where no ``fit`` runs."""
+        self.install()
+        self._batches = [batch]
+        try:
+            yield
+        finally:
+            self.abandon()
+            self.remove()
 
     def _set_rates(self, scale: float) -> None:
         # Between the two lines an interrupt may come.

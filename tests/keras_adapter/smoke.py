@@ -133,6 +133,19 @@ last = fit(again, resumed, epochs=60)["loss"][-1]
 assert last < 0.5, last
 assert resumed.statistics().steps == steps + 60
 
+# A run that ends in a jump is left at the weights that have the lower loss.
+model, before = build(keras.optimizers.Adam(1e-2)), None
+hybrid = HybridCallback(BRISK)
+while hybrid.engine.phase is not Phase.CORRECT:
+    if hybrid.engine.may_jump:
+        before = [np.array(w) for w in model.get_weights()]
+    fit(model, hybrid, epochs=1)
+model.set_weights([-w for w in model.get_weights()])
+hybrid._left = hybrid.hands.fingerprint()
+hybrid.finish((x, y))
+assert hybrid.engine.phase is Phase.FULL
+assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
 # Quasi-Newton steps.
 model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
 hybrid = HybridCallback(HybridTrainerConfig(**SHORT, secant_pairs=8))

@@ -134,6 +134,8 @@ def test_nothing_is_traced_again():
         model = Counted()
         model.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(True))
         model(np.zeros((1, 64), "float32"))
+        # Otherwise the function of plain fit is traced once more, because it builds the optimizer.
+        model.optimizer.build(model.trainable_variables)
         for _ in range(fits):
             train(model, 150, *callbacks)
         return traces
@@ -285,3 +287,32 @@ def test_the_diff_of_the_readme():
         scope = {"model": model, "x": np.ones((64, 64)), "y": np.ones((64, 10))}
         exec(f"import hybridcore_keras\n{program}", scope)
         assert model.optimizer.iterations == 2
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("phase", [Phase.PREDICT, Phase.CORRECT])
+def test_a_run_that_ends_in_a_jump_is_left_at_the_better_weights(phase, spoil):
+    model, hybrid, before = regression(), HybridCallback(BRISK), None
+    while hybrid.engine.phase is not phase or before is None:
+        if hybrid.engine.may_jump:
+            before = weights_of(model)
+        train(model, 1, hybrid)
+    train(model, 1, hybrid)
+    with pytest.raises(ConfigError, match="needs a batch"):
+        hybrid.finish()
+    if spoil:
+        model.set_weights([-w for w in model.get_weights()])
+        # As if nobody had noticed.
+        hybrid._left = hybrid.hands.fingerprint()
+    jumped = weights_of(model)
+    iterations, steps = int(model.optimizer.iterations), hybrid.statistics().steps
+    hybrid.finish(digits())
+    assert hybrid.engine.phase is Phase.FULL
+    assert not hybrid.engine.may_roll_back
+    assert same(weights_of(model), before if spoil else jumped)
+    assert (int(model.optimizer.iterations), hybrid.statistics().steps) == (iterations, steps)
+    assert hybrid.statistics().rollbacks == spoil
+    predicted = hybrid.statistics().predicted_steps
+    train(model, 100, hybrid)
+    assert hybrid.statistics().predicted_steps > predicted
+    assert model.evaluate(*digits(), verbose=0) < 0.3
