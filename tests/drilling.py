@@ -150,7 +150,7 @@ def drill(run, places, longest, check, kills, seed, folder):
             done[place] += 1
             continue
         assert status == 0, f"the child ended with {status}"
-        assert told[-1] == expected, "the run came to something else"
+        assert told[-1] == expected, f"the run came to something else: {told[-1]}, not {expected}"
         assert not list(whole.glob(".*")), "something was left over"
         runs += 1
         whole = folder / f"killed-{runs}"

@@ -333,8 +333,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 hands.abandon()
             else:
                 # Within a step the copies and what the engine knows of them may not agree.
-                hands.break_off()
-                self._start_over()
+                try:
+                    hands.break_off()
+                finally:
+                    self._start_over()
             hands.port.abandon()
             raise
         # A trial point may be far off: that is no fault of the batch.

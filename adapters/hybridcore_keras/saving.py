@@ -65,7 +65,7 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
         state["snapshots"] = False
     if hands.recovery is not None:
         state["recovery"] = [as_numpy(v[0] if type(v) is tuple else v) for v in hands.recovery]
-    state["beside"] = hands.room.state_dict()
+    state["beside"] = {**hands.room.state_dict(), "peaks": dict(hands.peaks)}
     state["skipped"] = hands.port.skipped
     return state
 
@@ -155,6 +155,7 @@ def fitted(
         engine.load_state_dict(state["engine"])
         if hands is not None:
             room = hands.room.restored(beside, engine.snapshots)
+            peaks = {name: int(beside.get("peaks", {}).get(name, 0)) for name in hands.peaks}
             copies = _copies(state, hands, room, pairs)
         skipped, logs = int(state["skipped"]), dict(state["logs"])
 
@@ -166,7 +167,7 @@ def fitted(
         callback.engine, callback._logs = engine, logs
         if hands is not None:
             hands.restart()
-            hands.room, hands.pairs = room, pairs
+            hands.room, hands.pairs, hands.peaks = room, pairs, peaks
             for name, kept in copies.items():
                 setattr(hands, name, kept)
             hands.port.skipped = skipped
