@@ -102,7 +102,7 @@ class Engine:
         try:
             self._directive = self._turn.send(observation)
         except StopIteration:
-            self._turn = self._directive = None
+            self._turn = self._directive = self._before = None
             self._quiet = self._controller.quiet_steps()
         if self._controller.phase is not phase:
             self._before = None
