@@ -62,8 +62,8 @@ class HybridTrainerConfig:
         missed, and probe the corrected jump too. Off: it gained nothing where it was measured, and
         costs a probe for each jump (``benchmarks/ablation.py``).
     outer_momentum : bool
-        Move the weights on by Nesterov's momentum over the displacements of ten full steps, where
-        loss or path are too irregular for a jump.
+        Move the weights on by a momentum over the displacements of ten full steps, where loss or
+        path are too irregular for a jump.
     secant_pairs : int
         Most pairs of displacement and change of gradient, 0 to 50, two copies of the trainable
         parameters each, by which quasi-Newton steps are taken while every batch is the same; with

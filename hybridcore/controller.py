@@ -244,13 +244,12 @@ class Controller:
             rate = self._rates[-1]
             yield self.outer.step(rate)
             self.outer.stepped(rate)
-        calm = self._loss_confidence >= self.config.confidence_threshold
-        if self.outer.active and not calm and self.pace.until_snapshot(self.taken) == 0:
+        if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
             yield from self._rest()
             return
-        self.outer.stop()
+        calm = self._loss_confidence >= self.config.confidence_threshold
         last = self.taken + 1 >= self.pace.wait
         # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
         regular = max(0, self.regular) + 1 if calm else min(0, self.regular) - 1

@@ -36,9 +36,8 @@ MOST_PATIENCE = 16
 # Looking at the path again costs no forward pass, so that a path which has become regular, as it
 # does when a learning rate falls, is not overlooked for long.
 MOST_PATIENCE_TO_LOOK = 4
-# In `min_full_steps`: a rest while the loss is too noisy for a jump, and how often it is prolonged.
+# In `min_full_steps`: a rest while the loss is too noisy for a jump.
 LONG_REST = 4
-MOST_PUT_OFFS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +173,6 @@ class Pace:
         Snapshots that there is room for; with 0 there are no jumps.
     wait : int
         Full steps in the present phase after which a jump may be chosen.
-    put_offs : int
-        How often the present wait has been prolonged.
     patience : int
         Factor on the wait after a failure, doubled by each and halved by each success.
     worth : float
@@ -191,7 +188,6 @@ class Pace:
         self._config = config
         self.snapshots = config.snapshots
         self.wait = config.min_full_steps
-        self.put_offs = 0
         self.patience = 1
         self.worth = math.nan
         self.surprise = math.nan
@@ -215,17 +211,10 @@ class Pace:
     def rest(self, taken: int) -> None:
         """Wait, after full step number `taken` of the phase, for the loss to become calm."""
         self.wait = taken + LONG_REST * self._config.min_full_steps
-        self.put_offs = 0
 
     def put_off(self) -> None:
-        """Put off a look at the path that can hardly lead to a jump, but not for ever.
-
-        The outer momentum may be what rises and falls in the loss, and near the edge of stability
-        the pause that a look makes calms that down.
-        """
-        if self.put_offs < MOST_PUT_OFFS:
-            self.put_offs += 1
-            self.wait += self._config.min_full_steps
+        """Put off a look at the path, which would end the outer steps that hold it in view."""
+        self.wait += self._config.min_full_steps
 
     def back_off(self, least: int) -> int:
         """Full steps to wait before the next attempt: `least`, and twice as many each time."""
@@ -287,15 +276,14 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
-        names = ("snapshots", "wait", "put_offs", "patience", "worth", "surprise")
+        names = ("snapshots", "wait", "patience", "worth", "surprise")
         return {name: getattr(self, name) for name in names} | {"arms": dict(self.arm_values)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         # Before there could be fewer than the settings ask for, there was no such entry.
         self.snapshots = int(state.get("snapshots", self._config.snapshots))
-        self.wait, self.put_offs = int(state["wait"]), int(state["put_offs"])
-        self.patience = int(state["patience"])
+        self.wait, self.patience = int(state["wait"]), int(state["patience"])
         self.worth, self.surprise = float(state["worth"]), float(state["surprise"])
         # Some savers leave out what is empty.
         self.arm_values = dict(state.get("arms", {}))

@@ -5,7 +5,7 @@ import torch
 from problems import noisy, weights
 
 from hybridcore import HybridTrainerConfig
-from hybridcore.outer import INTERVAL, MOMENTUM, RATE
+from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
 
 
 @pytest.mark.parametrize("averaging", [True, False])
@@ -19,7 +19,7 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
         return closure()
 
     start = momentum = None
-    checked = 0
+    checked = number = 0
     for _ in range(900):
         pending, held, before = outer.pending, outer._snapshots, weights(trainer.model)
         count = trainer.statistics().outer_steps
@@ -27,8 +27,10 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
         moved = trainer.statistics().outer_steps - count
         assert moved == pending
         if moved:
+            number += 1
+            newest, old = newest_weight(number), newest_weight(number - 1)
             momentum = [
-                MOMENTUM * m + RATE * MOMENTUM * (w - s)
+                (1.0 - old) * newest / old * m + REACH * SHARE * newest * (w - s)
                 for m, w, s in zip(momentum, before, start, strict=True)
             ]
             start = [
@@ -41,7 +43,8 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
         else:
             assert all(map(torch.equal, seen[-1], before))
         if outer._snapshots == 1 != held:
-            start, momentum = weights(trainer.model), [torch.zeros_like(w) for w in before]
+            number, start = 0, weights(trainer.model)
+            momentum = [torch.zeros_like(w) for w in before]
     assert checked > 0.5 * 900 / INTERVAL
 
 
