@@ -79,8 +79,10 @@ class Hands:
         self._prober = Prober(model)
         self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
-        # A scaled loss overflows now and then, which a line search would take for its own fault.
-        self.room = Room(config, config.secant_pairs if scaler is None else 0)
+        # A scaled loss overflows now and then, which a line search would take for its own fault,
+        # and in a group of processes each sees a loss of its own.
+        none = scaler is not None or self._ranks.several
+        self.room = Room(config, 0 if none else config.secant_pairs)
         self._ranks.check_alike(
             config.to_dict()
             | {

@@ -29,12 +29,9 @@ def affordable(
 ) -> int:
     """How many of `pairs` there is room for, in so many bytes.
 
-    None where parameters are spread over devices or of several precisions, where it is not known
-    what the optimizer's weight decay adds to the loss, and in a group of processes, each of which
-    sees a loss of its own.
+    None where parameters are spread over devices or of several precisions, and where it is not
+    known what the optimizer's weight decay adds to the loss.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return 0
     if len({(p.device, p.dtype) for p in parameters}) != 1 or not is_known(optimizer):
         return 0
     size = max(4, parameters[0].element_size()) * max(1, sum(p.numel() for p in parameters))

@@ -195,6 +195,8 @@ def differing(model, x, y, rank):
     ):
         with pytest.raises(ConfigError, match=text):
             HybridTrainer(model, optimizer, config, max_grad_norm=clip)
+    # Each process sees a loss of its own, so that quasi-Newton steps would part them.
+    assert HybridTrainer(model, optimizer).engine.pairs == 0
     # Nothing is left behind: with the same ones they train.
     trainer = HybridTrainer(model, optimizer, CONFIG)
     trainer.step(lambda: F.mse_loss(model(x), y))
