@@ -46,5 +46,19 @@ def noisy(seed=0, config=None, rate=1e-2, steps=None):
     return HybridTrainer(model, optimizer, config, scheduler=schedule), closure, held_out
 
 
+def leaping():
+    """A SIREN at a rate at which Adam starts with a leap where the loss is small already."""
+    torch.manual_seed(1)
+    x = torch.linspace(-1, 1, 200).unsqueeze(1)
+    y = torch.sin(9 * x) * torch.cos(23 * x)
+    first, second, last = nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)
+    model = nn.ModuleList([first, second, last])
+
+    def closure():
+        return F.mse_loss(last(torch.sin(15 * second(torch.sin(15 * first(x))))), y)
+
+    return HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-2)), closure
+
+
 def weights(model):
     return [p.detach().clone() for p in model.parameters()]

@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from problems import BRISK, regression, weights
-from torch import nn
+from problems import BRISK, leaping, regression, weights
 
 from hybridcore import ClosureError, HybridTrainerConfig, Phase, ProtocolError
 from hybridcore_torch import HybridTrainer
@@ -51,16 +49,7 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
 
 
 def test_a_trial_of_the_optimizer_is_taken_back_unless_it_has_helped():
-    torch.manual_seed(1)
-    x = torch.linspace(-1, 1, 200).unsqueeze(1)
-    y = torch.sin(9 * x) * torch.cos(23 * x)
-    first, second, last = nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)
-    model = nn.ModuleList([first, second, last])
-
-    def closure():
-        return F.mse_loss(last(torch.sin(15 * second(torch.sin(15 * first(x))))), y)
-
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-2))
+    trainer, closure = leaping()
     ends = []
     for _ in range(600):
         saved = trainer.engine.controller.secant.loss

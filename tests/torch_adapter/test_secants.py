@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, digits, regression, weights
+from problems import BRISK, digits, leaping, regression, weights
 from scipy.optimize import minimize
 from torch import nn
 
@@ -377,17 +377,7 @@ def test_a_state_that_does_not_fit_leaves_a_descent_as_it_is():
 
 
 def test_a_trial_that_makes_the_loss_leap_up_is_over_at_once():
-    torch.manual_seed(1)
-    x = torch.linspace(-1, 1, 200).unsqueeze(1)
-    y = torch.sin(9 * x) * torch.cos(23 * x)
-    first, second, last = nn.Linear(1, 32), nn.Linear(32, 32), nn.Linear(32, 1)
-    model = nn.ModuleList([first, second, last])
-
-    def closure():
-        return F.mse_loss(last(torch.sin(15 * second(torch.sin(15 * first(x))))), y)
-
-    # A rate at which Adam starts with a leap where the loss is small already.
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-2))
+    trainer, closure = leaping()
     trials: list[list[float]] = []
     for _ in range(600):
         before = trainer.engine.controller.secant.loss
