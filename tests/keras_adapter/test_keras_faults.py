@@ -45,9 +45,10 @@ class Seen(keras.callbacks.Callback):
         self.weights = [weights(model)]
 
     def on_train_batch_end(self, batch, logs=None):
-        self.phase = self.hybrid.engine.phase
         self.iterations = int(self.model.optimizer.iterations)
         self.weights.append(weights(self.model))
+        # Last, because the interrupt may come in there.
+        self.phase = self.hybrid.engine.phase
 
 
 def left_over(model):
