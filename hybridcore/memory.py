@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from hybridcore.config import HybridTrainerConfig
@@ -46,7 +47,8 @@ class Size(NamedTuple):
         return max(4.0 * self.parameters, self.weights)
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Plan:
     """Copies of the weights that there is room for.
 
     Attributes
