@@ -181,13 +181,15 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         engine.finish()
         if engine.step_done:
             return
-        try:
-            with hands.port.alone(None if batch is None else on_device(batch)):
+        with hands.port.alone(None if batch is None else on_device(batch)):
+            try:
                 while not engine.step_done:
                     engine.observe(hands.carry_out(engine.next()))
-        except BaseException:
-            engine.abandon()
-            raise
+            except BaseException:
+                # Half of a rollback is worse than either end of it.
+                hands.break_off()
+                self._start_over()
+                raise
         hands.let_go(False, engine.holds_mark, engine.holds_pairs)
         self._left = hands.fingerprint()
 

@@ -182,10 +182,10 @@ class JAXPort:
         self._batches = [batch]
         try:
             yield
+        finally:
             for part, values in zip(owners, self._state, strict=True):
                 for variable, value in zip(part, values, strict=True):
                     variable.assign(value)
-        finally:
             self.abandon()
             self.remove()
 

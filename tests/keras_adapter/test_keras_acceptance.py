@@ -316,3 +316,27 @@ def test_a_run_that_ends_in_a_jump_is_left_at_the_better_weights(phase, spoil):
     train(model, 100, hybrid)
     assert hybrid.statistics().predicted_steps > predicted
     assert model.evaluate(*digits(), verbose=0) < 0.3
+
+
+@pytest.mark.parametrize("name", ["probe", "put_back"])
+def test_what_fails_while_a_run_is_ended_takes_the_jump_back(name, monkeypatch):
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while hybrid.engine.phase is not Phase.CORRECT:
+        if hybrid.engine.may_jump:
+            before = weights_of(model)
+        train(model, 1, hybrid)
+    model.set_weights([-w for w in model.get_weights()])
+    hybrid._left = hybrid.hands.fingerprint()
+    port = hybrid.hands.port
+
+    def once(*arguments):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(port, name, once)
+    with pytest.raises(KeyboardInterrupt):
+        hybrid.finish(digits())
+    assert same(weights_of(model), before)
+    assert not hybrid.engine.may_roll_back
+    train(model, 100, hybrid)
+    assert model.evaluate(*digits(), verbose=0) < 0.3
