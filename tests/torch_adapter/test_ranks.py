@@ -146,7 +146,7 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
             model, _, _ = problem(EVEN)
             layers = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(model, init_device_mesh("cpu", (world,)), layers)
-        elif kind == "root":
+        elif kind in ("root", "ended"):
             # Its weights stay whole after a pass forwards that none backwards follows.
             fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
         if kind == "astray":
@@ -156,6 +156,8 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
             outcome = uneven(model, x, y, rank)
         elif kind == "clipped":
             outcome = clipped(model, x, y, rank)
+        elif kind == "ended":
+            outcome = ended(model, x[rank::world], y[rank::world])
         else:
             exchanged = watched_exchanges()
             bad = BAD if rank == bad_rank else None
@@ -242,6 +244,26 @@ def clipped(model, x, y, rank):
         trainer.step(lambda: F.mse_loss(model(x), y))
         handle.remove()
     return {"divergences": trainer.statistics().divergences, "weights": whole(model)}
+
+
+def ended(model, x, y):
+    """A run that ends in a jump, as it is and then in one that went astray."""
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 3e-3), CONFIG)
+    closure = lambda: F.mse_loss(model(x), y)  # noqa: E731
+    before, at, ends = [], [], []
+    for spoil in (False, True):
+        while trainer.engine.phase is not Phase.PREDICT:
+            before = whole(model)
+            trainer.step(closure)
+        if spoil:
+            for p in model.parameters():
+                p.data.mul_(3.0)
+        at = whole(model)
+        trainer.finish(closure)
+        assert trainer.engine.phase is Phase.FULL
+        ends.append(all(map(torch.equal, whole(model), before if spoil else at)))
+    trainer.step(closure)
+    return {"ends": ends, "rollbacks": trainer.statistics().rollbacks, "weights": whole(model)}
 
 
 def run(world, folder, kind, steps=range(STEPS), bad_rank=None):
@@ -343,6 +365,13 @@ def test_what_is_clipped_with_has_to_be_finite_on_every_rank(tmp_path):
     for outcome in run(2, tmp_path, "clipped"):
         assert outcome["divergences"] == 1
         assert all(w.isfinite().all() for w in outcome["weights"])
+
+
+def test_a_run_that_ends_in_a_jump_ends_alike_on_every_rank(tmp_path):
+    one, other = run(2, tmp_path, "ended")
+    assert one["ends"] == other["ends"] == [True, True]
+    assert one["rollbacks"] == other["rollbacks"] == 1
+    assert all(map(torch.equal, one["weights"], other["weights"]))
 
 
 def test_a_rank_that_is_elsewhere_is_named(tmp_path):
