@@ -87,6 +87,10 @@ def write(
         If the file cannot be written; one that was there before is untouched.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or name another one")
     arrays: dict[str, Any] = {}
     tree = _packed(dict(state), "", arrays, is_array)
     metadata = {"hybridcore": LAYOUT, "state": json.dumps(tree, allow_nan=False)}
@@ -126,12 +130,15 @@ def read(path: str | Path, framework: str = "np") -> dict[str, Any]:
         with safe_open(str(path), framework=framework) as stored:
             metadata = stored.metadata()
             if metadata["hybridcore"] != LAYOUT:
-                raise ValueError(f"its layout is {metadata['hybridcore']!r}, known is {LAYOUT!r}")
+                raise CheckpointError(
+                    f"{path} has layout {metadata['hybridcore']!r}, this hybridcore reads "
+                    f"{LAYOUT!r}: load it with the version that wrote it"
+                )
             state = _unpacked(json.loads(metadata["state"]), stored.get_tensor)
         if not isinstance(state, dict):
             raise ValueError("it does not hold a state")
         return state
-    except OSError:
+    except (OSError, CheckpointError):
         raise
     except (SafetensorError, *_DAMAGE) as error:
         raise CheckpointError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from hybridcore.checkpoint import remove_leftovers
 from hybridcore.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hybridcore")
 
+_SECOND = 10**9
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 Content = TypeVar("Content")
 
@@ -57,7 +61,13 @@ class Rotation:
         path = self._folder / f"step-{step:09d}.safetensors"
         try:
             write(path)
-            for old in checkpoints_in(self._folder)[self._keep :]:
+            newest, *others = checkpoints_in(self._folder)
+            if newest != path:
+                # The clock was set back since then.
+                later = newest.stat().st_mtime_ns + _SECOND
+                os.utime(path, ns=(later, later))
+                others = [newest, *(other for other in others if other != path)]
+            for old in others[self._keep - 1 :]:
                 old.unlink(missing_ok=True)
         # Frameworks call memory that has run out a RuntimeError.
         except (OSError, MemoryError, RuntimeError, CheckpointError) as error:
@@ -88,16 +98,21 @@ class Saver:
     ) -> None:
         self._rotation, self._write, self._are_finite = rotation, write, are_finite
         self._before_jumps = before_jumps
+        self._engine: Engine | None = None
         self._step = 0
         self.due = False
 
     def begin(self, engine: Engine) -> None:
         """Take over the number of steps, which are then counted here: it is put off there."""
-        self._step, self.due = engine.counters.steps, False
+        self._engine, self._step, self.due = engine, engine.counters.steps, False
 
     def count(self, engine: Engine) -> None:
         """Count a step, after which a checkpoint may be due."""
-        self._step += 1
+        if engine is not self._engine:
+            # Another state was loaded before the step.
+            self.begin(engine)
+        else:
+            self._step += 1
         jump = self._before_jumps and engine.may_jump
         self.due = jump or self._rotation.due(self._step)
 
@@ -117,7 +132,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     """Return the checkpoints in `folder` that a :class:`Rotation` wrote, newest first.
 
     By when they were written: a run that went back, or another one in the same folder, may have
-    higher numbers.
+    higher numbers. So a folder has to be copied with its times.
     """
     found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -136,6 +151,9 @@ def read_newest(path: str | Path, read: Callable[[Path], Content]) -> Content:
     path = Path(path)
     if not path.is_dir():
         return read(path)
+    # A folder that cannot be written is no reason not to read it.
+    with contextlib.suppress(OSError):
+        remove_leftovers(path)
     found = checkpoints_in(path)
     if not found:
         raise FileNotFoundError(f"{path} holds no checkpoint named step-*.safetensors")

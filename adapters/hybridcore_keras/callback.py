@@ -101,6 +101,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._restored: dict[str, Any] | None = None
         self._saver: Saver | None = None
         self._trained: tuple[Any, Any] | None = None
+        # Fingerprint of the weights as they were left, until they are trained again.
         self._left: list[float] | None = None
         # Each fit has one of its own.
         self._history: Any = None
@@ -260,6 +261,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._restored is not None:
             restored, self._restored = self._restored, None
             saving.check_untouched(self.model, restored)
+        if self.config.enabled:
+            self._check_structure()
+            self._left = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the run's figures to `logs` and to ``History``."""
@@ -379,24 +383,30 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._give_back()
 
     def _check_structure(self) -> None:
-        """Start over with snapshots if layers or weights changed since the last ``fit``."""
+        """Start over with snapshots if layers changed, or weights since they were last trained."""
         present, kept = [id(v) for v in self.hands.port.variables], self.hands.identities
         frozen = kept is not None and present != kept
         if frozen or (self._left is not None and self._left != self.hands.fingerprint()):
             self.hands.restart()
             self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
+            self._left = None
 
     def _give_back(self) -> None:
         self._fitting = False
         if self._trained is not None:
             self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
             self.hands.port.remove()
-            self._left = self.hands.fingerprint()
+            if self._left is None:
+                # In the middle of an epoch.
+                self._left = self.hands.fingerprint()
 
     def _epoch_logs(self, logs: Any) -> Any:
         """Stand in for the model's method, which knows nothing of predicted steps."""
-        if logs is self._logs and self._mean.forecasts:
-            return logs
+        if logs is self._logs:
+            # The last batch of an epoch is over, and no callback has been told so far.
+            self._left = self.hands.fingerprint()
+            if self._mean.forecasts:
+                return logs
         return type(self._model)._get_metrics_result_or_logs(self._model, logs)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -80,6 +80,7 @@ class Hands:
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
         self.room = Room(config, config.secant_pairs, host=False)
+        self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         if layer_groups is not None and port.model.built:
             by_user(layer_groups, port.variables)
@@ -105,9 +106,8 @@ class Hands:
         """Return sums that tell whether the weights are others, None where there are no copies."""
         if self.identities is None:
             return None
-        values = [ops.cast(variable.value, "float32") for variable in self.port.variables]
-        sums = [ops.sum(part) for value in values for part in (value, value * value)]
-        return [float(ops.convert_to_numpy(value)) for value in sums]
+        present = [ops.convert_to_tensor(variable.value) for variable in self.port.variables]
+        return [float(value) for value in ops.convert_to_numpy(self._sums(present))]
 
     @property
     def identities(self) -> list[int] | None:
@@ -356,6 +356,11 @@ class Hands:
 def on_device(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return a user's batch as tensors."""
     return tuple(keras.tree.map_structure(ops.convert_to_tensor, part) for part in batch)
+
+
+def _sums(values: Sequence[Any]) -> Any:
+    wide = [ops.cast(value, "float32") for value in values]
+    return ops.stack([ops.sum(part) for value in wide for part in (value, value * value)])
 
 
 def _seen(figures: Figures, start: float) -> Observation:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from hybridcore import CheckpointError, Engine
 from hybridcore.randomness import check_random_states, random_states, restore_random_states
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hybridcore")
 
-VERSION = 4
+VERSION = 5
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 KEYS = {
     "config",
@@ -29,7 +31,7 @@ KEYS = {
     "secants",
     "average",
     "recovery",
-    "steps_since_recovery",
+    "layers",
     "model",
     "outside",
     "optimizer_class",
@@ -72,7 +74,7 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
         "secants": None if secants is None else secants.state_dict(),
         "average": None if average is None else [v.clone() for v in average.values],
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
-        "steps_since_recovery": hands.steps_since_recovery,
+        "layers": _layers(trainer),
         "model": model,
         "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
         "optimizer_class": type(trainer.optimizer).__name__,
@@ -106,7 +108,6 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         whole = bool(state["snapshots"])
         room = hands.room.restored(state["room"], new_engine.snapshots)
         copies = hands.copies_from(state, room.snapshots, pairs)
-        since = int(state["steps_since_recovery"])
         saved_peaks = state["room"].get("peaks", {})
         peaks = {name: int(saved_peaks.get(name, 0)) for name in hands.peaks}
         _check_random(state["random"])
@@ -120,7 +121,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
         ) from error
     trainer.engine = new_engine
-    hands.take_over(*copies, since, room)
+    hands.take_over(*copies, room)
     hands.peaks |= peaks
     if not whole:
         trainer._start_over()
@@ -144,7 +145,7 @@ def _load(trainer: HybridTrainer, state: dict[str, Any], optimizer: dict[str, An
             load(trainer.scaler, state["scaler"], trainer.scaler.state_dict())
         model = trainer.model.state_dict()
         # Names and shapes have been checked, so only code of the user's own can fail there.
-        own = any(not isinstance(value, torch.Tensor) for value in model.values())
+        own = any(map(_loads_by_itself, trainer.model.modules()))
         load(trainer.model, state["model"], copy.deepcopy(model) if own else model)
         with torch.no_grad():
             for p, saved in zip(
@@ -152,6 +153,21 @@ def _load(trainer: HybridTrainer, state: dict[str, Any], optimizer: dict[str, An
             ):
                 p.copy_(saved)
         undo.pop_all()
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    """Whether code that is not torch's runs while `module` is loaded."""
+    kind = type(module)
+    methods = (kind.load_state_dict, kind._load_from_state_dict, kind.set_extra_state)
+    foreign = any(not method.__module__.startswith("torch.") for method in methods)
+    return bool(foreign or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+
+
+def _layers(trainer: HybridTrainer) -> list[list[int]]:
+    """Trainable parameters by layer group, each as its place in the optimizer."""
+    groups = trainer.optimizer.param_groups
+    places = {id(p): at for at, p in enumerate(p for group in groups for p in group["params"])}
+    return [[places[id(p)] for p in layer] for layer in trainer._structure.layers]
 
 
 def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
@@ -163,15 +179,17 @@ def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
     def like(value: Any, known: Any) -> Any:
         if isinstance(value, list) and isinstance(known, list):
             return [like(a, b) for a, b in zip(value, known, strict=True)]
+        if isinstance(known, np.ndarray):
+            return from_tensors(value)
         if not isinstance(value, dict) or not isinstance(known, dict):
             return value
         if any(isinstance(key, int) for key in known):
-            return type(known)({int(key): item for key, item in value.items()})
+            return type(known)({_number(key): item for key, item in value.items()})
         return {key: like(item, known.get(key)) for key, item in value.items()}
 
     def optimizer(saved: dict[str, Any]) -> dict[str, Any]:
         of_parameters = saved.get("state", {})
-        return saved | {"state": {int(key): item for key, item in of_parameters.items()}}
+        return saved | {"state": {_number(key): item for key, item in of_parameters.items()}}
 
     state = state | {"optimizer": optimizer(state["optimizer"])}
     known = None if trainer.scheduler is None else trainer.scheduler.state_dict()
@@ -179,8 +197,13 @@ def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
     if state["recovery"] is not None:
         recovery = {"buffers": {}, **state["recovery"]}
         recovery["optimizer"] = optimizer(recovery["optimizer"])
-        state["recovery"] = recovery | {"scheduler": like(recovery["scheduler"], known)}
+        state["recovery"] = recovery
     return state
+
+
+def _number(key: Any) -> Any:
+    """Return the number that `key` is one of a parameter by, or `key` if it is none."""
+    return int(key) if isinstance(key, str) and key.isdigit() else key
 
 
 def _torch_random_states() -> dict[str, Any]:
@@ -258,10 +281,18 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         raise CheckpointError(
             "state is of another optimizer: its parameters outside the model differ"
         )
+    copies = any(state[name] is not None for name in ("bank", "secants", "average", "recovery"))
+    layers = _layers(trainer)
+    saved_layers = layers if state["layers"] is None else state["layers"]
     shapes_now = [p.shape for p in trainer._structure.parameters]
-    if state["average"] is not None and [v.shape for v in state["average"]] != shapes_now:
+    others_then = state["average"] is not None and [v.shape for v in state["average"]] != shapes_now
+    if others_then or (copies and sorted(chain(*saved_layers)) != sorted(chain(*layers))):
         raise CheckpointError(
             "state is of another set of trainable parameters: freeze and order them likewise"
+        )
+    if copies and saved_layers != layers:
+        raise CheckpointError(
+            "state was saved with other layer groups: pass the same layer_groups to the trainer"
         )
 
 
@@ -296,7 +327,12 @@ def _from_3(state: dict[str, Any]) -> dict[str, Any]:
     return {"snapshots": True, "room": room, "random": None} | state | {"hybridcore": 4}
 
 
-MIGRATIONS = {2: _from_2, 3: _from_3}
+def _from_4(state: dict[str, Any]) -> dict[str, Any]:
+    """Before version 5 it was not kept which parameters are in which layer group."""
+    return {"layers": None} | state | {"hybridcore": 5}
+
+
+MIGRATIONS = {2: _from_2, 3: _from_3, 4: _from_4}
 
 
 def migrated(state: object) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Hands:
         structure: Structure,
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._scheduler, self._scaler, self._probe = scheduler, scaler, probe
+        self._scaler, self._probe = scaler, probe
         self._prober = Prober(model)
         self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
@@ -107,7 +107,6 @@ class Hands:
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
-        self.steps_since_recovery = 0
         self._on_trial = self._elsewhere = self._moving = self._taking = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
@@ -153,7 +152,6 @@ class Hands:
             return self._base(directive)
         if action is Action.SKIP:
             self.stepper.advance_schedule()
-            self.steps_since_recovery += 1
             self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
@@ -176,9 +174,8 @@ class Hands:
         elif action is Action.SAVE:
             self.snapshots.save()
             self.recovery = RecoveryPoint(
-                self._model, self._optimizer, self._scheduler, self._scaler, self.snapshots.kind
+                self._model, self._optimizer, self._scaler, self.snapshots.kind
             )
-            self.steps_since_recovery = 0
             self._measure()
         elif action is Action.ROLLBACK:
             self._roll_back()
@@ -187,13 +184,7 @@ class Hands:
     def _roll_back(self) -> None:
         assert self.recovery is not None
         self.snapshots.restore()
-        self.recovery.restore(
-            self._model,
-            self._optimizer,
-            self._scheduler,
-            self._scaler,
-            self.steps_since_recovery,
-        )
+        self.recovery.restore(self._model, self._optimizer, self._scaler)
         self.recovery = None
 
     def before_the_jump(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,7 +205,6 @@ class Hands:
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""
-        self._versions = None
         if self._elsewhere and self.bank is not None:
             self.bank.put_back()
             self._elsewhere = False
@@ -228,6 +218,7 @@ class Hands:
         if self._moving or self._taking:
             # The bank may be a snapshot short, or have a base that the engine does not know of.
             self.torn = True
+        self.watch()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -244,8 +235,13 @@ class Hands:
             self._versions = self._present_versions()
 
     def disturbed(self) -> bool:
-        """Whether somebody has written into the weights since :meth:`let_go`."""
+        """Whether somebody has written into the weights since :meth:`watch`."""
         return self._versions is not None and self._versions != self._present_versions()
+
+    def watch(self) -> None:
+        """Take note of who has written into the weights so far, if there are copies of them."""
+        kept = self.bank is not None or self.secants is not None
+        self._versions = self._present_versions() if kept else None
 
     def _present_versions(self) -> list[int]:
         return [p._version for p in self._parameters]
@@ -258,8 +254,7 @@ class Hands:
                 self.bank.forget()
         if not pairs:
             self.secants = None
-        kept = self.bank is not None or self.secants is not None
-        self._versions = self._present_versions() if kept else None
+        self.watch()
 
     @property
     def snapshots(self) -> SnapshotBank:
@@ -319,14 +314,13 @@ class Hands:
         secants: SecantBank | None,
         average: WeightAverage | None,
         recovery: RecoveryPoint | None,
-        steps_since_recovery: int,
         room: Room,
     ) -> None:
         """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
         self.room, self.pairs = room, self.pairs_of(room.pairs)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
-        self.steps_since_recovery = steps_since_recovery
-        self._on_trial, self._versions = False, None
+        self._on_trial = False
+        self.watch()
 
     def new_average(self) -> WeightAverage:
         """Return an average that starts where the weights are."""
@@ -349,7 +343,6 @@ class Hands:
             closure, directive.learning_rate_scale, keep=keep, update=update
         )
         self._taking = False
-        self.steps_since_recovery += 1
         if not observation.applied:
             return observation
         if not update:

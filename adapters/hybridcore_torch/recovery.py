@@ -1,4 +1,4 @@
-"""What has to come back besides the parameters: buffers, optimizer, scheduler, scaler."""
+"""What has to come back besides the parameters: buffers, state of the optimizer, scaler."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from hybridcore_torch.ranks import local
 class RecoveryPoint:
     """Copies of all training state but the parameters, which the snapshot bank keeps.
 
+    The steps of the user's loop are not undone by a rollback, so learning rates and whatever else a
+    schedule, or the user, has written into the parameter groups stay as they are.
+
     Parameters
     ----------
-    model, optimizer, scheduler, scaler
+    model, optimizer, scaler
         The objects to copy now, and to restore in place later.
     kind : Kind
         How the bank keeps snapshots; float32 of the optimizer goes with them: in bfloat16, or to
@@ -29,7 +32,6 @@ class RecoveryPoint:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: Any | None,
         scaler: torch.amp.GradScaler | None,
         kind: Kind = "exact",
     ) -> None:
@@ -41,7 +43,6 @@ class RecoveryPoint:
 
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self._optimizer = _copied(optimizer.state_dict(), kept)
-        self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
 
     @property
@@ -56,45 +57,28 @@ class RecoveryPoint:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: Any | None,
         scaler: torch.amp.GradScaler | None,
-        steps_since: int,
     ) -> None:
-        """Put everything back; a schedule is then brought up to date with the loop.
-
-        Parameters
-        ----------
-        steps_since : int
-            Steps that the schedule has taken since. The steps of the user's loop are not undone by
-            a rollback, so a schedule that is restored is advanced by as many.
-        """
+        """Put everything back."""
         for name, buffer in model.named_buffers():
             # A cache that has grown or is new since is not of the weights: it may stay.
             saved = self._buffers.get(name)
             written = 0 not in buffer.stride() or buffer.numel() < 2
             if written and saved is not None and saved.shape == buffer.shape:
                 buffer.copy_(saved)
-        present, state = optimizer.state_dict(), self._optimizer
-        if scheduler is None:
-            # Rates then belong to the user alone, who may have changed them since.
-            state = state | {"param_groups": present["param_groups"]}
-        if _copy_over(present["state"], state["state"]):
-            # Tensors are in place: a second copy of all of them would take the most memory.
-            state = state | {"state": present["state"]}
-        optimizer.load_state_dict(copy.deepcopy(state) if state is self._optimizer else state)
+        present, saved = optimizer.state_dict(), self._optimizer["state"]
+        # Tensors are written in place: a second copy of all of them would take the most memory.
+        if not _copy_over(present["state"], saved):
+            present["state"] = copy.deepcopy(saved)
+        optimizer.load_state_dict(present)
         if scaler is not None and self._scaler is not None:
             scaler.load_state_dict(self._scaler)
-        if scheduler is not None and self._scheduler is not None:
-            scheduler.load_state_dict(copy.deepcopy(self._scheduler))
-            for _ in range(steps_since):
-                scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the copies as tensors, numbers and dictionaries."""
         return {
             "buffers": dict(self._buffers),
             "optimizer": self._optimizer,
-            "scheduler": self._scheduler,
             "scaler": self._scaler,
         }
 
@@ -104,7 +88,6 @@ class RecoveryPoint:
         point = cls.__new__(cls)
         point._buffers = dict(state["buffers"])
         point._optimizer = state["optimizer"]
-        point._scheduler = state["scheduler"]
         point._scaler = state["scaler"]
         return point
 

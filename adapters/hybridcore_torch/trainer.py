@@ -274,12 +274,17 @@ class HybridTrainer:
             touches = engine.touches_weights
             if touches:
                 self._check_structure()
+            elif self._hands.disturbed():
+                self._start_over()
+                touches = engine.touches_weights
             taken = self._take_turn(closure)
             phase, predicted, working = taken.phase, taken.predicted, taken.seconds
             assert taken.observation is not None
             observation = taken.observation
             if touches:
                 self._hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
+            else:
+                self._hands.watch()
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         result = StepResult(

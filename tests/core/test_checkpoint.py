@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_another_layout_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LAYOUT", "2")
     checkpoint.write(tmp_path / "state", STATE)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="layout is '2', known is '1'"):
+    with pytest.raises(CheckpointError, match="layout '2', this hybridcore reads '1': load it"):
         checkpoint.read(tmp_path / "state")
 
 
@@ -247,8 +248,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         checkpoint.write(path, {"a": 1}, save_file=full)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no is no folder: make it first"):
         checkpoint.write(tmp_path / "no" / "state", STATE)
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        checkpoint.write(tmp_path, STATE)
 
 
 DIE = """
@@ -272,6 +275,11 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_p
         checkpoint.write(path, STATE)
         assert {p.name for p in tmp_path.iterdir()} == {"state", "mine.part", living.name}
     assert {p.name for p in tmp_path.iterdir()} == {"state", "mine.part"}
+    # Going on from the folder is enough.
+    subprocess.run([sys.executable, "-c", DIE, str(path)], check=False)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        read_newest(tmp_path, checkpoint.read)
+    assert {p.name for p in tmp_path.iterdir()} == {"state", "mine.part"}
 
 
 def test_the_newest_that_can_be_read_is_read(tmp_path):
@@ -288,6 +296,21 @@ def test_the_newest_that_can_be_read_is_read(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         read_newest(tmp_path / "empty", checkpoint.read)
+
+
+def test_a_clock_that_was_set_back_takes_no_new_checkpoint_for_an_old_one(tmp_path):
+    ahead = time.time() + 3600.0
+    for step in (10, 20):
+        path = tmp_path / f"step-{step:09d}.safetensors"
+        path.write_text(path.name)
+        os.utime(path, (ahead + step, ahead + step))
+    rotation = Rotation(10, tmp_path, 2)
+    # One of the old names too, as where a run went back.
+    for step in (30, 40, 20, 50):
+        rotation.save(step, lambda path: path.write_text(path.name))
+        assert read_newest(tmp_path, Path.read_text) == f"step-{step:09d}.safetensors"
+        assert len(checkpoints_in(tmp_path)) == 2
+    assert checkpoints_in(tmp_path)[1].name == "step-000000020.safetensors"
 
 
 def test_random_states_come_back(tmp_path):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_problems import (
     BRISK,
     CROSS_ENTROPY,
+    CURVED,
     Watch,
     compiled,
     digits,
@@ -330,6 +331,63 @@ def test_freezing_a_layer_between_two_fits_starts_over():
     assert hybrid.statistics().steps == 240
     assert hybrid.statistics().predicted_steps > predicted
     assert same(before[:2], weights(model)[:2])
+
+
+def far(model):
+    """How far the weights are from those that :class:`Writer` writes."""
+    return max(abs(w - 3.0).max() for w in model.get_weights())
+
+
+class Writer(keras.callbacks.Callback):
+    """Writes weights of its own at the end of an epoch, or of a fit, as EarlyStopping does."""
+
+    def __init__(self, hybrid, ready, at_the_end=False):
+        super().__init__()
+        self.hybrid, self.ready, self.at_the_end = hybrid, ready, at_the_end
+        self.written, self.seen = False, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.written:
+            self.seen.append(far(self.model))
+        elif not self.at_the_end and self.ready(self.hybrid.engine):
+            self.write()
+
+    def on_train_end(self, logs=None):
+        if self.at_the_end and not self.written and self.ready(self.hybrid.engine):
+            self.write()
+
+    def write(self):
+        self.written = True
+        self.model.set_weights([np.full_like(w, 3.0) for w in self.model.get_weights()])
+
+
+READY = {
+    "before a jump": (BRISK, lambda engine: engine.may_jump),
+    "in a jump": (BRISK, lambda engine: engine.phase is Phase.PREDICT),
+    "after a jump": (BRISK, lambda engine: engine.phase is Phase.CORRECT),
+    "quasi-Newton steps": (CURVED, lambda engine: engine.holds_pairs),
+    "a leap": (CURVED, lambda engine: engine.phase is Phase.PREDICT),
+}
+
+
+@pytest.mark.parametrize("when", READY)
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_another_callback_writes_are_kept(when, first):
+    config, ready = READY[when]
+    hybrid = HybridCallback(config)
+    # Within a fit, in the order of the list.
+    model, writer = regression(), Writer(hybrid, ready)
+    train(model, 110, *((writer, hybrid) if first else (hybrid, writer)))
+    # At the end of one, after which another begins.
+    assert all(distance < 0.03 * step for step, distance in enumerate(writer.seen[:10], 1))
+    assert len(writer.seen) >= 10
+    model, hybrid = regression(), HybridCallback(config)
+    writer = Writer(hybrid, ready, at_the_end=True)
+    while not writer.written:
+        train(model, 4, *((writer, hybrid) if first else (hybrid, writer)))
+    for step in range(1, 5):
+        train(model, 1, hybrid)
+        assert far(model) < 0.03 * step
 
 
 def test_constraints_hold_after_a_jump():

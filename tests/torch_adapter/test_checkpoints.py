@@ -151,19 +151,22 @@ def test_a_state_of_torch_save_of_version_2_goes_on(tmp_path):
     trainer.save(tmp_path / "new")
     HybridTrainer.load(tmp_path / "new", model, optimizer, scheduler=scheduler)
     state = torch.load(old, weights_only=True) | {"hybridcore": 1}
-    with pytest.raises(CheckpointError, match="version 1, this hybridcore reads 2 to 4"):
+    with pytest.raises(CheckpointError, match="version 1, this hybridcore reads 2 to 5"):
         trainer.load_state_dict(state)
 
 
-def test_a_state_of_version_3_goes_on():
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_state_of_an_earlier_version_goes_on(version):
     trainer, closure = trained(60)
-    state = copy.deepcopy(trainer.state_dict())
-    for name in ("random", "snapshots", "room"):
-        del state[name]
-    del state["engine"]["controller"]["rule"]["pace"]["snapshots"]
+    state = copy.deepcopy(trainer.state_dict()) | {"steps_since_recovery": 0}
+    del state["layers"]
+    if version == 3:
+        for name in ("random", "snapshots", "room"):
+            del state[name]
+        del state["engine"]["controller"]["rule"]["pace"]["snapshots"]
     model, optimizer, again = regression(seed=5)
     resumed = HybridTrainer(model, optimizer, BRISK)
-    resumed.load_state_dict(state | {"hybridcore": 3})
+    resumed.load_state_dict(state | {"hybridcore": version})
     for _ in range(60):
         assert trainer.step(closure).loss == resumed.step(again).loss
 
@@ -372,6 +375,122 @@ def test_a_part_that_refuses_its_state_leaves_all_as_it_was():
     assert everything(trainer) == before
 
 
+class Picky(nn.Linear):
+    """Loads by code of its own, which says no to what it has already taken."""
+
+    refuses = False
+
+    def _load_from_state_dict(self, *arguments):
+        super()._load_from_state_dict(*arguments)
+        if self.refuses:
+            self.refuses = False
+            raise ValueError("not mine")
+
+
+@pytest.mark.parametrize("kind", ["a method", "a hook"])
+def test_a_model_that_refuses_its_weights_keeps_those_it_had(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Picky(4, 2))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), BRISK)
+    closure = lambda: model(torch.ones(2, 4)).square().sum()  # noqa: E731
+    trainer.step(closure)
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.step(closure)
+    before = everything(trainer)
+    if kind == "a method":
+        model[1].refuses = True
+    else:
+        calls = []
+
+        def hook(module, incompatible):
+            calls.append(module)
+            if len(calls) == 1:
+                raise ValueError("not mine")
+
+        model.register_load_state_dict_post_hook(hook)
+    with pytest.raises(CheckpointError, match="not mine"):
+        trainer.load_state_dict(state)
+    assert everything(trainer) == before
+
+
+def test_layers_of_one_shape_are_not_taken_for_each_other():
+    def frozen(layer):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+        model[layer].requires_grad_(False)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        return HybridTrainer(model, optimizer, HybridTrainerConfig(warmup_steps=5)), model
+
+    trainer, model = frozen(0)
+    x = torch.randn(16, 8)
+    for _ in range(80):
+        trainer.step(lambda: F.mse_loss(model(x), x.roll(1, 1)))
+    other, _ = frozen(2)
+    before = everything(other)
+    with pytest.raises(CheckpointError, match="another set of trainable parameters"):
+        other.load_state_dict(trainer.state_dict())
+    assert everything(other) == before
+    same, _ = frozen(0)
+    same.load_state_dict(trainer.state_dict())
+    # Without copies of the weights there is nothing to be mistaken.
+    other.load_state_dict(trainer.state_dict(snapshots=False))
+
+
+def test_groups_of_one_size_are_not_taken_for_each_other():
+    def grouped(order):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        groups = [list(model[layer].parameters()) for layer in order]
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        return HybridTrainer(model, optimizer, BRISK, layer_groups=groups), model
+
+    trainer, model = grouped([0, 1])
+    x = torch.randn(16, 8)
+    for _ in range(30):
+        trainer.step(lambda: F.mse_loss(model(x), x.roll(1, 1)))
+    with pytest.raises(CheckpointError, match="other layer groups"):
+        grouped([1, 0])[0].load_state_dict(trainer.state_dict())
+
+
+def test_an_optimizer_may_keep_what_is_of_no_parameter():
+    def made():
+        model, optimizer, closure = regression()
+        optimizer.state["k"] = {"count": 3}
+        return HybridTrainer(model, optimizer, BRISK), closure
+
+    trainer, closure = made()
+    for _ in range(30):
+        trainer.step(closure)
+    other, _ = made()
+    other.load_state_dict(trainer.state_dict())
+    assert other.optimizer.state["k"] == {"count": 3}
+
+
+def test_a_table_in_a_schedule_comes_back_as_one(tmp_path):
+    class Table:
+        def __init__(self):
+            self.rates = np.linspace(1.0, 0.5, 100)
+
+        def __call__(self, step):
+            return self.rates[min(step, 99)]
+
+    def made():
+        model, optimizer, closure = regression()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Table())
+        return model, optimizer, schedule, closure
+
+    model, optimizer, schedule, closure = made()
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=schedule)
+    for _ in range(7):
+        trainer.step(closure)
+    trainer.save(tmp_path / "run")
+    model, optimizer, schedule, closure = made()
+    other = HybridTrainer.load(tmp_path / "run", model, optimizer, scheduler=schedule)
+    assert isinstance(schedule.lr_lambdas[0].rates, np.ndarray)
+    other.step(closure)
+    assert isinstance(optimizer.param_groups[0]["lr"], float)
+
+
 def test_a_file_of_unknown_settings_is_refused(tmp_path):
     trainer, _ = trained(5)
     state = trainer.state_dict()
@@ -413,6 +532,11 @@ def test_saves_every_so_many_steps_and_keeps_the_newest(tmp_path, enabled):
     for _ in range(30):
         resumed.step(again)
     assert (folder / "step-000000160.safetensors").exists()
+    # And where another state is loaded into the same trainer.
+    resumed.load_state_dict(trainer.state_dict())
+    for _ in range(80):
+        resumed.step(again)
+    assert (folder / "step-000000200.safetensors").exists()
 
 
 def test_saving_by_itself_is_checked_first(tmp_path):

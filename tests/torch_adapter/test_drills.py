@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, digits, regression, weights
+from problems import BRISK, digits, noisy, regression, weights
 from torch import nn
 
-from hybridcore import DivergenceError, ModelError, Phase
+from hybridcore import DivergenceError, HybridTrainerConfig, ModelError, Phase
 from hybridcore.rotation import checkpoints_in
 from hybridcore_torch import HybridTrainer
 
@@ -177,9 +177,10 @@ def test_a_rate_that_diverges_in_plain_training_is_said(config):
 # -- the loop -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("moment", ["between steps", "after a state", "after an error"])
 @pytest.mark.parametrize("phase", [Phase.FULL, Phase.PREDICT, Phase.CORRECT])
 @pytest.mark.parametrize("config", [JUMPING, BRISK], ids=["jumps", "pairs"])
-def test_weights_that_the_user_loads_are_kept_in_any_phase(phase, config):
+def test_weights_that_the_user_loads_are_kept_in_any_phase(phase, config, moment):
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, config)
     until(trainer, closure, Phase.PREDICT)
@@ -188,12 +189,46 @@ def test_weights_that_the_user_loads_are_kept_in_any_phase(phase, config):
         # The last step before a jump: the bank is full.
         while trainer.engine.controller.gram is None and not trainer.engine.holds_pairs:
             trainer.step(closure)
-    target = {name: torch.full_like(p, 3.0) for name, p in model.state_dict().items()}
-    model.load_state_dict(target)
+    if moment == "after a state":
+        trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    elif moment == "after an error" and trainer.engine.needs_batch:
+        with pytest.raises(ZeroDivisionError):
+            trainer.step(lambda: 1 / 0)
+    load(model, 3.0)
     for _ in range(4):
         trainer.step(closure)
         # Adam moves by about its rate, whatever the gradient.
         assert all((p - 3.0).abs().max() < 0.2 for p in model.parameters())
+
+
+def load(model, value):
+    model.load_state_dict({n: torch.full_like(p, value) for n, p in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("kind", ["snapshots", "outer steps"])
+def test_weights_that_the_user_loads_are_kept_between_any_two_steps(kind, record_property):
+    """Most of these steps are full steps with nothing beside them."""
+    moments, told = range(11), 0
+    for at in moments:
+        if kind == "snapshots":
+            model, optimizer, closure = regression()
+            trainer = HybridTrainer(model, optimizer, JUMPING)
+            while trainer.engine.controller.bank < 2:
+                trainer.step(closure)
+        else:
+            trainer, closure, _ = noisy(config=HybridTrainerConfig(warmup_steps=20, secant_pairs=0))
+            model = trainer.model
+            while trainer.statistics().outer_steps < 3:
+                trainer.step(closure)
+        for _ in range(at):
+            trainer.step(closure)
+        load(model, 3.0)
+        for step in range(1, 15):
+            result = trainer.step(closure)
+            told += any(e["event"] == "snapshots and trend start over" for e in result.events)
+            assert all((p - 3.0).abs().max() < 0.03 * step for p in model.parameters())
+    assert told == len(moments)
+    record_property("times", len(moments))
 
 
 def test_a_rate_that_is_changed_by_hand_holds(record_property):

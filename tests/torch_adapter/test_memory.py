@@ -165,12 +165,12 @@ def test_the_optimizers_state_comes_back(kind):
     closure().backward()
     optimizer.step()
     before = {k: v.clone() for k, v in optimizer.state[model.weight].items()}
-    point = RecoveryPoint(model, optimizer, None, None, kind)
+    point = RecoveryPoint(model, optimizer, None, kind)
     for _ in range(2):
         # Twice: what was restored must not be what the optimizer trains on.
         for _ in range(3):
             optimizer.step()
-        point.restore(model, optimizer, None, None, 0)
+        point.restore(model, optimizer, None)
         for name, value in optimizer.state[model.weight].items():
             assert value.dtype is before[name].dtype
             rounding = 2**-8 if kind == "int8" else 0.0

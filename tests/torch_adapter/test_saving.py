@@ -61,16 +61,26 @@ def test_bad_batches_in_a_row_while_settling_end_in_a_rollback():
     assert trainer.statistics().rollbacks == 1
 
 
-def test_a_rollback_keeps_a_rate_that_the_user_set():
+@pytest.mark.parametrize("schedule", [None, "StepLR", "LambdaLR"])
+def test_a_rollback_keeps_what_the_user_set(schedule):
     model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
+    scheduler = None
+    if schedule == "StepLR":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10_000)
+    elif schedule == "LambdaLR":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=scheduler)
     while trainer.engine.phase is not Phase.CORRECT:
         trainer.step(closure)
-    optimizer.param_groups[0]["lr"] = 1e-4
+    optimizer.param_groups[0] |= {"lr": 1e-4, "weight_decay": 0.1}
     for _ in range(3):
         trainer.step(lambda: closure() * float("nan"))
-    assert trainer.statistics().rollbacks == 1
-    assert optimizer.param_groups[0]["lr"] == 1e-4
+    summary = trainer.statistics()
+    assert summary.rollbacks == 1
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    # A schedule that computes the rate from the step takes it back itself, and has lost no step.
+    rate = 1e-2 * 0.99**summary.steps if schedule == "LambdaLR" else 1e-4
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
 
 
 def test_freezing_within_a_jump_under_batches():
