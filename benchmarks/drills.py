@@ -133,9 +133,17 @@ TABLE: list[tuple[str, str, tuple[str, ...]]] = [
         ("structure_may_change_at_any_time",),
     ),
     (
+        "a head is replaced in its parameter group",
+        DRILLS,
+        ("a_head_that_is_replaced_in_its_group_leaves_its_state_behind",),
+    ),
+    (
         "the user loads weights",
         DRILLS,
-        ("weights_that_the_user_loads_are_kept_in_any_phase",),
+        (
+            "weights_that_the_user_loads_are_kept_in_any_phase",
+            "weights_that_the_user_loads_are_kept_between_any_two_steps",
+        ),
     ),
     (
         "the optimizer is swapped",
@@ -154,6 +162,11 @@ TABLE: list[tuple[str, str, tuple[str, ...]]] = [
         "the loader is made anew, evaluation mode toggled",
         DRILLS,
         ("evaluation_and_a_new_loader_inside_the_loop_do_no_harm",),
+    ),
+    (
+        "another callback writes weights, in Keras",
+        "keras_adapter/test_compatibility.py",
+        ("weights_that_another_callback_writes_are_kept",),
     ),
     (
         "layers are frozen between two calls of fit, in Keras",

@@ -155,12 +155,23 @@ class HybridTrainerConfig:
         number, unit = re.findall(_MEMORY, self.memory)[0]
         return float(number) * (max(weights, _LEAST_MODEL) if unit == "x" else _UNITS[unit])
 
-    def is_that_of(self, settings: Mapping[str, Any]) -> bool:
-        """Whether `settings` mean this; what an earlier version did not know is at its default."""
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """Say where saved `settings` are others; what an earlier version did not know is default.
+
+        Returns
+        -------
+        list of str
+            One phrase for each, none where they are the same.
+        """
         try:
-            return self.from_dict(settings) == self
-        except ConfigError:
-            return False
+            there, here = self.from_dict(settings).to_dict(), self.to_dict()
+        except ConfigError as error:
+            return [f"of which one is not known here ({error})"]
+        return [
+            f"{name} is {there[name]!r} there and {here[name]!r} here"
+            for name in here
+            if there[name] != here[name]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary that :meth:`from_dict` takes back."""

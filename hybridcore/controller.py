@@ -142,6 +142,12 @@ class Controller:
         if not observation.applied:
             if not observation.overflow:
                 self.note_level(level, self.monitor.observe_delta(finite=False))
+                count = self.counters.divergences
+                if count == 10 ** (len(str(count)) - 1):
+                    logger.warning(
+                        "%d batches left out so far, as their loss or gradients were not finite",
+                        count,
+                    )
             self.note("loss scale overflowed" if observation.overflow else "batch left out")
             return
         if not self.secant.holds_recovery:

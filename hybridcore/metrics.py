@@ -175,12 +175,14 @@ class TrainingStatistics:
             for name, spent in self.phase_seconds.items()
             if spent > 0.0
         )
+        # A bad batch runs no backward pass either, and saves nothing.
+        saved = self.predicted_steps / self.steps if self.steps else 0.0
         own = self.overhead_seconds / seconds if seconds > 0.0 else 0.0
         return "\n".join(
             [
                 f"{self.steps} steps: {self.full_steps} full, {self.secant_steps} of them "
                 f"quasi-Newton, and {self.predicted_steps} predicted "
-                f"({self.backward_reduction:.0%} fewer backward passes)",
+                f"({saved:.0%} fewer backward passes)",
                 f"measured speed-up: {speedup}",
                 f"cost:              {self.cost:.0f} full steps, with {self.probes} probes and "
                 "hybridcore's own time",

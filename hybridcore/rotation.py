@@ -34,7 +34,7 @@ class Rotation:
         Where to; it is made if it is not there.
     keep : int
         Newest checkpoints that are kept, at least 1. Only files that are named as they are, are
-        removed.
+        removed, and none that is of a later step than where the run begins.
 
     Raises
     ------
@@ -51,6 +51,23 @@ class Rotation:
         self._steps, self._keep = steps, keep
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._foreign: set[str] = set()
+
+    def begin(self, step: int) -> None:
+        """Leave those alone that are of later steps than `step`, where the run is now.
+
+        They are of another run, or of this one before it went back.
+        """
+        later = {p.name for p in checkpoints_in(self._folder) if number_of(p) > step}
+        if later - self._foreign:
+            logger.warning(
+                "%s holds %d checkpoints of later steps than %d, which are another run's or from "
+                "before this one went back: they stay, and load() takes the newest by time",
+                self._folder,
+                len(later),
+                step,
+            )
+        self._foreign = later
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step` steps."""
@@ -61,17 +78,20 @@ class Rotation:
         path = self._folder / f"step-{step:09d}.safetensors"
         try:
             write(path)
+            self._foreign.discard(path.name)
             newest, *others = checkpoints_in(self._folder)
             if newest != path:
                 # The clock was set back since then.
                 later = newest.stat().st_mtime_ns + _SECOND
                 os.utime(path, ns=(later, later))
                 others = [newest, *(other for other in others if other != path)]
-            for old in others[self._keep - 1 :]:
+            own = [other for other in others if other.name not in self._foreign]
+            for old in own[self._keep - 1 :]:
                 old.unlink(missing_ok=True)
-        # Frameworks call memory that has run out a RuntimeError.
-        except (OSError, MemoryError, RuntimeError, CheckpointError) as error:
-            logger.error("no checkpoint of step %d, training goes on: %s", step, error)
+        # What the state of a user's own objects can raise is anything.
+        except Exception as error:
+            kind = type(error).__name__
+            logger.error("no checkpoint of step %d, training goes on: %s: %s", step, kind, error)
 
 
 class Saver:
@@ -105,6 +125,7 @@ class Saver:
     def begin(self, engine: Engine) -> None:
         """Take over the number of steps, which are then counted here: it is put off there."""
         self._engine, self._step, self.due = engine, engine.counters.steps, False
+        self._rotation.begin(self._step)
 
     def count(self, engine: Engine) -> None:
         """Count a step, after which a checkpoint may be due."""
@@ -126,6 +147,11 @@ class Saver:
         else:
             # It would take the place of one that a run can go on from.
             logger.error("weights are not finite, so there is no checkpoint of step %d", step)
+
+
+def number_of(path: Path) -> int:
+    """Return the step that a checkpoint of a :class:`Rotation` is of."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:

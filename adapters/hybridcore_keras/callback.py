@@ -141,12 +141,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "averaged() needs room for one copy of the weights, and the setting "
                 f"memory={self.config.memory!r} leaves none: build the callback with more"
             )
+        self._check_own_weights("averaged()")
         average = None if self._hands is None else self._hands.average
-        if average is None:
-            return contextlib.nullcontext()
-        if average.shown:
-            raise ProtocolError("averaged() inside averaged(): leave the with block first")
-        return average.in_place()
+        return contextlib.nullcontext() if average is None else average.in_place()
 
     def finish(self, batch: tuple[Any, ...] | None = None) -> None:
         """End a jump, or a trial of the optimizer, that is under way: for after ``fit``.
@@ -176,8 +173,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         hands, engine = self._hands, self.engine
         if hands is None:
             return
-        if hands.average is not None and hands.average.shown:
-            raise ProtocolError("finish() inside averaged(): leave the with block first")
+        self._check_own_weights("finish()")
         self._check_structure()
         engine.finish()
         if engine.step_done:
@@ -206,9 +202,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         CheckpointError
             If a state that was loaded is of another model; nothing has been changed then.
         """
-        average = None if self._hands is None else self._hands.average
-        if average is not None and average.shown:
-            raise ProtocolError("fit() inside averaged(): leave the with block first")
+        self._check_own_weights("fit()")
         model, hands, put = self.model, None, None
         known = self._trained is not None and self._trained == (model, model.optimizer)
         if self.config.enabled:
@@ -382,6 +376,14 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
         self._give_back()
 
+    def _check_own_weights(self, call: str) -> None:
+        average = None if self._hands is None else self._hands.average
+        if average is not None and average.shown:
+            raise ProtocolError(
+                f"{call} inside averaged(): the model holds the average there, so leave the with "
+                "block first"
+            )
+
     def _check_structure(self) -> None:
         """Start over with snapshots if layers changed, or weights since they were last trained."""
         present, kept = [id(v) for v in self.hands.port.variables], self.hands.identities
@@ -429,6 +431,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Without `snapshots` it holds no snapshots, pairs and average, by far the most of it, but
         while a jump may have to be taken back: a run that goes on from there takes new ones first.
         """
+        self._check_own_weights("state_dict()")
         return saving.collect(self, snapshots)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -445,6 +448,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             this callback has been used with; nothing has been changed then. Without one, ``fit``
             raises it when it begins.
         """
+        self._check_own_weights("load_state_dict()")
         saving.restore(self, state)
 
     def save(self, path: str | Path, *, snapshots: bool = True) -> None:
@@ -503,4 +507,5 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         FileNotFoundError, CheckpointError
             If there is none, or if it is damaged or does not fit.
         """
+        self._check_own_weights("load()")
         saving.restore(self, read_newest(path, lambda file: saving.migrated(checkpoint.read(file))))

@@ -110,10 +110,11 @@ def restore(callback: HybridCallback, state: dict[str, Any]) -> None:
         If it does not, as far as that can be known before; nothing has been changed then.
     """
     state = migrated(state)
-    if not callback.config.is_that_of(state["config"]):
+    differ = callback.config.differences(state["config"])
+    if differ:
         raise CheckpointError(
-            f"state was saved with settings {state['config']}, this callback has "
-            f"{callback.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
+            f"state was saved with other settings, {', '.join(differ)}: build the callback with "
+            "HybridTrainerConfig.from_dict(state['config'])"
         )
     with _damage():
         # What the engine does not take must not wait for the beginning of fit to be found out.

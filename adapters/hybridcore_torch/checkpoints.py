@@ -16,6 +16,7 @@ from hybridcore import CheckpointError, Engine
 from hybridcore.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import is_sharded
+from hybridcore_torch.recovery import state_of
 
 if TYPE_CHECKING:
     from hybridcore_torch.trainer import HybridTrainer
@@ -61,7 +62,7 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
         snapshots = False
     else:
         snapshots = True
-    model, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
+    model, optimizer = trainer.model.state_dict(), state_of(trainer.optimizer)
     if sharded and recovery is not None:
         model, optimizer, recovery = *hands.before_the_jump(), None
     return {
@@ -137,7 +138,7 @@ def _load(trainer: HybridTrainer, state: dict[str, Any], optimizer: dict[str, An
             owner.load_state_dict(saved)
 
         # An optimizer takes new tensors, and does not write into those that it has.
-        load(trainer.optimizer, optimizer, trainer.optimizer.state_dict())
+        load(trainer.optimizer, optimizer, state_of(trainer.optimizer))
         if trainer.scheduler is not None:
             before = copy.deepcopy(trainer.scheduler.state_dict())
             load(trainer.scheduler, copy.deepcopy(state["scheduler"]), before)
@@ -177,7 +178,7 @@ def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
     """
 
     def like(value: Any, known: Any) -> Any:
-        if isinstance(value, list) and isinstance(known, list):
+        if isinstance(value, list) and isinstance(known, list) and len(value) == len(known):
             return [like(a, b) for a, b in zip(value, known, strict=True)]
         if isinstance(known, np.ndarray):
             return from_tensors(value)
@@ -234,10 +235,11 @@ def _restore_random(random: dict[str, Any] | None) -> None:
 
 
 def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
-    if not trainer.config.is_that_of(state["config"]):
+    differ = trainer.config.differences(state["config"])
+    if differ:
         raise CheckpointError(
-            f"state was saved with settings {state['config']}, this trainer has "
-            f"{trainer.config.to_dict()}: build it with HybridTrainerConfig.from_dict(...)"
+            f"state was saved with other settings, {', '.join(differ)}: build the trainer with "
+            "HybridTrainerConfig.from_dict(state['config'])"
         )
     for name in ("scheduler", "scaler"):
         if (getattr(trainer, name) is None) != (state[name] is None):
@@ -258,7 +260,7 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     if shapes != saved:
         differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
         raise CheckpointError(
-            f"state is of another model: {', '.join(differ[:5])} differ in name or shape"
+            f"state is of another model: {', '.join(differ[:5])} differ in name, shape or dtype"
         )
     optimizer = type(trainer.optimizer).__name__
     if optimizer != state["optimizer_class"]:
@@ -267,8 +269,12 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"{optimizer}: build the same one"
         )
     counts = [len(group["params"]) for group in trainer.optimizer.param_groups]
-    if counts != [len(group["params"]) for group in state["optimizer"]["param_groups"]]:
-        raise CheckpointError("state is of another optimizer: its parameter groups differ")
+    saved_counts = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+    if counts != saved_counts:
+        raise CheckpointError(
+            f"state is of another optimizer: its parameter groups are of {saved_counts} "
+            f"parameters, and those of this one of {counts}"
+        )
     for name in ("optimizer", "scheduler", "scaler"):
         present = getattr(trainer, name)
         # Not all keys: what a later torch added to a scheduler is no reason to refuse an old state.
@@ -296,10 +302,10 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         )
 
 
-def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    """Return the shape of each tensor, and None for what is none."""
+def _shapes(values: dict[str, Any]) -> dict[str, tuple[object, ...] | None]:
+    """Return shape and dtype of each tensor, and None for what is none."""
     return {
-        name: tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        name: (*value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
         for name, value in values.items()
     }
 

@@ -39,6 +39,7 @@ def check_arguments(
     optimizer: object,
     config: object,
     scheduler: Any,
+    scaler: object,
     max_grad_norm: object,
     probe: object,
     callbacks: object,
@@ -74,10 +75,11 @@ def check_arguments(
             "use HybridTrainerConfig.from_dict"
         )
     if scheduler is not None:
-        if not callable(getattr(scheduler, "step", None)):
+        if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+            got = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else None
             raise ModelError(
-                f"scheduler must have a step() method, got {type(scheduler).__name__}: pass a "
-                "scheduler from torch.optim.lr_scheduler"
+                f"scheduler must have a step() method, got {got or type(scheduler).__name__}: "
+                "build one from torch.optim.lr_scheduler with this optimizer"
             )
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ModelError(
@@ -88,6 +90,13 @@ def check_arguments(
             raise ModelError(
                 "scheduler drives another optimizer: build it from the optimizer given here"
             )
+    calls = ("scale", "unscale_", "step", "update")
+    scales = all(callable(getattr(scaler, call, None)) for call in calls)
+    if scaler is not None and (isinstance(scaler, type) or not scales):
+        raise ModelError(
+            f"scaler must be a torch.amp.GradScaler, got {scaler!r}: pass GradScaler(), or None in "
+            "full precision and bfloat16"
+        )
     if max_grad_norm is not None:
         number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
         if not number or not 0.0 < float(max_grad_norm) < float("inf"):  # type: ignore[arg-type]

@@ -231,8 +231,8 @@ class Hands:
                 yield
         finally:
             reshard(self._model)
-        if self._versions is not None:
-            self._versions = self._present_versions()
+            if self._versions is not None:
+                self.watch()
 
     def disturbed(self) -> bool:
         """Whether somebody has written into the weights since :meth:`watch`."""

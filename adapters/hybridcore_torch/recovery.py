@@ -42,7 +42,7 @@ class RecoveryPoint:
             return tensor.to("cpu", copy=True) if kind == "host" else tensor.clone()
 
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._optimizer = _copied(optimizer.state_dict(), kept)
+        self._optimizer = _copied(state_of(optimizer), kept)
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
 
     @property
@@ -66,7 +66,7 @@ class RecoveryPoint:
             written = 0 not in buffer.stride() or buffer.numel() < 2
             if written and saved is not None and saved.shape == buffer.shape:
                 buffer.copy_(saved)
-        present, saved = optimizer.state_dict(), self._optimizer["state"]
+        present, saved = state_of(optimizer), self._optimizer["state"]
         # Tensors are written in place: a second copy of all of them would take the most memory.
         if not _copy_over(present["state"], saved):
             present["state"] = copy.deepcopy(saved)
@@ -90,6 +90,25 @@ class RecoveryPoint:
         point._optimizer = state["optimizer"]
         point._scaler = state["scaler"]
         return point
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return ``optimizer.state_dict()``, without states of parameters that are in no group.
+
+    Those stay behind where a user has replaced a layer in a group, and torch stumbles over them.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    stale = {
+        p: state
+        for p, state in optimizer.state.items()
+        if isinstance(p, torch.Tensor) and p not in held
+    }
+    for p in stale:
+        del optimizer.state[p]
+    try:
+        return optimizer.state_dict()
+    finally:
+        optimizer.state.update(stale)
 
 
 def _copied(value: Any, kept: Callable[[torch.Tensor], object]) -> Any:

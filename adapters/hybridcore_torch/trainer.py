@@ -105,7 +105,9 @@ class HybridTrainer:
         layer_groups: Iterable[Iterable[torch.nn.Parameter]] | None = None,
         callbacks: Sequence[Callable[[StepResult], object]] = (),
     ) -> None:
-        check_arguments(model, optimizer, config, scheduler, max_grad_norm, probe, callbacks)
+        check_arguments(
+            model, optimizer, config, scheduler, scaler, max_grad_norm, probe, callbacks
+        )
         structure = Structure(model, optimizer, layer_groups)
         self.model = model
         self.optimizer = optimizer
@@ -309,6 +311,7 @@ class HybridTrainer:
     def _take_turn(self, closure: Closures | None, *, a_step: bool = True) -> _Taken:
         """Carry out what the engine asks for until its turn, which is `a_step`, is over."""
         engine, hands, taken = self.engine, self._hands, _Taken(self.engine.phase)
+        with_graph = torch.is_grad_enabled()
         try:
             while (a_step and taken.observation is None) or not engine.step_done:
                 directive = engine.next()
@@ -329,6 +332,8 @@ class HybridTrainer:
                     if a_step and closure is None and taken.observation is None:
                         raise NeedsBatchError
         except BaseException:
+            # An interrupt can fall between entering and leaving a block of torch's own.
+            torch.set_grad_enabled(with_graph)
             engine.abandon()
             hands.abandon()
             if hands.torn:

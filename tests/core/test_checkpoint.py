@@ -298,6 +298,37 @@ def test_the_newest_that_can_be_read_is_read(tmp_path):
         read_newest(tmp_path / "empty", checkpoint.read)
 
 
+def test_the_checkpoints_of_another_run_are_left_alone(tmp_path, caplog):
+    def save(rotation, *steps):
+        for step in steps:
+            rotation.save(step, lambda path: path.write_text(path.name))
+        return sorted(int(path.stem[5:]) for path in checkpoints_in(tmp_path))
+
+    first = Rotation(100, tmp_path, 2)
+    first.begin(0)
+    assert save(first, 700, 800, 900) == [800, 900]
+    # Another one that forgot to load them, and a third that went on from the first of the two.
+    second = Rotation(100, tmp_path, 2)
+    assert "later steps" not in caplog.text
+    second.begin(0)
+    assert "holds 2 checkpoints of later steps than 0" in caplog.text
+    assert save(second, 100, 200, 300) == [200, 300, 800, 900]
+    third = Rotation(100, tmp_path, 2)
+    third.begin(300)
+    assert save(third, 400, 500) == [400, 500, 800, 900]
+    # Those that it writes itself are its own.
+    assert save(third, 800, 900) == [800, 900]
+    assert save(third, 1000) == [900, 1000]
+
+
+def test_what_cannot_be_saved_is_logged_whatever_it_raises(tmp_path, caplog):
+    def write(path):
+        raise KeyError(140)
+
+    Rotation(1, tmp_path, 1).save(1, write)
+    assert "no checkpoint of step 1, training goes on: KeyError: 140" in caplog.text
+
+
 def test_a_clock_that_was_set_back_takes_no_new_checkpoint_for_an_old_one(tmp_path):
     ahead = time.time() + 3600.0
     for step in (10, 20):

@@ -316,9 +316,10 @@ def test_memory_is_bytes_or_copies_of_a_model_that_is_not_small():
 def test_settings_of_an_earlier_version_mean_the_same():
     config = HybridTrainerConfig(horizon=30)
     settings = config.to_dict()
-    assert config.is_that_of(settings)
+    assert not config.differences(settings)
     del settings["memory"]
-    assert config.is_that_of(settings)
-    assert not config.is_that_of(settings | {"memory": "1x"})
-    assert not config.is_that_of(settings | {"invented": 1})
-    assert not config.is_that_of(None)
+    assert not config.differences(settings)
+    assert config.differences(settings | {"memory": "1x"}) == ["memory is '1x' there and '4x' here"]
+    for bad in (settings | {"invented": 1}, None):
+        (told,) = config.differences(bad)
+        assert "not known here" in told

@@ -69,6 +69,24 @@ def test_it_waits_until_fit_has_returned():
     assert len(errors) == 2
 
 
+def test_the_average_is_not_taken_for_the_run_s_own_weights(tmp_path):
+    hybrid = HybridCallback()
+    model = noisy(hybrid, epochs=2)
+    state = hybrid.state_dict()
+    with hybrid.averaged():
+        for call in (
+            hybrid.state_dict,
+            lambda: hybrid.save(tmp_path / "run"),
+            lambda: hybrid.load_state_dict(state),
+            lambda: hybrid.load(tmp_path),
+            lambda: hybrid.finish((np.zeros((1, 64)), np.zeros(1))),
+            hybrid.averaged,
+        ):
+            with pytest.raises(ProtocolError, match=r"inside averaged\(\): .* leave the with"):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_with_hybridcore_off_the_weights_are_the_run_s_own():
     hybrid = HybridCallback(HybridTrainerConfig(enabled=False))
     model = noisy(hybrid, epochs=1)

@@ -32,6 +32,22 @@ def test_it_is_the_polynomial_mean_of_what_the_loop_went_through():
     assert all(map(torch.equal, raw, weights(trainer.model)))
 
 
+def test_an_error_in_the_block_does_not_cost_the_average():
+    trainer, closure, _ = noisy()
+    for _ in range(250):
+        trainer.step(closure)
+    assert trainer.engine.controller.outer.active
+    with trainer.averaged():
+        average = weights(trainer.model)
+    with pytest.raises(ZeroDivisionError), trainer.averaged():
+        raise ZeroDivisionError
+    with trainer.averaged():
+        assert all(map(torch.equal, average, weights(trainer.model)))
+        with pytest.raises(ProtocolError, match="averaged"):
+            trainer.step(closure)
+    assert not any("start over" in e["event"] for e in trainer.step(closure).events)
+
+
 def test_noise_is_less_at_the_average():
     ahead = []
     for seed in range(5):

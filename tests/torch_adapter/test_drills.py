@@ -244,6 +244,51 @@ def test_a_rate_that_is_changed_by_hand_holds(record_property):
     record_property("times", len(moments))
 
 
+@pytest.mark.parametrize("config", [JUMPING, BRISK], ids=["jumps", "pairs"])
+def test_a_head_that_is_replaced_in_its_group_leaves_its_state_behind(config, tmp_path):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    trainer = HybridTrainer(model, optimizer, config)
+    closure = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    trainer.save_every(10, tmp_path, keep=2)
+    run(trainer, closure, 30)
+    old = model[2].weight
+    model[2] = nn.Linear(16, 10)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    run(trainer, closure, 170)
+    assert trainer.statistics().predicted_steps > 0
+    assert closure().item() < 0.5
+    # It is the user's, who may put the old head back.
+    assert old in optimizer.state or trainer.statistics().rollbacks
+    assert checkpoints_in(tmp_path)[0].name == "step-000000200.safetensors"
+    trainer.load_state_dict(trainer.state_dict())
+
+
+def test_batches_that_are_left_out_are_said_and_save_nothing(caplog):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    run(trainer, lambda: closure() * math.nan, 12)
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert [message.split()[0] for message in said] == ["1", "10"]
+    assert "(0% fewer backward passes)" in str(trainer.statistics())
+
+
+def test_an_interrupt_inside_a_block_without_gradients_leaves_them_on():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+
+    def interrupted():
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(interrupted)
+    assert torch.is_grad_enabled()
+    trainer.step(closure)
+
+
 @pytest.mark.parametrize("name", ["model", "optimizer", "scheduler", "scaler", "probe"])
 def test_what_a_trainer_was_built_from_cannot_be_swapped_unseen(name):
     model, optimizer, _ = regression()

@@ -39,6 +39,36 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         trainer.load_state_dict(state)
 
 
+def test_a_state_of_another_precision_or_of_other_groups_says_so():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    trainer.step(closure)
+    state = trainer.state_dict()
+    half = regression()[0].to(torch.bfloat16)
+    other = HybridTrainer(half, torch.optim.Adam(half.parameters(), 1e-2), BRISK)
+    before = weights(half)
+    with pytest.raises(CheckpointError, match="differ in name, shape or dtype"):
+        other.load_state_dict(state)
+    assert all(map(torch.equal, before, weights(half)))
+    split, _, _ = regression()
+    groups = [{"params": [p]} for p in split.parameters()]
+    with pytest.raises(CheckpointError, match=r"groups are of \[2\] .* of this one of \[1, 1\]"):
+        HybridTrainer(split, torch.optim.Adam(groups), BRISK).load_state_dict(state)
+    settings = dataclasses.replace(BRISK, horizon=99)
+    with pytest.raises(CheckpointError, match=r"horizon is \d+ there and 99 here: build"):
+        HybridTrainer(*regression()[:2], settings).load_state_dict(state)
+
+
+def test_a_scheduler_or_scaler_that_is_none_is_refused_at_once():
+    model, optimizer, _ = regression()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR
+    with pytest.raises(ModelError, match=r"scheduler must .* got the class CosineAnnealingLR"):
+        HybridTrainer(model, optimizer, scheduler=schedule)
+    for bad in (True, torch.amp.GradScaler):
+        with pytest.raises(ModelError, match=r"scaler must be a torch\.amp.GradScaler, got"):
+            HybridTrainer(model, optimizer, scaler=bad)
+
+
 def test_a_bad_batch_leaves_running_statistics_alone():
     x, y = digits()
     torch.manual_seed(0)
