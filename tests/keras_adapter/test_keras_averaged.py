@@ -71,7 +71,7 @@ def test_it_waits_until_fit_has_returned():
 
 def test_the_average_is_not_taken_for_the_run_s_own_weights(tmp_path):
     hybrid = HybridCallback()
-    model = noisy(hybrid, epochs=2)
+    noisy(hybrid, epochs=2)
     state = hybrid.state_dict()
     with hybrid.averaged():
         for call in (
