@@ -58,7 +58,10 @@ class Rotation:
 
         They are of another run, or of this one before it went back.
         """
-        later = {p.name for p in checkpoints_in(self._folder) if number_of(p) > step}
+        later = set()
+        # If it is gone by now, the first checkpoint will say so.
+        with contextlib.suppress(OSError):
+            later = {p.name for p in checkpoints_in(self._folder) if number_of(p) > step}
         if later - self._foreign:
             logger.warning(
                 "%s holds %d checkpoints of later steps than %d, which are another run's or from "

@@ -107,7 +107,7 @@ class Hands:
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
-        self._on_trial = self._elsewhere = self._moving = self._taking = self.torn = False
+        self._on_trial = self._moving = self._taking = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
@@ -205,9 +205,8 @@ class Hands:
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""
-        if self._elsewhere and self.bank is not None:
+        if self.bank is not None:
             self.bank.put_back()
-            self._elsewhere = False
         if self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
@@ -405,7 +404,6 @@ class Hands:
         elsewhere = directive.at_mark or coefficients is not None
         if elsewhere:
             self.snapshots.set_aside()
-            self._elsewhere = True
         try:
             if directive.at_mark:
                 self.snapshots.restore()
@@ -425,4 +423,3 @@ class Hands:
         finally:
             if elsewhere:
                 self.snapshots.put_back()
-                self._elsewhere = False

@@ -181,12 +181,14 @@ class SnapshotBank:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Undo what was done to the weights since :meth:`set_aside`."""
-        assert self._waiting is not None
+        """Undo what was done to the weights since :meth:`set_aside`, once."""
+        if self._waiting is None:
+            return
         for bucket in self._buckets:
             bucket.load(self._waiting)
-        self._drop(self.capacity + 1)
+        # Before the row is gone: an interrupt may fall in between.
         self._waiting = None
+        self._drop(self.capacity + 1)
 
     def _keep(self, spare: int) -> int:
         """Row that holds the weights as they are: the newest snapshot's, or else the `spare`."""

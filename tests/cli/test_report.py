@@ -210,6 +210,7 @@ def test_a_run_that_was_cut_can_be_reported(recorded):
     assert is_png("cut.png")
 
 
+@pytest.mark.slow
 def test_losses_that_are_not_finite_or_not_positive_are_drawn(recorded):
     lines = recorded["off"].read_text().splitlines()
     bad = [json.loads(line) for line in lines]

@@ -88,6 +88,7 @@ def run(kind, flaky):
     return *figures(trainer, results), abandoned, phases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_that_fails_at_each_of_its_passes_comes_to_the_same(kind, record_property):
     steps, (digest, summary, events), none, _ = run(kind, flaky=False)

@@ -179,6 +179,7 @@ def test_a_bad_closure_is_an_error_that_changes_nothing(kind):
     assert trainer.step(closure).phase is Phase.WARMUP
 
 
+@pytest.mark.slow
 def test_a_closure_that_raises_at_any_call_changes_nothing():
     for fatal in range(20, 130, 4):
         model, optimizer, closure = regression()

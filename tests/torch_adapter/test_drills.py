@@ -117,6 +117,7 @@ def test_an_overflow_of_the_loss_scale_is_no_divergence():
     assert finite(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [JUMPING, BRISK], ids=["jumps", "pairs"])
 def test_a_spike_of_a_hundred_times_the_loss_is_survived(config, record_property):
     victims = range(3, 160, 26)

@@ -196,6 +196,7 @@ def test_an_interrupted_step_can_be_taken_again(pairs, record_property):
 # -- memory ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, as Linux does")
 def test_where_memory_runs_out_training_goes_on():
     # With every tensor in pages of its own, what the heap's fragments leave room for plays no part:
