@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
 from hybridcore import ConfigError, HybridTrainerConfig, ModelError
 
@@ -34,6 +35,12 @@ def check_batch(name: str, batch: object) -> None:
         raise ConfigError(
             f"{name} must be a held-out batch (x,), (x, y) or (x, y, sample_weight), got "
             f"{type(batch).__name__}: pass the arrays of one batch as a tuple"
+        )
+    parts = [] if batch is None else keras.tree.flatten(batch)
+    rows = [np.shape(part)[:1] for part in parts if part is not None]
+    if any(row != rows[0] for row in rows):
+        raise ConfigError(
+            f"{name} has parts of {', '.join(str(*row) for row in rows)} rows: they must be equal"
         )
 
 

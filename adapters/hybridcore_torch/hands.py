@@ -137,6 +137,11 @@ class Hands:
         self.torn = True
         return True
 
+    def try_probe(self) -> None:
+        """Evaluate the user's probe, if there is one, to learn at once whether that can be done."""
+        if self._probe is not None:
+            self._prober.loss(self._probe, "probe")
+
     def carry_out(self, directive: Directive, closure: Closures | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""
         action = directive.action

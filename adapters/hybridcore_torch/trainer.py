@@ -79,7 +79,8 @@ class HybridTrainer:
     max_grad_norm : float, optional
         Clip the norm of all gradients to this, positive.
     probe : callable, optional
-        Returns the loss of a fixed held-out batch. Without it, probes use the batch of the step.
+        Returns the loss of a fixed held-out batch; called in the first step, to see that it does,
+        and for probes. Without it, probes use the batch of the step.
     layer_groups : iterable of iterables of Parameter, optional
         Layer groups; by default up to 8 by depth.
     callbacks : sequence of callable
@@ -128,6 +129,7 @@ class HybridTrainer:
             self.config,
             structure,
         )
+        self._probed = False
         self.engine = Engine(self.config, self._hands.pairs)
         if self._hands.room.snapshots != self.config.snapshots:
             self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
@@ -273,6 +275,9 @@ class HybridTrainer:
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
+            if not self._probed:
+                self._hands.try_probe()
+                self._probed = True
             touches = engine.touches_weights
             if touches:
                 self._check_structure()

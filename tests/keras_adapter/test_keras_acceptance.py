@@ -257,6 +257,8 @@ def test_arguments_that_do_not_fit_are_named():
         HybridCallback(HybridTrainerConfig(snapshot_kind="host"))
     with pytest.raises(ConfigError, match="probe must be"):
         HybridCallback(probe=lambda: 1.0)
+    with pytest.raises(ConfigError, match="probe has parts of 5, 4 rows"):
+        HybridCallback(probe=(np.zeros((5, 64)), np.zeros(4)))
     model = regression()
     with pytest.raises(ModelError, match="layer_groups"):
         train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))

@@ -179,6 +179,24 @@ def test_a_bad_closure_is_an_error_that_changes_nothing(kind):
     assert trainer.step(closure).phase is Phase.WARMUP
 
 
+@pytest.mark.parametrize(
+    ("probe", "error"),
+    [
+        (lambda: None, "probe returned NoneType"),
+        (lambda: torch.ones(3), "probe returned a tensor of shape"),
+        (lambda: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_bad_probe_is_an_error_in_the_first_step(probe, error):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, probe=probe)
+    before = weights(model)
+    with pytest.raises((ClosureError, ZeroDivisionError), match=error):
+        trainer.step(closure)
+    assert all(map(torch.equal, before, weights(model)))
+    assert trainer.statistics().steps == 0
+
+
 @pytest.mark.slow
 def test_a_closure_that_raises_at_any_call_changes_nothing():
     for fatal in range(20, 130, 4):
