@@ -145,8 +145,7 @@ class Controller:
                 count = self.counters.divergences
                 if count == 10 ** (len(str(count)) - 1):
                     logger.warning(
-                        "%d batches left out so far, as their loss or gradients were not finite",
-                        count,
+                        "batches left out so far, as loss or gradients were not finite: %d", count
                     )
             self.note("loss scale overflowed" if observation.overflow else "batch left out")
             return
