@@ -5,7 +5,8 @@
 trains the workload plain and with hybridcore over its learning-rate grid, step by step in turn,
 and writes benchmarks/results/cost-to-target-siren.json. With `--share 0.85` the hybrid run, and its
 schedule, takes that share of the plain run's steps: where a falling schedule ends the loss, equal
-processor time is the fair comparison, not equal steps.
+processor time is the fair comparison, not equal steps. `--first-seed 5` takes seeds by which
+nothing was chosen.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("workload", choices=sorted(WORKLOADS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--share", type=float, default=1.0, help="of plain's steps that the hybrid run takes"
     )
@@ -49,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         summary = compare(WORKLOADS[arguments.workload], seed, share=arguments.share).summary()
         plain = summary["plain_total_cost"]
         summary["total_cost_ratio"] = summary["hybrid_total_cost"] / plain
@@ -70,7 +72,8 @@ def main() -> None:
         "comparisons": runs,
     }
     less = "" if arguments.share == 1.0 else f"-{arguments.share:g}"
-    path = arguments.output or RESULTS / f"cost-to-target-{arguments.workload}{less}.json"
+    fresh = "-fresh" if arguments.first_seed else ""
+    path = arguments.output or RESULTS / f"cost-to-target-{arguments.workload}{less}{fresh}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")

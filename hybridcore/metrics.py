@@ -166,9 +166,11 @@ class TrainingStatistics:
             speedup = "none, nothing was predicted"
         elif not math.isfinite(high) and self.secant_steps:
             # There were no full steps of the optimizer beside them to compare with.
-            speedup = f"not known for quasi-Newton steps, at least {low:.2f}"
+            speedup = f"not known for quasi-Newton steps, at least {low:.2f}: compare runs to know"
         elif not math.isfinite(high):
             speedup = "not known yet"
+        elif self.outer_steps:
+            speedup += ", without what outer momentum gains: compare runs to know"
         seconds = sum(self.phase_seconds.values())
         phases = ", ".join(
             f"{name.lower()} {spent / seconds:.0%}"

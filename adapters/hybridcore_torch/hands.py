@@ -324,6 +324,7 @@ class Hands:
         self.room, self.pairs = room, self.pairs_of(room.pairs)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
         self._on_trial = False
+        self.stepper.refresh()
         self.watch()
 
     def new_average(self) -> WeightAverage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable
 from time import perf_counter
@@ -17,6 +18,8 @@ from hybridcore_torch.closures import Closure, Closures, parts, training_loss
 from hybridcore_torch.gradients import gradient_norm, loss_and_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks
+
+logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
 Keep = Callable[[], object]
@@ -56,10 +59,13 @@ class Stepper:
         self._ranks = ranks
         # What of a step the plain loop would not have done.
         self._watching = 0.0
+        self._told = False
         self.refresh()
 
     def refresh(self) -> None:
         """Look at the model and the optimizer again, after parameters were added or removed."""
+        # Where the schedule was left; None where it may be elsewhere by now.
+        self._epoch: int | None = None
         self.modules = list(self._model.modules())
         self.late = not all(p.is_cpu for p in self._model.parameters())
 
@@ -70,8 +76,20 @@ class Stepper:
 
     def advance_schedule(self) -> None:
         """Let the scheduler, if there is one, take a step."""
-        if self._scheduler is not None:
-            self._scheduler.step()
+        if self._scheduler is None:
+            return
+        if not self._told and self._epoch not in (None, self._present_epoch):
+            self._told = True
+            logger.warning(
+                "the scheduler was stepped between two steps: leave scheduler.step() out of the "
+                "loop, which the trainer calls"
+            )
+        self._scheduler.step()
+        self._epoch = self._present_epoch
+
+    @property
+    def _present_epoch(self) -> int | None:
+        return getattr(self._scheduler, "last_epoch", None)
 
     def plain(self, closure: Closures) -> Observation:
         """Do what the plain loop does, and nothing else."""

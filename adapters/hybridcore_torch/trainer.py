@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ class _Taken(NamedTuple):
     seconds: float = 0.0
 
 
+# Changes of the weights by the loop after which it is told what may be the reason.
+OFTEN = 5
+logger = logging.getLogger("hybridcore")
 FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
 
@@ -130,6 +134,7 @@ class HybridTrainer:
             structure,
         )
         self._probed = False
+        self._disturbed = 0
         self.engine = Engine(self.config, self._hands.pairs)
         if self._hands.room.snapshots != self.config.snapshots:
             self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
@@ -279,10 +284,8 @@ class HybridTrainer:
                 self._hands.try_probe()
                 self._probed = True
             touches = engine.touches_weights
-            if touches:
+            if touches or self._hands.disturbed():
                 self._check_structure()
-            elif self._hands.disturbed():
-                self._start_over()
                 touches = engine.touches_weights
             taken = self._take_turn(closure)
             phase, predicted, working = taken.phase, taken.predicted, taken.seconds
@@ -361,8 +364,16 @@ class HybridTrainer:
 
         Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
-        if self._structure.renew() or self._hands.disturbed():
+        disturbed = self._hands.disturbed()
+        if self._structure.renew() or disturbed:
             self._start_over()
+        self._disturbed += disturbed
+        if disturbed and self._disturbed == OFTEN:
+            logger.warning(
+                "the weights were written between steps %d times, so that nothing is predicted: "
+                "leave optimizer.step() out of the loop, which the trainer calls",
+                OFTEN,
+            )
 
     def _start_over(self) -> None:
         self._hands.restart()

@@ -104,7 +104,10 @@ def compare(
                 "the learning rate or check the data"
             )
     judged_by = source.build(0, count).judged_by
-    helped, text = verdict(summaries, judged_by)
+    if interrupted:
+        helped, text = False, "No verdict, as the runs were cut: let them come to their end."
+    else:
+        helped, text = verdict(summaries, judged_by, count < _beginning(settings))
     _print(console, target, count, summaries, judged_by)
     console.print(text)
     if as_json:
@@ -129,8 +132,24 @@ def read_config(path: Path | None) -> Any:
         raise UserError(f"--config {path}: {error.strerror}, name a TOML file") from error
 
 
-def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]:
-    """Whether hybridcore helped, and a sentence with the figures that say so."""
+def _beginning(settings: Any) -> int:
+    """Return the steps before which there is no jump."""
+    from hybridcore import HybridTrainerConfig
+
+    used = settings or HybridTrainerConfig()
+    return int(used.warmup_steps + used.min_full_steps)
+
+
+def verdict(
+    summaries: list[dict[str, Any]], judged_by: str, too_short: bool = False
+) -> tuple[bool, str]:
+    """Whether hybridcore helped, and a sentence with the figures that say so.
+
+    With `too_short` the runs ended before there could be a jump.
+    """
+    weighs = "its own work weighs on steps as short as these"
+    if too_short:
+        weighs = "such a run is too short for it, which only watches the first steps"
     ratios = [s["cost_ratio"] for s in summaries]
     cost, seconds = _middle(ratios), _middle([s["seconds_ratio"] for s in summaries])
     share = _middle([s["predicted_share"] for s in summaries])
@@ -157,7 +176,7 @@ def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]
     if cost > SAME[0] and seconds > SLOWER:
         return False, (
             f"hybridcore did not help here, and cost {seconds - 1.0:.0%} more wall-clock: it "
-            f"reached {told}, {clock}; its own work weighs on steps as short as these; {predicted}."
+            f"reached {told}, {clock}; {weighs}; {predicted}."
         )
     if cost > SAME[0]:
         return False, (
@@ -171,8 +190,8 @@ def verdict(summaries: list[dict[str, Any]], judged_by: str) -> tuple[bool, str]
         )
     if seconds >= 1.0:
         return False, (
-            f"hybridcore saved passes and no time here: it reached {told}, but {clock}; its own "
-            f"work weighs on steps as short as these; {predicted}."
+            f"hybridcore saved passes and no time here: it reached {told}, but {clock}; {weighs}; "
+            f"{predicted}."
         )
     return True, (
         f"hybridcore helped: it reached {told}, {clock}; {equal}; {predicted}. A better learning "

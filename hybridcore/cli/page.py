@@ -107,7 +107,7 @@ def _tiles(stream: Stream) -> str:
             ("measured speed-up", speedup_text(last)),
             ("backward passes saved", figure(last["backward_reduction"], ".0%")),
             ("predicted steps", f"{last['predicted_steps']}"),
-            ("cost, in full steps", figure(last["cost"], ".0f")),
+            ("cost in full steps, its own time with it", figure(last["cost"], ".0f")),
             (
                 "time",
                 f"{seconds:.1f} s, {_share(last['overhead_seconds'] or 0.0, seconds)} its own",

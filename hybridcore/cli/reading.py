@@ -181,9 +181,10 @@ def speedup_text(statistics: dict[str, Any] | None) -> str:
     low, high = statistics["measured_speedup_interval"]
     least = figure(low, ".2f")
     if high is None:
-        known = "quasi-Newton steps have nothing to compare with" * bool(statistics["secant_steps"])
+        known = "not known for quasi-Newton steps" * bool(statistics["secant_steps"])
         return f"at least {least}" + (f" ({known})" if known else " so far")
-    return f"{figure(statistics['measured_speedup'], '.2f')} (90 %: {least} to {high:.2f})"
+    known = ", without what outer momentum gains" * bool(statistics["outer_steps"])
+    return f"{figure(statistics['measured_speedup'], '.2f')} (90 %: {least} to {high:.2f}){known}"
 
 
 def thinned(values: NDArray[np.float64], most: int) -> NDArray[np.intp]:

@@ -155,3 +155,9 @@ def test_the_verdict_follows_the_figures(summaries, helped, words):
     assert found is helped
     assert words in text
     assert "\n" not in text
+
+
+def test_a_run_that_is_too_short_is_told_so():
+    _, text = verdict([summary(0.99, seconds=1.24)], "training loss", too_short=True)
+    assert "such a run is too short for it" in text
+    assert "steps as short as these" not in text

@@ -276,6 +276,24 @@ def test_batches_that_are_left_out_are_said_and_save_nothing(caplog):
     assert "(0% fewer backward passes)" in str(trainer.statistics())
 
 
+def test_a_loop_that_steps_by_itself_too_is_told(caplog):
+    model, optimizer, closure = regression()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
+    trainer = HybridTrainer(model, optimizer, JUMPING, scheduler=schedule)
+    run(trainer, closure, 60)
+    trainer.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    run(trainer, closure, 10)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    for _ in range(200):
+        trainer.step(closure)
+        optimizer.step()
+        schedule.step()
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 2
+    assert any("leave optimizer.step() out of the loop" in message for message in said)
+    assert any("leave scheduler.step() out of the loop" in message for message in said)
+
+
 def test_an_interrupt_inside_a_block_without_gradients_leaves_them_on():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK)
