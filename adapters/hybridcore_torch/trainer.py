@@ -371,7 +371,7 @@ class HybridTrainer:
         if disturbed and self._disturbed == OFTEN:
             logger.warning(
                 "the weights were written between steps %d times, so that nothing is predicted: "
-                "leave optimizer.step() out of the loop, which the trainer calls",
+                "leave optimizer.step(), which the trainer calls, out of the loop if it is there",
                 OFTEN,
             )
 
