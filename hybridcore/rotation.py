@@ -154,7 +154,9 @@ class Saver:
 
 def number_of(path: Path) -> int:
     """Return the step that a checkpoint of a :class:`Rotation` is of."""
-    return int(path.stem.removeprefix("step-"))
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:

@@ -70,7 +70,9 @@ class RecoveryPoint:
         # Tensors are written in place: a second copy of all of them would take the most memory.
         if not _copy_over(present["state"], saved):
             present["state"] = copy.deepcopy(saved)
+        stale = _stale(optimizer)
         optimizer.load_state_dict(present)
+        optimizer.state.update(stale)
         if scaler is not None and self._scaler is not None:
             scaler.load_state_dict(self._scaler)
 
@@ -97,18 +99,22 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
     Those stay behind where a user has replaced a layer in a group, and torch stumbles over them.
     """
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    stale = {
-        p: state
-        for p, state in optimizer.state.items()
-        if isinstance(p, torch.Tensor) and p not in held
-    }
+    stale = _stale(optimizer)
     for p in stale:
         del optimizer.state[p]
     try:
         return optimizer.state_dict()
     finally:
         optimizer.state.update(stale)
+
+
+def _stale(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, Any]:
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return {
+        p: state
+        for p, state in optimizer.state.items()
+        if isinstance(p, torch.Tensor) and p not in held
+    }
 
 
 def _copied(value: Any, kept: Callable[[torch.Tensor], object]) -> Any:
