@@ -9,6 +9,7 @@ then added in the order of the ranks, because a sum made on the way may differ i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(type(module), "reshard"):
             module.reshard()  # type: ignore[operator]
+
+
+def _wait_until_let_go(tensors: Sequence[torch.Tensor]) -> None:
+    """Let Gloo's thread drop what has been exchanged, for which it needs the interpreter.
+
+    It drops it under a lock. ``DistributedDataParallel`` ends its group without giving the
+    interpreter away, and waits for that lock: a loop that ended right behind an exchange would wait
+    for ever (https://github.com/pytorch/pytorch/issues/56297). No rank is waited for here, so that
+    the limit is there only for what else may keep a tensor.
+    """
+    end = time.monotonic() + 0.1
+    while any(tensor._use_count() > 1 for tensor in tensors) and time.monotonic() < end:  # type: ignore[attr-defined]
+        time.sleep(0.0)
 
 
 class Ranks:
@@ -145,6 +159,7 @@ class Ranks:
         own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(rows, own, self._group)
+        _wait_until_let_go((own, *rows))
         table = torch.stack(rows).cpu()
         turns = table[:, 0].tolist()
         usual = max(set(turns), key=turns.count)
