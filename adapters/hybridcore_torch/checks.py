@@ -47,6 +47,11 @@ def check_arguments(
     """Raise an error that names the argument, the value and the fix."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    lazy = next((n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+    if lazy is not None:
+        raise ModelError(
+            f"parameter {lazy} of a lazy layer has no shape yet: call the model on one batch first"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it "

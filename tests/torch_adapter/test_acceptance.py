@@ -237,6 +237,9 @@ def test_arguments_that_do_not_fit_are_named():
         HybridTrainer(frozen, optimizer)
     with pytest.raises(ModelError, match="no trainable parameter"):
         HybridTrainer(nn.ReLU(), optimizer)
+    lazy = nn.LazyLinear(2)
+    with pytest.raises(ModelError, match=r"weight of a lazy layer .* call the model on one batch"):
+        HybridTrainer(lazy, torch.optim.SGD(lazy.parameters(), 0.1))
     with pytest.raises(ModelError, match="LBFGS"):
         HybridTrainer(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="max_grad_norm"):
