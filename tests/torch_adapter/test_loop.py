@@ -257,6 +257,29 @@ def test_a_loss_scaler_takes_part():
     assert closure().item() < 1.0
 
 
+class OwnZeroGrad(torch.optim.SGD):
+    """An optimizer that does something of its own where gradients are dropped."""
+
+    calls = 0
+
+    def zero_grad(self, set_to_none=True):
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_zero_grad_of_the_users_own_is_called(patched):
+    model, _, closure = regression()
+    optimizer, calls = OwnZeroGrad(model.parameters(), 0.1), []
+    if patched:
+        optimizer.zero_grad = lambda: calls.append(1) or OwnZeroGrad.zero_grad(optimizer)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(10):
+        trainer.step(closure)
+    assert optimizer.calls == 10
+    assert len(calls) == (10 if patched else 0)
+
+
 def test_the_memory_saver_trains_too():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, HybridTrainerConfig.memory_saver())
