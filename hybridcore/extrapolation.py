@@ -142,7 +142,7 @@ def anderson(
     moved, rounding = _displacement_gram(gram)
     if m < 3 or rounding >= 1.0:
         return _from_displacements(np.zeros(m - 1))
-    energies, vectors = _eigh(moved)
+    energies, vectors = np.linalg.eigh(moved)
     # A direction without energy is where the fixed point lies: it must be kept. Rounding can make
     # its energy negative; clipped, every term of the sum below is positive and none cancels.
     regularized = np.maximum(energies, 0.0) + max(regularization, rounding)
@@ -177,7 +177,7 @@ def dmd(gram: ArrayLike, horizon: float, tolerance: float = RANK_TOLERANCE) -> A
     moved, rounding = _displacement_gram(gram)
     if rounding >= 1.0:
         return _from_displacements(np.zeros(m - 1))
-    energies, vectors = _eigh(moved[:-1, :-1])
+    energies, vectors = np.linalg.eigh(moved[:-1, :-1])
     kept = energies > max(tolerance * energies[-1], rounding)
     if not kept.any():
         return _from_displacements(np.zeros(m - 1))
@@ -202,14 +202,6 @@ EXTRAPOLATORS: dict[str, Extrapolator] = {
 }
 # Those that say where the weights will be at a given time; the others name one point.
 FORECASTERS = ("linear", "nesterov", "dmd")
-
-
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    # Loading scipy.linalg takes most of the time of `import hybridcore`: wait until it is needed.
-    import scipy.linalg
-
-    energies, vectors = scipy.linalg.eigh(matrix)
-    return energies, vectors
 
 
 def _checked(gram: ArrayLike, horizon: float) -> Array:

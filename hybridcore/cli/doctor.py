@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 PACKAGES = (
-    *("hybridcore", "numpy", "scipy", "numba", "llvmlite", "torch", "keras", "tensorflow", "jax"),
+    *("hybridcore", "numpy", "numba", "llvmlite", "torch", "keras", "tensorflow", "jax"),
     *("numba-cuda", "typer", "rich", "matplotlib", "joblib", "distributed", "tensorboard"),
 )
 

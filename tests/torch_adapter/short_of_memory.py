@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import nn
 
@@ -21,8 +20,8 @@ def main(copies):
     """Leave room for about so many copies of the weights, and train."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(1)
-    # Loading it later, and the memory that its BLAS takes at the first call, would need room too.
-    scipy.linalg.eigh(np.ones((300, 300)), np.eye(300))
+    # The memory that NumPy's BLAS takes at its first call would need room too.
+    np.linalg.eigh(np.eye(300))
     torch.manual_seed(0)
     model = nn.ParameterList([torch.linspace(-1.0, 1.0, SIZE)])
     rates = torch.linspace(0.02, 2.0, SIZE)
