@@ -98,7 +98,10 @@ class JsonLines:
         """Take the trainer whose steps will follow; it calls this itself."""
         from hybridcore import __version__
 
-        self._trainer = trainer
+        if self._pending:
+            # Of the run before, where a stream records several.
+            self._flush()
+        self._trainer, self._step = trainer, None
         self._written = monotonic()
         head = {"hybridcore": __version__, "stream": VERSION, "config": trainer.config.to_dict()}
         self._write([json.dumps(head)])

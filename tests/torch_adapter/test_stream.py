@@ -161,6 +161,21 @@ def test_a_resumed_run_goes_on_in_its_stream(tmp_path):
     assert found.column("loss")[:90] == pytest.approx(_losses(90), rel=1e-6)
 
 
+def test_a_stream_may_be_given_to_one_run_after_another(tmp_path):
+    # As by a callback whose fit is called twice.
+    path, kept = tmp_path / "run.jsonl", []
+    with JsonLines(path) as stream:
+        for steps in (150, 130):
+            trainer, results = train(steps, callbacks=[stream])
+            kept.append([result.loss for result in results])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    written = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert written == [pair for losses in kept for pair in enumerate(losses, start=1)]
+    found = read_stream(path)
+    assert found.column("loss") == kept[1]
+    assert found.statistics[-1] == {**trainer.statistics().to_dict(), "step": 130}
+
+
 def _losses(steps):
     _, results = train(steps)
     return [result.loss for result in results]
