@@ -53,6 +53,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, hybrid: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if not (hybrid is None or isinstance(hybrid, Mapping)):
+            raise ConfigError(
+                f"hybrid must be a mapping, got {type(hybrid).__name__}: give it as "
+                "{'config': HybridTrainerConfig(...)}"
+            )
         arguments = dict(hybrid or {})
         if arguments.keys() - OWN:
             raise ConfigError(

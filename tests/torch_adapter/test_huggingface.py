@@ -234,10 +234,11 @@ class Meddles(TrainerCallback):
         ({"optim": "galore_adamw_layerwise"}, ConfigError, "adamw_torch"),
         ({"more": [Meddles()]}, ConfigError, r"use on_step_end\(\)"),
         ({"hybrid": {"scheduler": None}}, ConfigError, r"\['scheduler'\].*TrainingArguments"),
+        ({"hybrid": BRISK}, ConfigError, r"got HybridTrainerConfig: give it as \{'config'"),
         ({"cls": OwnStep}, ModelError, r"call super\(\).training_step\(\)"),
         ({"cls": NoBackward}, ClosureError, r"accelerator.backward\(\)"),
     ],
-    ids=["lomo", "layerwise", "callback", "scheduler", "own step", "no backward"],
+    ids=["lomo", "layerwise", "callback", "scheduler", "settings", "own step", "no backward"],
 )
 def test_what_cannot_work_is_refused(train, arguments, error, fix):
     model = vision()
