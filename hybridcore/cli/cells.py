@@ -57,6 +57,8 @@ def parse_grid(options: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         if name in grid:
             raise UserError(f"--set {name} is given twice: put all of its values into one")
         chosen = tuple(_value(text) for text in values.split(","))
+        if not all(isinstance(value, bool | int | float | str) for value in chosen):
+            raise UserError(f"--set {option}: a value is a number, true, false or a word")
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--set {option}: a value is given twice, take one out")
         grid[name] = chosen
@@ -221,8 +223,10 @@ def open_results(path: Path, described: dict[str, Any]) -> Results | None:
     try:
         lines = [json.loads(line) for line in content[:whole].decode().splitlines()]
         head = lines[0]
-        known = isinstance(head, dict) and "sweep" in head
-    except (ValueError, IndexError):
+        known = isinstance(head, dict) and "sweep" in head and all(map(_is_run, lines[1:]))
+        known = known and isinstance(head.get("forward_cost"), int | float)
+    # Brackets may be nested too deeply.
+    except (ValueError, IndexError, RecursionError):
         known = False
     if not known:
         raise UserError(f"--results {path} is no file of a sweep, or damaged: name another one")
@@ -245,9 +249,30 @@ def open_results(path: Path, described: dict[str, Any]) -> Results | None:
 _WORDS = {"sha256": "content of the file", "name": "target", "base": "--config"}
 
 
+# What is computed with.
+_FIGURES = {
+    "plain": ("seed", "target", "cost", "total_cost"),
+    "cell": ("seed", "cost_ratio", "predicted_share", "lowest"),
+}
+# What JSON cannot hold: a target that was not reached costs infinity.
+_MISSED = {"cost_to_target": math.inf, "cost_ratio": math.inf, "lowest": math.nan}
+
+
 def _missed(entry: dict[str, Any]) -> dict[str, float]:
-    """Return what JSON cannot hold: a target that was not reached costs infinity."""
-    return {n: math.inf for n in ("cost_to_target", "cost_ratio") if entry.get(n, 0.0) is None}
+    """Return the figures of a run that are null in the file."""
+    return {name: value for name, value in _MISSED.items() if entry.get(name, 0.0) is None}
+
+
+def _is_run(line: Any) -> bool:
+    if not (isinstance(line, dict) and len(line) == 1):
+        return False
+    ((kind, entry),) = line.items()
+    if kind not in _FIGURES or not isinstance(entry, dict):
+        return False
+    if kind == "cell" and not isinstance(entry.get("settings"), dict):
+        return False
+    figures = {**entry, **_missed(entry)}
+    return all(isinstance(figures.get(name), int | float) for name in _FIGURES[kind])
 
 
 def begin_results(path: Path, described: dict[str, Any], forward_cost: float) -> Results:

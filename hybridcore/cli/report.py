@@ -43,11 +43,11 @@ def report(
     from hybridcore.cli.page import render
     from hybridcore.cli.reading import calibration, jumps, phases, speedup_text
 
-    page = stream.with_suffix(".html") if html is None else html
-    picture = stream.with_suffix(".png") if png is None else png
     run = read_stream(stream)
     if not run.steps:
         raise UserError(f"{stream} holds no step yet: wait until the run has written its first")
+    page = stream.with_suffix(".html") if html is None else html
+    picture = stream.with_suffix(".png") if png is None else png
     check_output(page, "--html")
     check_picture(picture, "--png")
     check_apart({"--html": page, "--png": picture}, {"the recording": stream})

@@ -170,12 +170,12 @@ def _fill(
             source.name, total=total, completed=total - len(missing), state="plain runs"
         )
         for line in run(delayed(plain_cell)(source, seed, steps, price) for seed in plain):
-            kept.add("plain", line)
             if not math.isfinite(line["target"]):
                 raise UserError(
                     f"{source.name}: the plain run's loss is not finite for seed {line['seed']}: "
                     "lower the learning rate"
                 )
+            kept.add("plain", line)
         calls = (
             delayed(hybrid_cell)(source, steps, price, kept.plain[seed], base, settings)
             for settings, seed in missing

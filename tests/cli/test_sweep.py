@@ -1,12 +1,14 @@
 """``hybridcore sweep``: every combination once, kept as it is done, here and on a cluster."""
 
+import json
 from pathlib import Path
 
 import pytest
 from command_line import SMOOTH, call, check_lines, figures, is_png, write
 
 from hybridcore import HybridTrainerConfig
-from hybridcore.cli.cells import combinations, parse_grid
+from hybridcore.cli.cells import combinations, describe, parse_grid
+from hybridcore.cli.own import Source
 
 SMALL = ("--set", "horizon=10,20", "--set", "secant_pairs=0,20", "--set", "warmup_steps=30")
 
@@ -87,6 +89,50 @@ def test_runs_of_another_sweep_are_not_mixed_in():
     Path("c.toml").write_text("snapshots = 4\n")
     check_lines(call("sweep", path, *arguments, "--config", "c.toml"), "another --config")
     assert Path("hybridcore-sweep.jsonl").read_text() == before
+
+
+def test_a_run_without_a_finite_loss_is_read_back():
+    path = write(SMOOTH)
+    arguments = ("sweep", path, "--set", "horizon=10", "--steps", 20, "--seeds", 2)
+    assert figures(*arguments)["cells"]
+    kept = Path("hybridcore-sweep.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    for line in lines:
+        if "cell" in line:
+            line["cell"] |= {"lowest": None, "cost_ratio": None}
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = figures(*arguments)["cells"]
+    assert row["cost_ratio"] is row["lowest"] is None
+    assert len(kept.read_text().splitlines()) == len(lines)
+
+
+BROKEN = {
+    "a line is a list": lambda lines: lines.insert(1, []),
+    "a line is of another kind": lambda lines: lines.insert(1, {"other": {}}),
+    "a run is a number": lambda lines: lines.insert(1, {"plain": 3}),
+    "a plain run without a target": lambda lines: lines[1]["plain"].pop("target"),
+    "a cell without settings": lambda lines: lines[2]["cell"].pop("settings"),
+    "a cell whose ratio is a word": lambda lines: lines[2]["cell"].update(cost_ratio="1"),
+    "a head without a price": lambda lines: lines[0].pop("forward_cost"),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_a_file_of_runs_that_is_damaged_is_told(change):
+    path = write(SMOOTH)
+    described = describe(Source.of(path), 20, HybridTrainerConfig())
+    plain = {"seed": 0, "target": 0.5, "cost": 20.0, "total_cost": 20.0}
+    cell = {"settings": {"horizon": 10}, "seed": 0, "cost_ratio": 1.0, "predicted_share": 0.0}
+    lines = [{**described, "forward_cost": 0.3}, {"plain": plain}, {"cell": {**cell, "lowest": 1}}]
+    arguments = ("sweep", path, "--set", "horizon=10", "--steps", 20, "--results", "r.jsonl")
+    kept = Path("r.jsonl")
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert figures(*arguments)["cells"][0]["lowest"] == 1
+    change(lines)
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = kept.read_text()
+    check_lines(call(*arguments, "--quiet"), "no file of a sweep, or damaged")
+    assert kept.read_text() == before
 
 
 def test_it_says_which_combination_is_the_default():
