@@ -8,7 +8,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -161,9 +161,13 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
 @contextmanager
 def blamed(name: str, doing: str) -> Iterator[None]:
-    """Turn an error of the user's code into one line that says where it was raised."""
+    """Turn an error of the user's code into one line that says where it was raised.
+
+    What that code prints goes to standard error: standard output is for the figures.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (UserError, HybridCoreError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
@@ -171,7 +175,9 @@ def blamed(name: str, doing: str) -> Iterator[None]:
             raise
         raise UserError(f"{name}: module {error.name} is missing, install it") from error
     except SyntaxError as error:
-        raise UserError(f"{name}:{error.lineno}: {error.msg}") from error
+        # Of a text with null bytes neither is known.
+        where = f"{error.filename or name}:{error.lineno}" if error.lineno else name
+        raise UserError(f"{where}: {error.msg}") from error
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if Path(frame.filename).name == Path(name).name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from hybridcore_torch import HybridTrainer
 PARTS = ("model", "optimizer", "data", "loss")
 OPTIONAL = ("scheduler", "held_out")
 EVALUATION_BATCHES = 8
+_ONCE = "can be gone through once only: make it a list or a DataLoader"
+# Modules with weights to train of the loops that were built before.
+_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(slots=True)
@@ -116,6 +120,13 @@ def of_parts(name: str, parts: object) -> Loop:
     except HybridCoreError as error:
         raise UserError(f"{name}: build() returned parts that do not fit: {error}") from error
     compute = _loss_of(name, model, loss)
+    trained = {m for m in model.modules() if any(p.requires_grad for p in m.parameters(False))}
+    if any(module in _taken for module in trained):
+        raise UserError(
+            f"{name}: build() returned weights that an earlier call returned: make the model in "
+            "build(), so that each run has its own"
+        )
+    _taken.update(trained)
     batches = _batches(name, "data", data)
     held_out = parts.get("held_out")
     source = batches if held_out is None else _batches(name, "held_out", held_out)
@@ -123,6 +134,8 @@ def of_parts(name: str, parts: object) -> Loop:
     before = Random()
     with before.used():
         fixed = _first(source(), EVALUATION_BATCHES)
+    if not fixed:
+        raise UserError(f"{name}: {'data' if held_out is None else 'held_out'} {_ONCE}")
     endless = _endless(name, batches)
 
     def closure(step: int) -> Closure:
@@ -166,7 +179,12 @@ def _loss_of(name: str, model: nn.Module, loss: Any) -> Callable[[Any], torch.Te
 
         return criterion
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(loss).parameters.values()
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name}: what loss takes cannot be read: write it as def loss(model, batch)"
+        ) from error
     count = sum(p.kind in kinds and p.default is p.empty for p in parameters)
     if count > 2:
         raise UserError(f"{name}: loss takes {count} arguments: make it loss(model, batch)")
@@ -188,11 +206,12 @@ def _batches(name: str, part: str, data: Any) -> Callable[[], Iterable[Any]]:
             f"{name}: {part} is a {type(data).__name__}: make it an iterable of batches, such as "
             "a DataLoader"
         )
-    if isinstance(data, Iterator):
+    if isinstance(data, Mapping):
         raise UserError(
-            f"{name}: {part} is a {type(data).__name__}, which can be gone through once only: make "
-            "it a list or a DataLoader"
+            f"{name}: {part} is a {type(data).__name__}: if it is one batch, put it into a list"
         )
+    if isinstance(data, Iterator):
+        raise UserError(f"{name}: {part} is a {type(data).__name__}, which {_ONCE}")
     with blamed(name, part):
         first = next(iter(data), None)
     if first is None:
@@ -208,13 +227,17 @@ def _endless(name: str, batches: Callable[[], Iterable[Any]]) -> Iterator[Any]:
     while True:
         with blamed(name, "data"):
             iterator = iter(batches())
+        held = False
         while True:
             with blamed(name, "data"):
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     break
+            held = True
             yield batch
+        if not held:
+            raise UserError(f"{name}: data {_ONCE}")
 
 
 @contextmanager

@@ -19,6 +19,8 @@
   parameters; a criterion such as ``nn.CrossEntropyLoss()`` or ``F.mse_loss`` on ``model(x)`` and
   ``y`` of a batch ``(x, y)``.
 - In a dictionary, ``scheduler`` and ``held_out`` (batches as in ``data``) are optional.
+- A run is judged by the mean loss of the first eight batches of ``held_out``, or else of ``data``,
+  in ``eval()`` mode.
 """
 
 from __future__ import annotations

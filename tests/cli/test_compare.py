@@ -1,5 +1,6 @@
 """``hybridcore compare``: the same runs by hand, and verdicts that say what the figures say."""
 
+import json
 import math
 import re
 import runpy
@@ -119,6 +120,15 @@ def test_modules_and_built_in_workloads_can_be_compared(monkeypatch):
     monkeypatch.syspath_prepend(".")
     assert figures("compare", "mine_to_compare", "--steps", 12, "--seeds", 1)["steps"] == 12
     assert figures("compare", "digits", "--steps", 12, "--seeds", 1)["pairs"]
+
+
+def test_what_the_loop_prints_is_not_among_the_figures():
+    text = SMOOTH.replace("nn.MSELoss()", "telling").replace("def build", "print('m')\ndef build")
+    text = text.replace("    table", "    print('b')\n    table")
+    telling = "\ndef telling(model, b):\n    print('l')\n    return F.mse_loss(model(b[0]), b[1])\n"
+    result = call("compare", write(text + telling), "--steps", 12, "--seeds", 1, "--json")
+    assert json.loads(result.stdout)["pairs"]
+    assert {"m", "b", "l"} <= set(result.stderr.splitlines())
 
 
 def test_quiet_prints_nothing():

@@ -23,6 +23,7 @@ def build(returned="model, optimizer, data, loss", more=""):
 FILES = {
     "no build": (HEAD, "defines no build()"),
     "syntax": ("def build(:\n", "own.py:1"),
+    "null bytes": ("x = 1\0\n", "own.py: source code string cannot contain null bytes"),
     "import": ("import no_such_thing_at_all\n", "no_such_thing_at_all is missing"),
     "raises at import": ("1 / 0\n", "own.py:1: import raised ZeroDivisionError"),
     "exits": ("raise SystemExit(3)\n", "raised SystemExit"),
@@ -43,6 +44,32 @@ FILES = {
     "no data": (build("model, optimizer, 7, loss"), "data is a int"),
     "empty data": (build("model, optimizer, [], loss"), "data is empty"),
     "an iterator": (build("model, optimizer, iter(data), loss"), "gone through once"),
+    "a class that is gone through once": (
+        build(
+            "model, optimizer, Once(), loss",
+            "    class Once:\n        rest = iter(3 * data)\n"
+            "        def __iter__(self):\n            return self.rest\n",
+        ),
+        "data can be gone through once only",
+    ),
+    "with one batch": (
+        build(
+            "model, optimizer, Once(), loss",
+            "    class Once:\n        rest = iter(data)\n"
+            "        def __iter__(self):\n            return self.rest\n",
+        ),
+        "data can be gone through once only",
+    ),
+    "a batch by names": (build("model, optimizer, {'x': data}, loss"), "put it into a list"),
+    "weights of an earlier call": (
+        f"{HEAD}{MODEL.replace('    ', '')}{DATA.strip()}\n"
+        "def build():\n    return model, optimizer, data, nn.MSELoss()\n",
+        "make the model in build()",
+    ),
+    "loss without a signature": (
+        build("model, optimizer, data, torch.mean"),
+        "write it as def loss(model, batch)",
+    ),
     "no loss": (build("model, optimizer, data, 0.5"), "loss is a float"),
     "loss of three": (build(more="    loss = lambda a, b, c: 0\n"), "takes 3 arguments"),
     "loss is a number": (build(more="    loss = lambda m, b: 0.5\n"), "loss returned float"),
@@ -85,6 +112,7 @@ ARGUMENTS = {
     "report: no argument": (["report"], "Missing argument"),
     "report: no file": (["report", "no.jsonl"], "name a file that JsonLines wrote"),
     "report: no stream": (["report", "good.py"], "no stream of a run"),
+    "report: a folder": (["report", "."], "name a file that JsonLines wrote"),
     "report: no step": (["report", "begun.jsonl"], "holds no step yet"),
     "report: no folder": (["report", "one.jsonl", "--html", "no/r.html"], "make it first"),
     "report: suffix": (["report", "one.jsonl", "--png", "z.xyz"], "name one of png, svg"),
@@ -101,6 +129,7 @@ ARGUMENTS = {
     "sweep: no setting": (["sweep", "good.py", "--set", "speed=1,2"], "no setting 'speed'"),
     "sweep: no value": (["sweep", "good.py", "--set", "horizon=0,1"], "horizon must be"),
     "sweep: wrong kind": (["sweep", "good.py", "--set", "horizon=soon"], "horizon must be"),
+    "sweep: a list": (["sweep", "good.py", "--set", "horizon=[1]"], "a value is a number"),
     "sweep: twice": (["sweep", "good.py", "--set", "horizon=1,1"], "given twice"),
     "sweep: same setting": (
         ["sweep", "good.py", "--set", "horizon=1", "--set", "horizon=2"],
@@ -179,6 +208,19 @@ def test_a_plain_run_that_diverges_is_told():
     path = write(SMOOTH.replace("lr=3e-3", "lr=1e30").replace("Adam", "SGD"))
     check_lines(call("sweep", path, "--steps", 8, "--set", "horizon=5", "--quiet"), "not finite")
     check_lines(call("compare", path, "--steps", 8, "--seeds", 1, "--quiet"), "not finite")
+
+
+def test_a_plain_run_that_diverged_is_told_again():
+    path = write(SMOOTH.replace("lr=3e-3", "lr=1e30").replace("Adam", "SGD"))
+    for _ in range(2):
+        result = call("sweep", path, "--steps", 8, "--set", "horizon=5", "--quiet")
+        check_lines(result, "not finite")
+
+
+def test_an_error_in_a_module_beside_the_loop_is_told_of_that_module():
+    write("def broken(:\n", "broken_beside.py")
+    result = call("compare", write("import broken_beside\n"), "--quiet")
+    check_lines(result, "broken_beside.py:1: invalid syntax")
 
 
 def test_without_the_extra_one_line_says_what_to_install():
