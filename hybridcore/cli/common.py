@@ -89,7 +89,8 @@ _OURS = {"torch", "sklearn", "matplotlib", "PIL", "joblib", "rich", "tensorboard
 
 def output_console(*, as_json: bool, quiet: bool) -> Console:
     """Console for text: standard output, or standard error where JSON goes there."""
-    return Console(stderr=as_json, quiet=quiet)
+    # Names of files may look like markup.
+    return Console(stderr=as_json, quiet=quiet, markup=False, emoji=False)
 
 
 def print_json(figures: Any) -> None:
@@ -150,7 +151,7 @@ def ratio_text(value: float) -> str:
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
     """Show progress with the time left on standard error, where that is a terminal."""
-    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=24)]
     columns += [TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TextColumn("left")]
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal

@@ -91,11 +91,12 @@ def compare(
             shown.update(task, completed=seeds * count, state="done")
     except KeyboardInterrupt:
         interrupted = True
+        if not pairs:
+            console.print("Interrupted before the first step.")
+            raise typer.Exit(INTERRUPTED) from None
         console.print(
             f"Interrupted: what follows is of {len(pairs)} of {seeds} seeds, the last cut."
         )
-        if not pairs:
-            raise typer.Exit(INTERRUPTED) from None
     summaries = [pair.summary() for pair in pairs]
     for figures in summaries:
         if not math.isfinite(figures["target"]):

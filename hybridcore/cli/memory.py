@@ -113,7 +113,8 @@ def estimate(
     size = kind.itemsize
     kept = _kept_bytes(build, kind, arguments)
     weights = size * parameters
-    held = nn.Parameter(torch.empty(parameters, dtype=kind, device="meta"))
+    # A matrix: Muon takes nothing else.
+    held = nn.Parameter(torch.empty(1, parameters, dtype=kind, device="meta"))
     asked: Any = build
     made = asked([held], lr=1e-3, **arguments)
     there = plan(config, size_of([held], made))

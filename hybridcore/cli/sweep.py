@@ -133,9 +133,12 @@ def _backend(jobs: int, dask: str | None) -> Iterator[Run]:
         return
     try:
         from distributed import Client
+        from distributed.comm import parse_address
     except ImportError as error:
         raise UserError("--dask needs Dask: pip install distributed") from error
     try:
+        # A client that was never whole complains when it goes.
+        parse_address(dask, strict=True)
         client = Client(dask, timeout=5, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -12,7 +12,8 @@ from torch import nn
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.cli import selftest
-from hybridcore.cli.memory import estimate
+from hybridcore.cli.common import UserError
+from hybridcore.cli.memory import estimate, optimizer_class
 from hybridcore_torch import HybridTrainer
 from hybridcore_torch.recovery import RecoveryPoint
 
@@ -102,6 +103,18 @@ def test_momentum_and_half_precision_are_in_the_estimate():
     assert half.weights == 2000
     # It is averaged in single precision.
     assert half.average == 4000
+
+
+def test_every_optimizer_that_is_offered_can_be_estimated():
+    with pytest.raises(UserError) as told:
+        optimizer_class("none")
+    offered = str(told.value).partition("is not one of ")[2].split(", ")
+    assert {"adam", "adafactor"} < set(offered)
+    for name in offered:
+        assert estimate(4096, name, "float32", HybridTrainerConfig()).plain >= 2 * 4 * 4096
+    if hasattr(torch.optim, "Muon"):
+        # A momentum.
+        assert estimate(4096, "muon", "float32", HybridTrainerConfig()).optimizer == 4 * 4096
 
 
 def test_it_tells_versions_devices_and_threads():

@@ -210,6 +210,16 @@ def test_a_run_that_was_cut_can_be_reported(recorded):
     assert is_png("cut.png")
 
 
+@pytest.mark.parametrize("name", ["run[final]", "a :smile:", "x[/red]"])
+def test_a_name_that_looks_like_markup_is_told_as_it_is(recorded, name):
+    path = Path(f"{name}.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(recorded["off"].read_bytes())
+    result = call("report", path)
+    assert result.exit_code == 0, result.output
+    assert f"Page: {name}.html\nPicture: {name}.png" in result.stdout
+
+
 @pytest.mark.slow
 def test_losses_that_are_not_finite_or_not_positive_are_drawn(recorded):
     lines = recorded["off"].read_text().splitlines()

@@ -1,6 +1,8 @@
 """``hybridcore sweep``: every combination once, kept as it is done, here and on a cluster."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,17 @@ def test_runs_side_by_side_are_those_one_after_another(tmp_path):
     assert {str(r["settings"]): r["lowest"] for r in shared["cells"]} == {
         str(r["settings"]): r["lowest"] for r in alone["cells"]
     }
+
+
+def test_an_address_that_is_none_is_told_in_one_line():
+    # In a process of its own: what is thrown away there complains at its end.
+    pytest.importorskip("distributed")
+    command = [sys.executable, "-c", "from hybridcore.cli import app; app()"]
+    arguments = ["sweep", write(SMOOTH), "--dask", "nonsense", "--quiet"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no scheduler answers" in line
 
 
 def test_a_scheduler_that_is_not_there_is_told():
