@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -150,14 +151,23 @@ def ratio_text(value: float) -> str:
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
-    """Show progress with the time left on standard error, where that is a terminal."""
+    """Show progress with the time left on standard error, where that is a terminal.
+
+    Where it is to be quiet, the library's warnings are not printed either.
+    """
     columns = [TextColumn("{task.description}", markup=False), BarColumn(bar_width=24)]
     columns += [TextColumn("{task.fields[state]}"), TimeElapsedColumn(), TextColumn("left")]
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
     shown = Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden)
-    with shown:
-        yield shown
+    silent = logging.NullHandler()
+    if quiet:
+        logging.getLogger("hybridcore").addHandler(silent)
+    try:
+        with shown:
+            yield shown
+    finally:
+        logging.getLogger("hybridcore").removeHandler(silent)
 
 
 @contextmanager

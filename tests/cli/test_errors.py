@@ -217,6 +217,17 @@ def test_a_plain_run_that_diverged_is_told_again():
         check_lines(result, "not finite")
 
 
+def test_a_loss_that_is_never_a_number_is_one_line():
+    # In a process of its own, where nobody else handles what is logged.
+    path = write(SMOOTH.replace("nn.MSELoss()", "lambda m, b: m(b[0]).mean() * float('nan')"))
+    command = [sys.executable, "-c", "from hybridcore.cli import app; app()", "compare", path]
+    arguments = ["--steps", "12", "--seeds", "1", "--quiet"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "loss is not finite" in line
+
+
 def test_an_error_in_a_module_beside_the_loop_is_told_of_that_module():
     write("def broken(:\n", "broken_beside.py")
     result = call("compare", write("import broken_beside\n"), "--quiet")
