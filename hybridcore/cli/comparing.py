@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SAME = (0.97, 1.03)
 # Above this ratio of wall-clock, a run without gain did harm.
 SLOWER = 1.05
+# Above this share of steps with a loss at or below zero the user is told what that means.
+UNPREDICTABLE = 0.1
 
 
 def compare(
@@ -158,11 +160,14 @@ def verdict(
     spread = f" ({ends} over {len(ratios)} seeds)"
     spread = spread if len(ratios) > 1 and math.isfinite(max(ratios)) else ""
     equal = (
-        f"at equal cost its {judged_by} is "
+        f"at equal cost its lowest {judged_by} is "
         f"{_middle([s['hybrid_at_equal_cost'] for s in summaries]):.4g}, your loop's "
         f"{_middle([s['plain_at_equal_cost'] for s in summaries]):.4g}"
     )
     predicted = f"{share:.0%} of the steps were predicted"
+    if _middle([s["never_predicted"] for s in summaries]) > UNPREDICTABLE:
+        predicted += ", and those with a loss at or below zero never are: add a constant to yours"
+    rises = _rise(summaries, judged_by)
     if not math.isfinite(cost):
         return False, (
             f"hybridcore did not help here: it did not reach your loop's lowest {judged_by} for "
@@ -173,6 +178,7 @@ def verdict(
     if cost >= SAME[1]:
         return False, (
             f"hybridcore did not help here: it reached {told}, {clock}; {equal}; {predicted}."
+            f"{rises}"
         )
     if cost > SAME[0] and seconds > SLOWER:
         return False, (
@@ -195,8 +201,19 @@ def verdict(
             f"{predicted}."
         )
     return True, (
-        f"hybridcore helped: it reached {told}, {clock}; {equal}; {predicted}. A better learning "
-        "rate or schedule may gain too: tune the plain loop before you compare."
+        f"hybridcore helped: it reached {told}, {clock}; {equal}; {predicted}.{rises} A better "
+        "learning rate or schedule may gain too: tune the plain loop before you compare."
+    )
+
+
+def _rise(summaries: list[dict[str, Any]], judged_by: str) -> str:
+    """Return what to say of a hybrid run that ends worse than the plain one, empty where none."""
+    plain, hybrid = (_middle([s[f"{run}_final"] for s in summaries]) for run in ("plain", "hybrid"))
+    if not hybrid > plain + (SAME[1] - 1.0) * abs(plain):
+        return ""
+    return (
+        f" At the end its {judged_by} is {hybrid:.4g} and your loop's {plain:.4g}: train for fewer "
+        "steps, or judge jumps by held-out data with probe=."
     )
 
 
@@ -207,14 +224,18 @@ def _middle(values: list[float]) -> float:
 def _print(
     console: Console, target: str, steps: int, summaries: list[dict[str, Any]], judged_by: str
 ) -> None:
-    of = f", medians of {len(summaries)} seeds, of their own ratios too" * (len(summaries) > 1)
-    table = Table(title=f"{target}: {steps} steps{of}")
+    several = len(summaries) > 1
+    table = Table(
+        title=f"{target}: {steps} steps" + f", medians of {len(summaries)} seeds" * several,
+        caption="cost: of its passes, a full step as 1" + "; ratio: of each seed's own" * several,
+    )
     for column in ("", "plain", "hybridcore", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     rows = [
         (f"cost to plain's lowest {judged_by}", "cost_to_target", ".0f"),
         ("seconds to it", "seconds_to_target", ".2f"),
         (f"lowest {judged_by} at equal cost", "at_equal_cost", ".4g"),
+        (f"{judged_by} at the end", "final", ".4g"),
         ("total cost", "total_cost", ".0f"),
         ("total seconds", "total_seconds", ".2f"),
     ]

@@ -55,6 +55,10 @@ class Judged:
         """First step at which the smoothed loss is at or below `target`."""
         return next((step for step, loss in self.smooth() if loss <= target), None)
 
+    def last(self) -> float:
+        """Smoothed loss at the end."""
+        return self.smooth()[-1][1]
+
     def loss_at(self, cost: float) -> float:
         """Least smoothed loss up to a cost."""
         reached = [loss for step, loss in self.smooth() if self.run.cost[step] <= cost]
@@ -177,6 +181,9 @@ class Pair:
             "plain_at_equal_cost": self.plain.loss_at(equal),
             "hybrid_at_equal_cost": self.hybrid.loss_at(equal),
             "equal_cost": equal,
+            "plain_final": self.plain.last(),
+            "hybrid_final": self.hybrid.last(),
+            "never_predicted": sum(not loss > 0.0 for loss in hybrid.loss) / len(hybrid.loss),
             "plain_total_cost": plain.cost[-1],
             "hybrid_total_cost": hybrid.cost[-1],
             "plain_total_seconds": plain.seconds[-1],

@@ -181,8 +181,9 @@ def speedup_text(statistics: dict[str, Any] | None) -> str:
     low, high = statistics["measured_speedup_interval"]
     least = figure(low, ".2f")
     if high is None:
-        known = "not known for quasi-Newton steps" * bool(statistics["secant_steps"])
-        return f"at least {least}" + (f" ({known})" if known else " so far")
+        if statistics["secant_steps"]:
+            return f"not known for quasi-Newton steps, at least {least}: compare runs to know"
+        return f"at least {least} so far"
     known = ", without what outer momentum gains" * bool(statistics["outer_steps"])
     return f"{figure(statistics['measured_speedup'], '.2f')} (90 %: {least} to {high:.2f}){known}"
 

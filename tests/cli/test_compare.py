@@ -144,6 +144,9 @@ def summary(ratio, seconds=None):
         "predicted_share": 0.25,
         "plain_at_equal_cost": 2.0,
         "hybrid_at_equal_cost": 1.0,
+        "plain_final": 2.0,
+        "hybrid_final": 1.0,
+        "never_predicted": 0.0,
     }
 
 
@@ -171,3 +174,25 @@ def test_a_run_that_is_too_short_is_told_so():
     _, text = verdict([summary(0.99, seconds=1.24)], "training loss", too_short=True)
     assert "such a run is too short for it" in text
     assert "steps as short as these" not in text
+
+
+@pytest.mark.parametrize(
+    ("plain", "hybrid", "told"),
+    [(2.0, 2.1, True), (2.0, 2.01, False), (-2.0, -1.9, True), (-2.0, -2.1, False)],
+)
+@pytest.mark.parametrize("ratio", [0.5, 1.2])
+def test_a_run_that_ends_worse_is_told(ratio, plain, hybrid, told):
+    figures = summary(ratio) | {"plain_final": plain, "hybrid_final": hybrid}
+    _, text = verdict([figures] * 3, "held-out loss")
+    assert (
+        f"At the end its held-out loss is {hybrid:.4g} and your loop's {plain:.4g}" in text
+    ) is told
+
+
+def test_losses_below_zero_are_named_as_what_is_never_predicted():
+    below = "lambda model, batch: F.mse_loss(model(batch[0]), batch[1]) - 9.0"
+    text = SMOOTH.replace("nn.MSELoss()", below)
+    assert text != SMOOTH
+    result = call("compare", write(text), "--steps", 200, "--seeds", 1)
+    assert "never are: add a constant to yours" in " ".join(result.stdout.split())
+    assert "add a constant" not in call("compare", write(SMOOTH), "--steps", 12).stdout
