@@ -190,7 +190,7 @@ def _cut(path: Path) -> None:
             file.truncate(whole)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Stream:
     """What a file of :class:`JsonLines` holds.
 
@@ -211,6 +211,9 @@ class Stream:
     steps: list[dict[str, Any]] = field(default_factory=list)
     statistics: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = False
+
+    def __repr__(self) -> str:
+        return f"Stream({len(self.steps)} steps, complete={self.complete})"
 
     def column(self, name: str) -> list[float]:
         """One field of all steps as numbers, NaN where there is none."""

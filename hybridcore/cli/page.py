@@ -161,7 +161,7 @@ def _numbers(name: str, title: str, stream: Stream) -> str:
 
 
 def _jump_table(stream: Stream) -> str:
-    rows = [(j.step, j.kind, j.arm, j.steps, j.outcome) for j in jumps(stream)]
+    rows = [(j.step, j.kind, j.arm or "quasi-Newton", j.steps, j.outcome) for j in jumps(stream)]
     return _table(("step", "kind", "by", "predicted steps", "outcome"), rows)
 
 

@@ -64,6 +64,7 @@ def test_the_reader_gives_back_what_was_written(recorded):
     errors = stream.column("prediction_error")
     assert [math.isnan(e) for e in errors] == [r.prediction_error is None for r in results]
     assert stream.statistics[-1] == {**trainer.statistics().to_dict(), "step": 450}
+    assert repr(stream) == "Stream(450 steps, complete=True)"
     assert [s["step"] for s in stream.statistics] == sorted({s["step"] for s in stream.statistics})
 
 
