@@ -23,7 +23,7 @@ demo: $(STAMP) ## train one model with and without hybridcore and draw hybridcor
 	$(BIN)/hybridcore demo --output hybridcore-demo.png
 
 test: $(STAMP) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 20
 
 lint: $(STAMP) ## check style, formatting, types and the architecture
 	$(BIN)/ruff check .
