@@ -88,9 +88,9 @@ class Ranks:
         self._size = dist.get_world_size(self._group)
         self.several = self._size > 1
         # Gloo exchanges what is on the CPU, and others what is where the model is.
-        gloo = dist.get_backend(self._group) == "gloo"
+        self._gloo = dist.get_backend(self._group) == "gloo"
         first = next(model.parameters(), None)
-        self._device = torch.device("cpu") if gloo or first is None else first.device
+        self._device = torch.device("cpu") if self._gloo or first is None else first.device
 
     def share(self, tensor: torch.Tensor) -> float:
         """Return what the local part counts in a sum over all ranks, as some hold the same."""
@@ -159,7 +159,8 @@ class Ranks:
         own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(rows, own, self._group)
-        _wait_until_let_go((own, *rows))
+        if self._gloo:
+            _wait_until_let_go((own, *rows))
         table = torch.stack(rows).cpu()
         turns = table[:, 0].tolist()
         usual = max(set(turns), key=turns.count)
