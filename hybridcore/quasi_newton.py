@@ -21,6 +21,7 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
   2014. When such steps are taken, and when they end, is the business of `hybridcore.secant`.
 """
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -86,21 +87,29 @@ def direction(secants: Secants) -> Descent | None:
         return None
     # Each of the two loops of L-BFGS solves a triangular system (Byrd, Nocedal & Schnabel 1994,
     # section 2), with the products of displacements and later changes of the gradient.
-    # By a general solver: loading scipy.linalg for it takes a fifth of a second of the user's run.
     triangle = np.triu(plain[np.ix_(usable, usable)])
-    shares = np.linalg.solve(triangle, -plain[usable, -1])
+    shares = _solve(triangle, -plain[usable, -1])
     gradient = np.zeros(k + 1)
     gradient[usable], gradient[-1] = -shares, -1.0
     newest = usable[-1]
     gradient *= curvature[newest] / own[newest]
     steps = np.zeros(k)
     along = shares * curvature[usable] - scaled[usable] @ gradient
-    steps[usable] = np.linalg.solve(triangle.T, along)
+    steps[usable] = _solve(triangle.T, along)
     slope = float(plain[:, -1] @ steps + scaled[-1] @ gradient)
     coefficients = np.concatenate((steps, gradient))
     if not (slope < 0.0 and np.isfinite(coefficients).all()):
         return None
     return Descent(coefficients, slope)
+
+
+def _solve(triangle: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    # By a general solver: loading scipy.linalg for it takes a fifth of a second of the user's run.
+    solution = np.full_like(right, np.nan)
+    # Where a product of the elements is too small for a float there is none.
+    with suppress(np.linalg.LinAlgError):
+        solution[:] = np.linalg.solve(triangle, right)
+    return solution
 
 
 def sufficient(before: float, after: float, length: float, slope: float) -> bool:

@@ -126,6 +126,14 @@ def test_it_leads_down_and_says_how_steeply(seed, k):
     assert slope == pytest.approx(gradient @ found, rel=1e-9)
 
 
+def test_products_too_small_for_a_float_show_no_descent():
+    # Solved by elimination the one in the corner would be 1e-400.
+    plain = np.array([[1e-200, 1.0, 1e-150], [1.0, 1e-200, 1e-150]])
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.solve(np.triu(plain[:, :2]).T, np.ones(2))
+    assert direction(Secants(plain, np.full((3, 3), 1e-250))) is None
+
+
 @WITHOUT_CLOCK
 @given(SEEDS, st.integers(1, 12))
 def test_it_turns_with_the_parameters(seed, k):
