@@ -104,7 +104,7 @@ def direction(secants: Secants) -> Descent | None:
 
 
 def _solve(triangle: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    # By a general solver: loading scipy.linalg for it takes a fifth of a second of the user's run.
+    # By a general solver: loading scipy.linalg for it would stall the user's run longer than this.
     solution = np.full_like(right, np.nan)
     # Where a product of the elements is too small for a float there is none.
     with suppress(np.linalg.LinAlgError):

@@ -43,8 +43,10 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def _wait_until_let_go(tensors: Sequence[torch.Tensor]) -> None:
+def _wait_until_let_go(tensors: Sequence[torch.Tensor], owners: int) -> None:
     """Let Gloo's thread drop what has been exchanged, for which it needs the interpreter.
+
+    Each of `tensors` had so many `owners` before; how they are counted differs by version.
 
     It drops it under a lock. ``DistributedDataParallel`` ends its group without giving the
     interpreter away, and waits for that lock: a loop that ended right behind an exchange would wait
@@ -52,8 +54,12 @@ def _wait_until_let_go(tensors: Sequence[torch.Tensor]) -> None:
     the limit is there only for what else may keep a tensor.
     """
     end = time.monotonic() + 0.1
-    while any(tensor._use_count() > 1 for tensor in tensors) and time.monotonic() < end:  # type: ignore[attr-defined]
+    while any(_owners(t) > owners for t in tensors) and time.monotonic() < end:
         time.sleep(0.0)
+
+
+def _owners(tensor: torch.Tensor) -> int:
+    return tensor._use_count()  # type: ignore[no-any-return, attr-defined]
 
 
 class Ranks:
@@ -158,9 +164,10 @@ class Ranks:
     def _gather(self, values: Sequence[float]) -> torch.Tensor:
         own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in range(self._size)]
+        owners = _owners(own)
         dist.all_gather(rows, own, self._group)
         if self._gloo:
-            _wait_until_let_go((own, *rows))
+            _wait_until_let_go((own, *rows), owners)
         table = torch.stack(rows).cpu()
         turns = table[:, 0].tolist()
         usual = max(set(turns), key=turns.count)

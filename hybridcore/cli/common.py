@@ -149,6 +149,11 @@ def ratio_text(value: float) -> str:
     return f"{value:.2g}" if 0.0 < value < 0.1 else f"{value:.2f}"
 
 
+def columns_caption(seeds: int) -> str:
+    """Return what has to be said below a table of plain and hybrid runs."""
+    return "cost: of its passes, a full step as 1" + "; ratio: of each seed's own" * (seeds > 1)
+
+
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
     """Show progress with the time left on standard error, where that is a terminal.

@@ -20,6 +20,7 @@ from hybridcore.cli.common import (
     UserError,
     check_apart,
     check_picture,
+    columns_caption,
     environment,
     output_console,
     print_json,
@@ -165,7 +166,7 @@ def verdict(
         f"{_middle([s['plain_at_equal_cost'] for s in summaries]):.4g}"
     )
     predicted = f"{share:.0%} of the steps were predicted"
-    if _middle([s["never_predicted"] for s in summaries]) > UNPREDICTABLE:
+    if _middle([s["unpredictable_share"] for s in summaries]) > UNPREDICTABLE:
         predicted += ", and those with a loss at or below zero never are: add a constant to yours"
     rises = _rise(summaries, judged_by)
     if not math.isfinite(cost):
@@ -224,10 +225,10 @@ def _middle(values: list[float]) -> float:
 def _print(
     console: Console, target: str, steps: int, summaries: list[dict[str, Any]], judged_by: str
 ) -> None:
-    several = len(summaries) > 1
+    seeds = len(summaries)
     table = Table(
-        title=f"{target}: {steps} steps" + f", medians of {len(summaries)} seeds" * several,
-        caption="cost: of its passes, a full step as 1" + "; ratio: of each seed's own" * several,
+        title=f"{target}: {steps} steps" + f", medians of {seeds} seeds" * (seeds > 1),
+        caption=columns_caption(seeds),
     )
     for column in ("", "plain", "hybridcore", "ratio"):
         table.add_column(column, justify="left" if not column else "right")

@@ -21,6 +21,7 @@ from hybridcore.cli.common import (
     QuietFlag,
     UserError,
     check_picture,
+    columns_caption,
     environment,
     output_console,
     print_json,
@@ -121,9 +122,8 @@ def _print(console: Console, workload: Workload, summaries: list[dict[str, Any]]
     rates = ", ".join(f"{rate:g}" for rate in workload.learning_rates)
     table = Table(
         title=f"{workload.title}: best of learning rates {rates}, {workload.schedule} schedule, "
-        f"{workload.steps} steps"
-        + f", medians of {len(summaries)} seeds, of their own ratios too"
-        * (len(summaries) > 1)
+        f"{workload.steps} steps" + f", medians of {len(summaries)} seeds" * (len(summaries) > 1),
+        caption=columns_caption(len(summaries)),
     )
     for column in ("", "plain", "hybridcore", "ratio"):
         table.add_column(column, justify="left" if not column else "right")

@@ -146,7 +146,7 @@ def summary(ratio, seconds=None):
         "hybrid_at_equal_cost": 1.0,
         "plain_final": 2.0,
         "hybrid_final": 1.0,
-        "never_predicted": 0.0,
+        "unpredictable_share": 0.0,
     }
 
 
