@@ -252,9 +252,17 @@ if isinstance(model, DeltaHead):
 print(time.perf_counter() - start)
 """
 
-    def track_first_forecast(self, model, cache):
-        with tempfile.TemporaryDirectory() as folder:
-            return [self.seconds(model, folder) for _ in range(2)][cache == "cached"]
+    def setup_cache(self):
+        """Measure all of it once, because it takes long: the second process finds the cache."""
+        seconds = {}
+        for model in self.params[0]:
+            with tempfile.TemporaryDirectory() as folder:
+                for cache in self.params[1]:
+                    seconds[model, cache] = self.seconds(model, folder)
+        return seconds
+
+    def track_first_forecast(self, seconds, model, cache):
+        return seconds[model, cache]
 
     def seconds(self, model: str, folder: str) -> float:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}

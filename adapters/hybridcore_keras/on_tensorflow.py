@@ -38,6 +38,18 @@ class TensorFlowPort(StatefulPort):
         """Take the iterator of ``fit``."""
         self._iterator, self._batches = iterator, None
 
+    def finish(self, logs: dict[str, Any]) -> Any:
+        """Return what ``fit`` expects of a train function."""
+        # Now and then TensorFlow ends an iterator only after as long as it has been there, a minute
+        # at most: one that was kept beyond its epoch would hold up whoever lets go of it.
+        self._iterator = None
+        return super().finish(logs)
+
+    def abandon(self) -> None:
+        """Let go of the batch, because something raised."""
+        self._iterator = None
+        super().abandon()
+
     def pull(self) -> int:
         """Take the batches of one execution out of the iterator, and return how many."""
         if self._batches is None:

@@ -23,7 +23,11 @@ def digits():
 def forever(count=None):
     """All digits at once, again and again: as smooth as training gets."""
     x, y = digits()
-    return tf.data.Dataset.from_tensors((x[:count], y[:count])).repeat()
+    data = tf.data.Dataset.from_tensors((x[:count], y[:count])).repeat()
+    # There is nothing to tune, and TensorFlow is slow to end some of the iterators that it tunes.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.with_options(options)
 
 
 def spoiled(victims, value):

@@ -1,5 +1,6 @@
 """What else people use in `fit`: each thing with predicted steps beside it."""
 
+import gc
 import json
 
 import keras
@@ -88,6 +89,18 @@ def test_a_generator_that_ends_early():
         model.fit(batches(), epochs=1, verbose=0, callbacks=[hybrid], shuffle=False)
     assert hybrid.statistics().steps == 133
     assert hybrid.statistics().predicted_steps > 0
+
+
+def test_no_iterator_outlives_its_fit():
+    def alive():
+        return [found for found in gc.get_objects() if isinstance(found, tf.data.Iterator)]
+
+    before = alive()
+    # A probe takes the batch out of the iterator, and feeds it again through one of its own.
+    hybrid, model = HybridCallback(BRISK), regression()
+    train(model, 90, hybrid)
+    assert hybrid.statistics().probes
+    assert all(any(found is other for other in before) for found in alive())
 
 
 def test_a_schedule_stands_where_it_would_in_plain_fit():
