@@ -93,7 +93,8 @@ def test_a_generator_that_ends_early():
 
 def test_no_iterator_outlives_its_fit():
     def alive():
-        return [found for found in gc.get_objects() if isinstance(found, tf.data.Iterator)]
+        # What isinstance() asks of some of torch's objects makes them warn.
+        return [found for found in gc.get_objects() if issubclass(type(found), tf.data.Iterator)]
 
     before = alive()
     # A probe takes the batch out of the iterator, and feeds it again through one of its own.
