@@ -40,8 +40,8 @@ class TensorFlowPort(StatefulPort):
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""
-        # Now and then TensorFlow ends an iterator only after as long as it has been there, a minute
-        # at most: one that was kept beyond its epoch would hold up whoever lets go of it.
+        # Now and then ending an iterator takes TensorFlow about as long as it has been there: one
+        # that was kept beyond its epoch would hold up whoever lets go of it.
         self._iterator = None
         return super().finish(logs)
 
