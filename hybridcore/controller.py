@@ -158,6 +158,7 @@ class Controller:
         if self.phase is not Phase.CORRECT:
             self.secant.see(observation)
             self.dynamics.observe(observation)
+            self.outer.see(observation.learning_rate)
             self._rates.append(observation.learning_rate)
 
     @property
@@ -246,9 +247,8 @@ class Controller:
                 return
             self.gram = None
         if self.outer.pending:
-            rate = self._rates[-1]
-            yield self.outer.step(rate)
-            self.outer.stepped(rate)
+            yield self.outer.step()
+            self.outer.stepped()
         if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
@@ -276,12 +276,14 @@ class Controller:
 
     def _rest(self) -> Turn:
         """Take a full step while there is nothing to look at, and outer steps if that lasts."""
-        if not self.outer.active and self._has_rest:
+        due = self.outer.until_due(self.taken) == 0
+        if due and self.outer.strength == 0.0:
+            self.outer.stop()
+        elif due and not self.outer.active and self._has_rest:
             self.bank = 0
             self.outer.begin()
             self.note("outer momentum")
-        due = self.outer.active and self.outer.until_due(self.taken) == 0
-        wanted = due and self.monitor.action() in BEARABLE
+        wanted = due and self.outer.active and self.monitor.action() in BEARABLE
         observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
         if wanted and observation.applied and self.outer.take(observation.gram):
             self.pace.wait = self.taken + self.config.min_full_steps

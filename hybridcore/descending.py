@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def descend(controller: Controller) -> Turn:
     """Take a step of the descent on secants, after a decision where a block is over."""
     secant = controller.secant
-    if controller.phase is Phase.FULL and (secant.block_over or secant.suspects):
+    if controller.phase is Phase.FULL and (
+        secant.block_over or secant.suspects or secant.probe_due
+    ):
         if not (yield from secant.is_fine()):
             _end(controller)
             yield from controller.full()

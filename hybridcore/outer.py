@@ -18,6 +18,8 @@ SHARE = 0.8
 RATE = REACH * (1.0 - SHARE)
 # Weight of the newest outer point in the average, until the average is of about the last half.
 NEWEST = 0.2
+# Share of its highest value so far to which the learning rate has to fall for them to end.
+ANNEALED = 0.5
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
@@ -51,10 +53,14 @@ class OuterMomentum:
 
     ``m <- (1 - c before) * c / (c before) * m + REACH * SHARE * c * d,   y <- y + RATE * d + m``
 
-    and where the learning rate falls, the old ``m`` falls with it. So everything is an affine
-    combination of the newest snapshots: the old ``m`` is the last outer step less ``RATE * d``,
-    which stands in the bank if the bank holds the points before and after each outer step, and no
-    copy of its own is needed.
+    So everything is an affine combination of the newest snapshots: the old ``m`` is the last outer
+    step less ``RATE * d``, which stands in the bank if the bank holds the points before and after
+    each outer step, and no copy of its own is needed.
+
+    A learning rate that falls does what the average is for, and a push that comes after it has
+    fallen is noise that nothing averages away. So an outer step fades with the rate: at its
+    `strength`, ``RATE + REACH * SHARE * c`` is so much nearer to 1, and the old ``m`` falls with
+    the rate and the strength.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
@@ -62,8 +68,7 @@ class OuterMomentum:
       flights, 1.29 on a CNN and 1.22 on a small language model (5 seeds, by
       ``python -m benchmarks.proving_ground table``).
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
-      the log there), on little data, which it overfits sooner, and on the GRU of the ground, whose
-      loss is flat: 0.89.
+      the log there), on little data, which it overfits sooner, and at a rate above the best.
     - *Costs* no pass, two snapshots more, and the processor time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
 
@@ -75,6 +80,9 @@ class OuterMomentum:
         Whether the next step begins with one.
     straight : bool
         Whether the path was so smooth in between that jumps should have it.
+    strength : float
+        In [0, 1]: 1 at the highest learning rate that outer steps have had, 0 where it has fallen
+        to `ANNEALED` of that.
     """
 
     def __init__(self) -> None:
@@ -82,7 +90,19 @@ class OuterMomentum:
         self.pending = False
         self.straight = False
         self._snapshots = 0
-        self._learning_rate = 0.0
+        self.strength = 1.0
+        self._highest = self._learning_rate = 0.0
+        # Strength times learning rate at the last outer step.
+        self._pushed = 0.0
+
+    def see(self, learning_rate: float) -> None:
+        """Take in the learning rate of a full step."""
+        self._learning_rate = learning_rate
+        if self.active:
+            self._highest = max(self._highest, learning_rate)
+        if self._highest > 0.0:
+            left = learning_rate / self._highest - ANNEALED
+            self.strength = max(0.0, left / (1.0 - ANNEALED))
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
@@ -124,29 +144,28 @@ class OuterMomentum:
             self.stop()
         return self.straight
 
-    def step(self, learning_rate: float) -> Directive:
-        """Return the outer step that is pending; :meth:`stepped` says that it has been taken.
-
-        Parameters
-        ----------
-        learning_rate : float
-            Learning rate of the last full step.
-        """
+    def step(self) -> Directive:
+        """Return the outer step that is pending; :meth:`stepped` says that it has been taken."""
         number = self._snapshots // 2
         newest, before = newest_weight(number), newest_weight(number - 1)
-        ahead = RATE + REACH * SHARE * newest
+        ahead = 1.0 + self.strength * (RATE + REACH * SHARE * newest - 1.0)
         # Oldest first: where the last outer step began to be prepared, before it, after it, now.
         coefficients = np.array([0.0, 0.0, 1.0 - ahead, ahead])
         if self._snapshots >= len(coefficients):
-            fallen = learning_rate / self._learning_rate if self._learning_rate > 0.0 else 1.0
-            kept = (1.0 - before) * newest / before * min(1.0, fallen)
+            fallen = min(1.0, self._push / self._pushed) if self._pushed > 0.0 else 0.0
+            kept = (1.0 - before) * newest / before * fallen
             coefficients[:3] += kept * np.array([RATE - 1.0, -RATE, 1.0])
         return Directive(Action.MOVE, coefficients[None, -self._snapshots :], snapshot=True)
 
-    def stepped(self, learning_rate: float) -> None:
-        """Take note that the outer step of this `learning_rate` has been taken."""
-        self.pending, self._learning_rate = False, learning_rate
+    def stepped(self) -> None:
+        """Take note that the outer step has been taken."""
+        self.pending, self._pushed = False, self._push
         self._snapshots += 1
+
+    @property
+    def _push(self) -> float:
+        # A rate of zero throughout says nothing.
+        return self.strength * (self._learning_rate or 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
@@ -155,11 +174,16 @@ class OuterMomentum:
             "pending": self.pending,
             "straight": self.straight,
             "snapshots": self._snapshots,
-            "learning_rate": self._learning_rate,
+            "strength": self.strength,
+            "rates": [self._highest, self._learning_rate, self._pushed],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.active, self.pending = bool(state["active"]), bool(state["pending"])
         self.straight, self._snapshots = bool(state["straight"]), int(state["snapshots"])
-        self._learning_rate = float(state["learning_rate"])
+        # States from before they faded hold the learning rate of the last outer step alone.
+        last = float(state.get("learning_rate", 0.0))
+        self.strength = float(state.get("strength", 1.0))
+        rates = map(float, state.get("rates", (last, last, last)))
+        self._highest, self._learning_rate, self._pushed = rates

@@ -43,6 +43,9 @@ FIRST_LOOK = 3
 PROOF = 97
 # Evaluations in a row without a lower loss, after which that is asked too.
 SUSPICIOUS = 2
+# Share of the loss at which the user's probe is evaluated anew, and after how many quasi-Newton
+# steps at the latest; and the rise of its loss above the lowest that ends them.
+LOWERED, PROBED, RISE = 0.7, 10, 0.02
 # Rise of the loss at which a trial of the optimizer is over before its time.
 SPIKE = 10.0
 # Steps of the optimizer from which its speed is told: the medians of their first and last thirds
@@ -104,7 +107,10 @@ class SecantDescent:
         self._there = False
         self._marked, self._scale = NAN, 0.0
         self._objective = NAN
-        self._held = NAN
+        # Lowest loss of the user's probe so far, where there is one.
+        self._held, self._has_probe = NAN, False
+        # Where it was evaluated last: number of the step, and loss of the batch.
+        self._probed, self._loss_probed = 0, NAN
         self._descent: Descent | None = None
         self._length = 1.0
         self._rejected, self._there = 0, False
@@ -148,7 +154,8 @@ class SecantDescent:
 
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
-        self.stage, self._descent, self._saved, self._held = Stage.REST, None, NAN, NAN
+        self.stage, self._descent, self._saved = Stage.REST, None, NAN
+        self._held, self._has_probe = NAN, False
         self._rejected, self._there = 0, False
         self._own_speed = math.inf
         self._wait = taken + WAIT * self._patience
@@ -176,17 +183,44 @@ class SecantDescent:
         """Whether it is time to decide how to go on."""
         return self.stage is Stage.DESCEND and (self.stuck or self._steps >= self.block)
 
+    @property
+    def probe_due(self) -> bool:
+        """Whether it is time to evaluate the user's probe."""
+        if self.stage is not Stage.DESCEND or not self._has_probe:
+            return False
+        lowered = self.loss < LOWERED * self._loss_probed
+        return self.block_over or lowered or self._steps - self._probed >= PROBED
+
     def is_fine(self) -> Generator[Directive, Observation, bool]:
         """See whether the batch is still the same, and the loss of the user's probe no higher."""
-        here = (yield Directive(Action.PROBE, own_batch=True)).loss
-        if usable(here) and not self._same(here, self.loss):
-            self._patience = MOST_PATIENCE
-            return False
-        if not self.block_over:
+        if self.block_over or self.suspects:
+            here = (yield Directive(Action.PROBE, own_batch=True)).loss
+            if usable(here) and not self._same(here, self.loss):
+                self._patience = MOST_PATIENCE
+                return False
+        if not self.probe_due:
             return True
-        before, self._held = self._held, (yield Directive(Action.PROBE)).loss
-        # Without a probe of the user this is the batch again, whose objective has been lowered.
-        return self._held == here or not self._held > before + SAME * abs(before)
+        held = (yield Directive(Action.PROBE)).loss
+        self._probed, self._loss_probed = self._steps, self.loss
+        # A probe that is no number is no reason to go on.
+        if held <= self._held + RISE * abs(self._held):
+            self._held = min(self._held, held)
+            return True
+        if self._descent is not None:
+            # It is the newest step that has shown it: back by its displacement.
+            back = np.zeros_like(self._descent.coefficients)
+            back[len(back) // 2 - 1] = -1.0
+            yield Directive(Action.REACH, back)
+        self._patience = MOST_PATIENCE
+        return False
+
+    def _hold(self) -> Generator[Directive, Observation, bool]:
+        """Evaluate the user's probe where the descent begins; False if it is no number."""
+        here = (yield Directive(Action.PROBE, own_batch=True)).loss
+        self._held = (yield Directive(Action.PROBE)).loss
+        # Without a probe of the user that was the batch again.
+        self._has_probe = self._held != here
+        return not self._has_probe or math.isfinite(self._held)
 
     def finish_block(self) -> float:
         """Begin the next block; return what this one was worth beyond its own steps.
@@ -201,7 +235,7 @@ class SecantDescent:
             surplus += fall / self.speed if self.speed > 0.0 else math.inf
         if surplus > 0.0:
             self._patience = 1
-        self._began, self._steps = math.log(self.loss), 0
+        self._began, self._steps, self._probed = math.log(self.loss), 0, 0
         return surplus
 
     def compare(self) -> None:
@@ -295,9 +329,10 @@ class SecantDescent:
         if math.isfinite(self._marked):
             probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
             changed, self._marked = not self._same(probe.loss, self._marked), NAN
+        held = not math.isnan(self._held) or (yield from self._hold())
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
-        if changed or not (observation.applied and usable(observation.loss)):
+        if changed or not (held and observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
         if self.holds_recovery:
@@ -319,6 +354,7 @@ class SecantDescent:
             self.speed, self.measured = fall / (len(recent) - third), True
         yield from self._new_base(observation)
         self._saved, self._began, self._steps = NAN, math.log(self.loss), 0
+        self._probed, self._loss_probed = 0, self.loss
         return observation, False
 
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
@@ -382,8 +418,9 @@ class SecantDescent:
             coefficients = np.array(state["descent"]["coefficients"], dtype=np.float64)
             self._descent = Descent(coefficients, float(state["descent"]["slope"]))
         self._recent = deque(state["recent"], maxlen=WINDOW)
-        # States from before there was a scale do without.
-        numbers = {"_scale": 0.0} | state["numbers"]
+        # States from before there was a scale, or the user's probe was looked for, do without.
+        later = {"_scale": 0.0, "_has_probe": False, "_probed": 0, "_loss_probed": NAN}
+        numbers = later | state["numbers"]
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
 
@@ -399,6 +436,9 @@ _NUMBERS = (
     "_scale",
     "_objective",
     "_held",
+    "_has_probe",
+    "_probed",
+    "_loss_probed",
     "_length",
     "_rejected",
     "_began",

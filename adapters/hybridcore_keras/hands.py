@@ -163,7 +163,7 @@ class Hands:
             if self.bank is not None and not mark:
                 self.bank.forget()
         if not pairs:
-            self.secants = None
+            self.secants, self._on_trial = None, False
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because something raised in it."""
@@ -244,6 +244,7 @@ class Hands:
         if not observation.applied:
             port.skip(1)
             return observation
+        self._on_trial = False
         if directive.pair:
             on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))

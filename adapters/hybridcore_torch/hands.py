@@ -257,7 +257,7 @@ class Hands:
             if self.bank is not None and not mark:
                 self.bank.forget()
         if not pairs:
-            self.secants = None
+            self.secants, self._on_trial = None, False
         self.watch()
 
     @property
@@ -355,6 +355,7 @@ class Hands:
             if self.secants is not None:
                 objective = self.secants.objective(objective)
             return observation._replace(objective=objective)
+        self._on_trial = False
         try:
             self._add_to_average(directive.average)
             if directive.snapshot:

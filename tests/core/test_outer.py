@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import Action, HybridTrainerConfig, Phase
-from hybridcore.outer import CHECK, INTERVAL, MOST_WORTH, REACH, SHARE, OuterMomentum
+from hybridcore.outer import CHECK, INTERVAL, MOST_WORTH, RATE, REACH, SHARE, OuterMomentum
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
 
@@ -20,13 +20,14 @@ def by_bank(displacements, rates, capacity=4):
     outer.begin()
     for moved, rate in zip(displacements, rates, strict=True):
         x = x + moved
+        outer.see(rate)
         directive = outer.full_step
         assert directive.snapshot
         bank = [*([] if directive.fresh_bank else bank)[1 - capacity :], x]
         outer.take(None)
         if outer.pending:
-            move = outer.step(rate)
-            outer.stepped(rate)
+            move = outer.step()
+            outer.stepped()
             assert move.action is Action.MOVE
             assert move.snapshot
             (row,) = move.coefficients
@@ -37,15 +38,31 @@ def by_bank(displacements, rates, capacity=4):
     return points
 
 
-def by_hand(displacements, rates):
-    """The same by the three points of primal averaging, ``y`` between ``z`` and ``x``."""
-    y, gap, last, points = displacements[0], 0.0, rates[0], [displacements[0]]
-    for number, (moved, rate) in enumerate(zip(displacements[1:], rates[1:], strict=True), 1):
-        gap = gap * (min(1.0, rate / last) if last > 0.0 else 1.0)
+def by_hand(displacements):
+    """The same at a constant rate by the three points of primal averaging, ``y`` among them."""
+    y, gap, points = displacements[0], 0.0, [displacements[0]]
+    for number, moved in enumerate(displacements[1:], 1):
         z, x = y + SHARE * gap, y - (1.0 - SHARE) * gap
         z = z + REACH * moved
         x = x + min(0.2, 2.0 / (number + 2.0)) * (z - x)
-        y, gap, last = (1.0 - SHARE) * z + SHARE * x, z - x, rate
+        y, gap = (1.0 - SHARE) * z + SHARE * x, z - x
+        points.append(y)
+    return points
+
+
+def by_momentum(displacements, rates):
+    """The same under a schedule: the momentum is what an outer step goes beyond ``RATE * d``."""
+    y, momentum, points = displacements[0], 0.0, [displacements[0]]
+    push, old, highest = 0.0, 0.2, rates[0]
+    for number, (moved, rate) in enumerate(zip(displacements[1:], rates[1:], strict=True), 1):
+        highest = max(highest, rate)
+        strength = max(0.0, 2.0 * rate / highest - 1.0) if highest > 0.0 else 1.0
+        new = strength * rate if highest > 0.0 else 1.0
+        fallen = min(1.0, new / push) if push > 0.0 else 0.0
+        weight, push = min(0.2, 2.0 / (number + 2.0)), new
+        ahead = (1.0 - strength) + strength * (RATE + REACH * SHARE * weight)
+        momentum = (ahead - RATE) * moved + (1.0 - old) * weight / old * fallen * momentum
+        y, old = y + RATE * moved + momentum, weight
         points.append(y)
     return points
 
@@ -55,12 +72,23 @@ def by_hand(displacements, rates):
     st.integers(2, 30),
     st.integers(0, 2**32 - 1),
     st.integers(4, 10),
-    st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=30, max_size=30),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), min_size=30, max_size=30),
 )
 def test_the_bank_holds_all_of_the_recursion(count, seed, capacity, rates):
     displacements = np.random.default_rng(seed).normal(size=(count, 3))
+    found = by_bank(displacements, np.full(count, 0.3), capacity)
+    np.testing.assert_allclose(found, by_hand(displacements), atol=1e-9)
     found = by_bank(displacements, rates[:count], capacity)
-    np.testing.assert_allclose(found, by_hand(displacements, rates[:count]), atol=1e-9)
+    np.testing.assert_allclose(found, by_momentum(displacements, rates[:count]), atol=1e-9)
+
+
+def test_they_leave_the_weights_alone_where_the_rate_has_fallen():
+    rates = np.concatenate((np.ones(50), np.linspace(1.0, 0.5, 20), np.full(30, 0.4)))
+    displacements = np.random.default_rng(0).normal(size=(100, 3))
+    steps = np.diff(by_bank(displacements, rates), axis=0)
+    np.testing.assert_allclose(steps[-30:], displacements[-30:], atol=1e-9)
+    pushed = np.abs(steps - displacements[1:]).mean(axis=1)
+    assert pushed[60:68].mean() < pushed[40:49].mean()
 
 
 def test_a_steady_displacement_is_continued_less_far_than_it_says():
@@ -81,8 +109,8 @@ def test_noise_is_averaged_down():
         bank = [*([] if outer.full_step.fresh_bank else bank)[-3:], target]
         outer.take(None)
         if outer.pending:
-            (row,) = outer.step(1.0).coefficients
-            outer.stepped(1.0)
+            (row,) = outer.step().coefficients
+            outer.stepped()
             x = float(row @ bank[-len(row) :])
             bank = [*bank[-3:], x]
             left.append(x)
@@ -93,13 +121,14 @@ def test_a_state_resumes_exactly():
     first, second = OuterMomentum(), OuterMomentum()
     first.begin()
     for count in range(12):
+        first.see(1.0 / (10 + count))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         for outer in (first, second):
             outer.take(None)
         assert first.pending == second.pending == (count > 0)
         if first.pending:
-            moves = [outer.step(1.0 / (1 + count)).coefficients for outer in (first, second)]
-            first.stepped(1.0 / (1 + count))
+            moves = [outer.step().coefficients for outer in (first, second)]
+            first.stepped()
             assert np.array_equal(*moves)
     first.stop()
     assert not first.active
@@ -263,7 +292,7 @@ def test_a_straight_path_ends_them(turn, straight):
             break
         assert not outer.take(None)
         if outer.pending:
-            outer.stepped(1.0)
+            outer.stepped()
     assert asked.count(False) == CHECK
     assert outer.take(gram) == straight
     assert outer.active != straight
@@ -282,5 +311,5 @@ def test_the_path_is_held_against_itself_now_and_then():
         points = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
         outer.take((points @ points.T)[None] if directive.gram else None)
         if outer.pending:
-            outer.stepped(1e-3)
+            outer.stepped()
     assert checked == [5, 10, 20, 40, 80, 120, 160, 200]

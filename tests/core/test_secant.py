@@ -134,8 +134,8 @@ def test_a_leap_stands_on_a_lower_point_for_all_of_its_steps():
 def test_a_trial_point_that_is_no_lower_ends_the_leap():
     descent = at("decision")
     before = descent.x
-    # After the two probes that ask whether to go on.
-    descent.step(bad_one=2)
+    # After the probe that asks whether to go on.
+    descent.step(bad_one=1)
     assert np.array_equal(descent.x, before)
     assert descent.engine.forecast_loss == descent.loss(before)
     assert descent.engine.phase is Phase.CORRECT

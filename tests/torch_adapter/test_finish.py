@@ -49,20 +49,20 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
 
 
 def test_a_trial_of_the_optimizer_is_taken_back_unless_it_has_helped():
-    trainer, closure = leaping()
     ends = []
-    for _ in range(600):
-        saved = trainer.engine.controller.secant.loss
-        result = trainer.step(closure)
-        if any(event["event"] == "optimizer on trial" for event in result.events):
-            trainer.step(closure)
-            now = closure().item()
-            trainer.finish(closure)
-            ends.append((saved, now, closure().item()))
-            # What fails in the next step does not bring it back.
-            with pytest.raises(ZeroDivisionError):
-                trainer.step(lambda: 1 / 0)
-            assert not trainer.engine.may_roll_back
+    for trainer, closure in map(leaping, range(4)):
+        for _ in range(600):
+            saved = trainer.engine.controller.secant.loss
+            result = trainer.step(closure)
+            if any(event["event"] == "optimizer on trial" for event in result.events):
+                trainer.step(closure)
+                now = closure().item()
+                trainer.finish(closure)
+                ends.append((saved, now, closure().item()))
+                # What fails in the next step does not bring it back.
+                with pytest.raises(ZeroDivisionError):
+                    trainer.step(lambda: 1 / 0)
+                assert not trainer.engine.may_roll_back
     assert ends
     for saved, now, end in ends:
         assert end == pytest.approx(min(saved, now), rel=1e-5)

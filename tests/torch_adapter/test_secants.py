@@ -295,6 +295,30 @@ def test_a_held_out_loss_that_rises_leaves_the_run_to_the_optimizer():
     assert 0 < statistics.secant_steps < 300
 
 
+@pytest.mark.parametrize("number", [1.0, math.nan])
+def test_a_probe_ends_them_before_they_overfit(number):
+    """Without it the held-out loss is several times plain's by the end of the first block."""
+    x, y = digits()
+    train, test = slice(0, 200), slice(200, None)
+    ends = {}
+    for kind in ("plain", "alone", "probed"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+        held_out = lambda: F.cross_entropy(model(x[test]), y[test])  # noqa: B023, E731
+        probe = (lambda: number * held_out()) if kind == "probed" else None  # noqa: B023
+        config = HybridTrainerConfig(enabled=kind != "plain")
+        trainer = HybridTrainer(
+            model, torch.optim.Adam(model.parameters(), 3e-3), config, probe=probe
+        )
+        for _ in range(300):
+            trainer.step(lambda: F.cross_entropy(model(x[train]), y[train]))  # noqa: B023
+        ends[kind] = held_out().item()
+    assert ends["alone"] > 1.5 * ends["plain"]
+    assert ends["probed"] < 1.2 * ends["plain"]
+    if math.isnan(number):
+        assert trainer.statistics().secant_steps < 5
+
+
 def test_saved_in_the_middle_of_a_descent_it_goes_on_bit_for_bit(tmp_path):
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK)
@@ -377,16 +401,18 @@ def test_a_state_that_does_not_fit_leaves_a_descent_as_it_is():
 
 
 def test_a_trial_that_makes_the_loss_leap_up_is_over_at_once():
-    trainer, closure = leaping()
     trials: list[list[float]] = []
-    for _ in range(600):
-        before = trainer.engine.controller.secant.loss
-        result = trainer.step(closure)
-        if any(event["event"] == "optimizer on trial" for event in result.events):
-            trials.append([])
-            saved = before
-        if trials and trainer.engine.may_roll_back and trainer.engine.phase is Phase.FULL:
-            trials[-1].append(result.loss / saved)
+    for seed in range(4):
+        trainer, closure = leaping(seed)
+        on_trial = False
+        for _ in range(600):
+            before = trainer.engine.controller.secant.loss
+            result = trainer.step(closure)
+            if any(event["event"] == "optimizer on trial" for event in result.events):
+                trials.append([])
+                saved, on_trial = before, True
+            if on_trial and trainer.engine.may_roll_back and trainer.engine.phase is Phase.FULL:
+                trials[-1].append(result.loss / saved)
     assert len(trials) > 1
     for trial in trials:
         assert sum(ratio > 10.0 for ratio in trial) <= 1
