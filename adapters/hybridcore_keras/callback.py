@@ -18,6 +18,7 @@ from hybridcore import (
     DivergenceError,
     Engine,
     HybridTrainerConfig,
+    ModelError,
     Observation,
     Phase,
     ProtocolError,
@@ -209,6 +210,12 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             check_model(model)
             interrupted = getattr(model.train_function, "__self__", None)
             if isinstance(interrupted, HybridCallback):
+                if interrupted._history is model.history:
+                    interrupted._give_back()
+                    raise ModelError(
+                        "callbacks holds HybridCallback twice: pass one, as only one can decide "
+                        "which steps are taken"
+                    )
                 # It was not told, and what became of the weights since then is not known here.
                 interrupted._start_over()
             hands = self._hands

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from hybridcore import ConfigError, HybridTrainerConfig, ModelError
+from hybridcore_keras.ports import is_built
 
 
 def check_arguments(config: object, probe: object, layer_groups: object) -> None:
@@ -27,6 +28,11 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
         raise ConfigError(
             f"layer_groups must be lists of variables, got {type(layer_groups).__name__}"
         )
+    if isinstance(layer_groups, list | tuple) and any(hasattr(g, "shape") for g in layer_groups):
+        raise ConfigError(
+            "layer_groups must be lists of variables, got a variable in the place of one: pass a "
+            "list for each group, [[...], [...]]"
+        )
 
 
 def check_batch(name: str, batch: object) -> None:
@@ -42,10 +48,17 @@ def check_batch(name: str, batch: object) -> None:
         raise ConfigError(
             f"{name} has parts of {', '.join(str(*row) for row in rows)} rows: they must be equal"
         )
+    if rows and rows[0] == (0,):
+        raise ConfigError(f"{name} has 0 rows: pass a batch of at least 1")
 
 
 def check_model(model: Any) -> None:
     """Raise :class:`hybridcore.ModelError` where a model cannot be trained by predicted steps."""
+    if getattr(model, "history", None) is None:
+        raise ModelError(
+            "model has no history, so that this is no fit(): pass HybridCallback to "
+            "fit(..., callbacks=[...]), as it works on fit's own train function"
+        )
     optimizer = model.optimizer
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ModelError(
@@ -57,7 +70,7 @@ def check_model(model: Any) -> None:
             "MultiOptimizer keeps several counts of iterations and learning rates, which cannot be "
             "kept in step with predicted batches: use one optimizer for the whole model"
         )
-    if model.built and not model.trainable_variables:
+    if is_built(model) and not model.trainable_variables:
         raise ModelError(
             "model has no trainable variable (all layers have trainable=False or none has "
             "weights): unfreeze at least one and compile again"

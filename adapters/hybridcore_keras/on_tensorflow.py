@@ -29,10 +29,19 @@ class TensorFlowPort(StatefulPort):
         self._probe_function: Any = None
         self._gradient_function: Any = None
         self._writer: Any = None
+        self._traced: list[Any] | None = None
         self._again: tuple[Any, Any] | None = None
 
+    @property
+    def variables(self) -> list[Any]:
+        """Variables that are trained, in the order of the model."""
+        # What is unfrozen or frozen later, Keras leaves as it was compiled.
+        if self._traced is None or self.model.run_eagerly:
+            return super().variables
+        return list(self._traced)
+
     def _renew(self) -> None:
-        self._probe_function = self._gradient_function = self._writer = None
+        self._probe_function = self._gradient_function = self._writer = self._traced = None
 
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
@@ -64,6 +73,8 @@ class TensorFlowPort(StatefulPort):
         self._set_rates(scale)
         iterator = self._iterator if self._batches is None else self._iterator_again()
         logs = self._function(iterator)
+        if self._traced is None:
+            self._traced = super().variables
         return logs, self._figures(logs)
 
     def gradient(self) -> tuple[dict[str, Any], Figures]:

@@ -164,6 +164,11 @@ def scope_of(model: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
+def is_built(model: Any) -> bool:
+    """Whether `model` has all of its variables: a subclass may be built before its layers are."""
+    return bool(model.built) and all(layer.built for layer in model.layers)
+
+
 def build_optimizer(model: Any) -> None:
     """Have the optimizer of `model` make its variables, which it does in its first step else."""
     if not model.optimizer.built:

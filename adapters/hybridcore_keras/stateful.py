@@ -12,7 +12,7 @@ from keras import ops
 
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, build_optimizer
+from hybridcore_keras.ports import Figures, build_optimizer, is_built
 from hybridcore_keras.rates import Rates
 
 FIGURES = "hybrid_figures"
@@ -66,7 +66,7 @@ class StatefulPort:
     def install(self) -> None:
         """Have Keras build its train function around the watched step; once for a ``compile``."""
         model = self.model
-        if model.built and type(model).train_step is keras.Model.train_step:
+        if is_built(model) and type(model).train_step is keras.Model.train_step:
             # TensorFlow gives variables that are made in a step no value if it is interrupted.
             build_optimizer(model)
         self.rates.install()

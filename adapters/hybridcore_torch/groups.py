@@ -89,7 +89,13 @@ def by_user(
     ModelError
         If a group is empty, or a parameter is missing, foreign or named twice.
     """
-    groups = [list(group) for group in layer_groups]
+    given = list(layer_groups)
+    if any(isinstance(group, torch.Tensor) for group in given):
+        raise ModelError(
+            "layer_groups must be lists of parameters, got a parameter in the place of one: pass a "
+            "list for each group, [[...], [...]]"
+        )
+    groups = [list(group) for group in given]
     named = [id(p) for group in groups for p in group]
     if not groups or any(not group for group in groups):
         raise ModelError("layer_groups must be non-empty lists of parameters, got an empty one")

@@ -347,6 +347,26 @@ def test_freezing_a_layer_between_two_fits_starts_over():
     assert same(before[:2], weights(model)[:2])
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_without_a_new_compile_what_is_trained_stays_as_in_plain_fit(trainable):
+    moved = []
+    for hybrid in (None, HybridCallback(BRISK)):
+        model = perceptron()
+        model.layers[0].trainable = not trainable
+        compiled(model, keras.optimizers.SGD(0.3))
+        callbacks = [] if hybrid is None else [hybrid]
+        train(model, 1, *callbacks, steps_per_epoch=150)
+        model.layers[0].trainable = trainable
+        before = weights(model)
+        train(model, 1, *callbacks, steps_per_epoch=150)
+        moved.append(
+            [not np.array_equal(*pair) for pair in zip(before, weights(model), strict=True)]
+        )
+    assert moved[0] == moved[1]
+    assert hybrid.statistics().steps == 300
+    assert hybrid.statistics().predicted_steps > 0
+
+
 def far(model):
     """How far the weights are from those that :class:`Writer` writes."""
     return max(abs(w - 3.0).max() for w in model.get_weights())

@@ -5,7 +5,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_problems import BRISK, Watch, digits, perceptron, regression, same, spoiled, train
+from keras_problems import (
+    BRISK,
+    Watch,
+    compiled,
+    digits,
+    perceptron,
+    regression,
+    same,
+    spoiled,
+    train,
+)
 from keras_problems import weights as weights_of
 
 from hybridcore import ConfigError, DivergenceError, HybridTrainerConfig, ModelError, Phase
@@ -259,7 +269,11 @@ def test_arguments_that_do_not_fit_are_named():
         HybridCallback(probe=lambda: 1.0)
     with pytest.raises(ConfigError, match="probe has parts of 5, 4 rows"):
         HybridCallback(probe=(np.zeros((5, 64)), np.zeros(4)))
+    with pytest.raises(ConfigError, match="probe has 0 rows"):
+        HybridCallback(probe=(np.zeros((0, 64)), np.zeros(0)))
     model = regression()
+    with pytest.raises(ConfigError, match="a list for each group"):
+        HybridCallback(layer_groups=model.trainable_variables)
     with pytest.raises(ModelError, match="layer_groups"):
         train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))
     frozen = regression()
@@ -267,6 +281,43 @@ def test_arguments_that_do_not_fit_are_named():
     frozen.compile("adam", "mse")
     with pytest.raises(ModelError, match="no trainable variable"):
         train(frozen, 1, HybridCallback())
+
+
+def test_two_in_one_fit_are_refused_and_the_model_is_given_back():
+    model, hybrid = regression(), HybridCallback()
+    for twice in ([hybrid, HybridCallback()], [hybrid, hybrid]):
+        with pytest.raises(ModelError, match="HybridCallback twice"):
+            train(model, 1, *twice)
+        plain = model.train_function
+        assert not isinstance(getattr(plain, "__self__", None), HybridCallback)
+        train(model, 2)
+        train(model, 2, hybrid)
+
+
+def test_a_loop_of_the_users_own_is_refused():
+    callbacks = keras.callbacks.CallbackList([HybridCallback()], model=regression())
+    with pytest.raises(ModelError, match="no fit"):
+        callbacks.on_train_begin()
+
+
+def test_a_model_that_is_built_before_its_layers_trains():
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = keras.layers.Dense(10)
+
+        def build(self, shape):
+            self.built = True
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = Late()
+    model.build((None, 64))
+    compiled(model)
+    hybrid = HybridCallback(BRISK)
+    train(model, 2, hybrid)
+    assert hybrid.statistics().full_steps == 2
 
 
 def test_the_users_probe_and_layer_groups_are_used():
