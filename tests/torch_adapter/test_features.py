@@ -182,7 +182,8 @@ def test_it_is_predicted_and_ends_no_higher(build):
     taken = statistics.secant_steps if build is autocast else 0
     assert statistics.predicted_steps + taken >= 50
     assert all(p.isfinite().all() for p in model.parameters())
-    assert loss().item() <= 1.05 * min(losses[-20:])
+    # Below the square of float32's rounding one is as low as the other.
+    assert loss().item() <= 1.05 * min(losses[-20:]) + 2.0**-46 * losses[0]
 
 
 @pytest.mark.parametrize("build", FEATURES, ids=lambda build: build.__name__)
