@@ -166,7 +166,7 @@ def scope_of(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 def is_built(model: Any) -> bool:
     """Whether `model` has all of its variables: a subclass may be built before its layers are."""
-    return bool(model.built) and all(layer.built for layer in model.layers)
+    return all(layer.built for layer in model._flatten_layers())
 
 
 def build_optimizer(model: Any) -> None:
