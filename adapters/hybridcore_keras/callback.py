@@ -28,7 +28,13 @@ from hybridcore import (
 from hybridcore.rotation import Rotation, Saver, read_newest
 from hybridcore.types import STEPS
 from hybridcore_keras import saving
-from hybridcore_keras.checks import check_arguments, check_batch, check_model, ends_the_data
+from hybridcore_keras.checks import (
+    as_groups,
+    check_arguments,
+    check_batch,
+    check_model,
+    ends_the_data,
+)
 from hybridcore_keras.hands import Hands, on_device
 from hybridcore_keras.history import report
 from hybridcore_keras.losses import RunningMean
@@ -89,10 +95,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         layer_groups: Iterable[Iterable[Any]] | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(config, probe, layer_groups)
+        check_arguments(config, probe)
         self.config = HybridTrainerConfig() if config is None else config
         self.probe = probe
-        self.layer_groups = None if layer_groups is None else [list(g) for g in layer_groups]
+        self.layer_groups = as_groups(layer_groups)
         self.engine = Engine(self.config, self.config.secant_pairs)
         self._hands: Hands | None = None
         self._fitting = False

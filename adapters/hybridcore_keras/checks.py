@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ from hybridcore import ConfigError, HybridTrainerConfig, ModelError
 from hybridcore_keras.ports import is_built
 
 
-def check_arguments(config: object, probe: object, layer_groups: object) -> None:
+def check_arguments(config: object, probe: object) -> None:
     """Raise an error that names the argument, the value and the fix."""
     if config is not None and not isinstance(config, HybridTrainerConfig):
         raise ConfigError(
@@ -24,15 +25,30 @@ def check_arguments(config: object, probe: object, layer_groups: object) -> None
             "'auto', or take 'int8'"
         )
     check_batch("probe", probe)
-    if layer_groups is not None and not hasattr(layer_groups, "__iter__"):
+
+
+def as_groups(layer_groups: object) -> list[list[Any]] | None:
+    """Return the user's layer groups as lists, or None where there are none.
+
+    Raises
+    ------
+    ConfigError
+        If they are not iterables of iterables; a variable is none, for all that it can be indexed.
+    """
+    if layer_groups is None:
+        return None
+    if not isinstance(layer_groups, Iterable):
         raise ConfigError(
             f"layer_groups must be lists of variables, got {type(layer_groups).__name__}"
         )
-    if isinstance(layer_groups, list | tuple) and any(hasattr(g, "shape") for g in layer_groups):
-        raise ConfigError(
-            "layer_groups must be lists of variables, got a variable in the place of one: pass a "
-            "list for each group, [[...], [...]]"
-        )
+    groups = list(layer_groups)
+    for group in groups:
+        if not isinstance(group, Iterable) or hasattr(group, "shape"):
+            raise ConfigError(
+                f"layer_groups must be lists of variables, got {type(group).__name__} in the place "
+                "of one: pass a list for each group, [[...], [...]]"
+            )
+    return [list(group) for group in groups]
 
 
 def check_batch(name: str, batch: object) -> None:

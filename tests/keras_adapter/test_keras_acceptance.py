@@ -272,8 +272,9 @@ def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match="probe has 0 rows"):
         HybridCallback(probe=(np.zeros((0, 64)), np.zeros(0)))
     model = regression()
-    with pytest.raises(ConfigError, match="a list for each group"):
-        HybridCallback(layer_groups=model.trainable_variables)
+    for flat in (list, iter):
+        with pytest.raises(ConfigError, match=r"got \w*Variable in the place .* for each group"):
+            HybridCallback(layer_groups=flat(model.trainable_variables))
     with pytest.raises(ModelError, match="layer_groups"):
         train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))
     frozen = regression()
@@ -300,8 +301,9 @@ def test_a_loop_of_the_users_own_is_refused():
         callbacks.on_train_begin()
 
 
-def test_a_model_that_is_built_before_its_layers_trains():
-    class Late(keras.Model):
+@pytest.mark.parametrize("inside", [keras.Model, keras.layers.Layer])
+def test_a_model_that_is_built_before_its_layers_trains(inside):
+    class Late(inside):
         def __init__(self):
             super().__init__()
             self.inner = keras.layers.Dense(10)
@@ -312,7 +314,20 @@ def test_a_model_that_is_built_before_its_layers_trains():
         def call(self, x):
             return self.inner(x)
 
-    model = Late()
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.late = keras.layers.Dense(8), Late()
+
+        def build(self, shape):
+            self.hidden.build(shape)
+            self.late.build((None, 8))
+            self.built = True
+
+        def call(self, x):
+            return self.late(self.hidden(x))
+
+    model = Late() if inside is keras.Model else Model()
     model.build((None, 64))
     compiled(model)
     hybrid = HybridCallback(BRISK)

@@ -248,6 +248,8 @@ def test_arguments_that_do_not_fit_are_named():
         HybridTrainer(model, optimizer).step(torch.zeros(1))
     with pytest.raises(ModelError, match="layer_groups"):
         HybridTrainer(model, optimizer, layer_groups=[[model.weight]])
+    with pytest.raises(ModelError, match="a list for each group"):
+        HybridTrainer(model, optimizer, layer_groups=list(model.parameters()))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
