@@ -65,7 +65,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Settings.
     probe : tuple, optional
         A fixed held-out batch, ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, on which jumps
-        are judged. Without it, probes use the batch of the step.
+        are judged. The first step evaluates it, and ``fit`` raises :class:`hybridcore.ConfigError`
+        there where that fails. Without it, probes use the batch of the step.
     layer_groups : iterable of iterables of keras.Variable, optional
         Layer groups; by default up to 8 by depth.
 

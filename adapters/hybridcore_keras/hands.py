@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
 
 import keras
 from keras import ops
 
-from hybridcore import Action, Directive, HybridTrainerConfig, Observation
+from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Observation
 from hybridcore.memory import CODED, Room
 from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.groups import by_depth, by_user
@@ -23,6 +24,8 @@ from hybridcore_keras.snapshots import SnapshotBank, bytes_of
 logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
+# Characters of an error of the user's probe; TensorFlow's is a page.
+LONGEST = 400
 Copy = TypeVar("Copy")
 
 
@@ -77,6 +80,7 @@ class Hands:
         self.port = port
         self._probe = probe
         self._probe_data: tuple[Any, ...] = ()
+        self._tried = probe is None
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
         self.room = Room(config, config.secant_pairs, host=False)
@@ -119,7 +123,10 @@ class Hands:
         """Do what `directive` says."""
         port, action = self.port, directive.action
         if action is Action.FULL:
-            return self._full(directive)
+            observation = self._full(directive)
+            # Only now: in the first pass TensorFlow makes what has not been built before.
+            self._try_probe()
+            return observation
         # First of all, because at the end of the data there is no step to take.
         batches = 0
         if action is not Action.MARK and (self._probe is None or action is not Action.PROBE):
@@ -305,6 +312,25 @@ class Hands:
         finally:
             if elsewhere:
                 self.snapshots.put_back()
+
+    def _try_probe(self) -> None:
+        """Evaluate the user's probe once, to learn in the first step whether that can be done."""
+        if self._tried:
+            return
+        self._tried = True
+        try:
+            self.port.probe(self._held_out())
+        except Exception as error:
+            if is_out_of_memory(error):
+                # A probe for which there is no room is done without, once it is needed.
+                return
+            shapes = keras.tree.map_structure(lambda v: tuple(getattr(v, "shape", ())), self._probe)
+            # In the text too, as Keras cuts the cause off an error that leaves fit.
+            raise ConfigError(
+                f"probe with parts of shapes {shapes} cannot be evaluated: pass a batch such as "
+                "fit takes from its data, (x, y) or (x, y, sample_weight); it raised "
+                f"{type(error).__name__}: {shorten(str(error), LONGEST)}"
+            ) from error
 
     def _held_out(self) -> tuple[Any, ...]:
         """Return the user's probe, brought to the device once."""

@@ -322,6 +322,24 @@ def test_probes_leave_no_trace():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_probe_of_the_users_is_evaluated_once_and_leaves_no_trace(built):
+    x, y = digits()
+    states = []
+    for probe in (None, (x[:200], y[:200])):
+        keras.utils.set_random_seed(0)
+        layers = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
+        model = keras.Sequential([*layers, keras.layers.Dense(10)])
+        compiled(model, metrics=["accuracy"])
+        if built:
+            model.build((None, 64))
+        hybrid = HybridCallback(HybridTrainerConfig(warmup_steps=999), probe=probe)
+        history = train(model, 3, hybrid)
+        assert hybrid.statistics().probes == 0
+        states.append([history["loss"], history["accuracy"], *(v.numpy() for v in model.variables)])
+    assert same(*states)
+
+
 def test_frozen_layers_stay_where_they_are():
     model = perceptron()
     model.layers[0].trainable = False

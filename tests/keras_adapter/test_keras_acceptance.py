@@ -284,6 +284,22 @@ def test_arguments_that_do_not_fit_are_named():
         train(frozen, 1, HybridCallback())
 
 
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("parts", [lambda x, y: (x[:9, :5], y[:9]), lambda x, y: (x[:9],)])
+def test_a_probe_that_cannot_be_evaluated_is_told_in_the_first_step(parts, built):
+    x, y = digits()
+    model = perceptron() if built else compiled(keras.Sequential([keras.layers.Dense(10)]))
+    probe = parts(x, y)
+    hybrid = HybridCallback(probe=probe)
+    with pytest.raises(ConfigError, match=r"probe with parts of shapes .* pass a batch") as raised:
+        train(model, 100, hybrid)
+    assert str(probe[0].shape) in str(raised.value)
+    assert model.optimizer.iterations == 1
+    assert not isinstance(getattr(model.train_function, "__self__", None), HybridCallback)
+    train(model, 2)
+    train(model, 2, HybridCallback(probe=(x, y)))
+
+
 def test_two_in_one_fit_are_refused_and_the_model_is_given_back():
     model, hybrid = regression(), HybridCallback()
     for twice in ([hybrid, HybridCallback()], [hybrid, hybrid]):
