@@ -18,7 +18,7 @@ SHARE = 0.8
 RATE = REACH * (1.0 - SHARE)
 # Weight of the newest outer point in the average, until the average is of about the last half.
 NEWEST = 0.2
-# Share of its highest value so far to which the learning rate has to fall for them to end.
+# Share of the highest learning rate that they have had to which it has to fall for them to end.
 ANNEALED = 0.5
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL

@@ -192,7 +192,10 @@ class SecantDescent:
         return self.block_over or lowered or self._steps - self._probed >= PROBED
 
     def is_fine(self) -> Generator[Directive, Observation, bool]:
-        """See whether the batch is still the same, and the loss of the user's probe no higher."""
+        """See whether the batch is still the same, and the loss of the user's probe no higher.
+
+        The step that raised the probe's is taken back.
+        """
         if self.block_over or self.suspects:
             here = (yield Directive(Action.PROBE, own_batch=True)).loss
             if usable(here) and not self._same(here, self.loss):
