@@ -41,6 +41,7 @@ BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
 _PROBE = Directive(Action.PROBE)
+_SKIP = Directive(Action.SKIP)
 
 
 class Controller:
@@ -112,6 +113,8 @@ class Controller:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
         if self.phase is Phase.FULL:
             return descend(self) if due else self.full()
+        if self.outer.active:
+            return self._go_ahead() if self.phase is Phase.PREDICT else self._settle()
         if self.secant.active:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
         return predict(self) if self.phase is Phase.PREDICT else correct(self)
@@ -155,17 +158,18 @@ class Controller:
                 level, self.monitor.observe(observation.loss, observation.gradient_norm)
             )
         self.taken += 1
-        if self.phase is not Phase.CORRECT:
+        if self.phase is not Phase.CORRECT or self.outer.active:
             self.secant.see(observation)
             self.dynamics.observe(observation)
-            self.outer.see(observation.learning_rate)
+            self.outer.see(observation)
             self._rates.append(observation.learning_rate)
 
     @property
     def may_roll_back(self) -> bool:
         """Whether what the last ``SAVE`` kept may still be asked for."""
-        jumping = self.phase in (Phase.PREDICT, Phase.CORRECT) and not self.secant.active
-        return jumping or self.secant.holds_recovery
+        jumping = self.phase in (Phase.PREDICT, Phase.CORRECT)
+        checked = not (self.secant.active or self.outer.active)
+        return (jumping and checked) or self.secant.holds_recovery
 
     @property
     def may_jump(self) -> bool:
@@ -188,6 +192,8 @@ class Controller:
         """False if the next step will neither train nor probe."""
         if self.phase is not Phase.PREDICT:
             return True
+        if self.outer.active:
+            return False
         if self.secant.active:
             return self.taken == 0 and not self.secant.landing
         taken = self.taken + 1
@@ -249,6 +255,12 @@ class Controller:
         if self.outer.pending:
             yield self.outer.step()
             self.outer.stepped()
+            # A segment is as far as a jump goes without a probe.
+            most = min(self.config.horizon, self.config.correction_interval - 1)
+            if self.outer.go_ahead(self.config.min_full_steps, most):
+                self.phase = transition(self.phase, Event.JUMP_CHOSEN)
+                yield from self._go_ahead()
+                return
         if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
@@ -287,6 +299,20 @@ class Controller:
         observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
         if wanted and observation.applied and self.outer.take(observation.gram):
             self.pace.wait = self.taken + self.config.min_full_steps
+
+    def _go_ahead(self) -> Turn:
+        """Take a predicted step that the outer steps before it stand for."""
+        self.forecast_loss = self.outer.loss
+        yield _SKIP
+        self.outer.ahead -= 1
+        if not self.outer.ahead:
+            self.phase = transition(self.phase, Event.HORIZON_REACHED)
+
+    def _settle(self) -> Turn:
+        """Take the full step that follows them, which is all that corrects them."""
+        yield from self._step()
+        self.outer.settled()
+        self.phase = transition(self.phase, Event.VALIDATED)
 
     def _step(
         self, directive: Directive = FULL_STEP

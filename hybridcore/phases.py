@@ -27,7 +27,8 @@ class Phase(enum.Enum):
             while no jump is worth it:              # FULL
                 full step
                 now and then: snapshot
-                while a jump is out of reach: every tenth step, move on by outer momentum
+                while a jump is out of reach: every tenth step, move on by outer momentum;
+                    now and then predict the steps that this stands for, without a probe
                 while every batch is the same: quasi-Newton steps
             until the horizon is reached:           # PREDICT
                 at the start of a segment: move the weights

@@ -106,9 +106,12 @@ class Watched(Descent):
             # The newest snapshot holds the weights, so that standing still is exact.
             assert np.array_equal(self.bank[-1], self.x)
         settling = action is Action.FULL and self.engine.phase is Phase.CORRECT
+        outer = self.engine.controller.outer.active
+        settling = settling and not outer
         assert directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
         if self.engine.phase is not self.last_phase:
-            self.last_phase, self.begun = self.engine.phase, False
+            # Outer steps go on where they were after the predicted steps that they stand for.
+            self.last_phase, self.begun = self.engine.phase, self.begun and outer
         if directive.snapshot:
             # Weights on both sides of a jump are no trajectory: each stretch of full steps has a
             # bank of its own, and what settling adds to it is for validation only.

@@ -1,5 +1,6 @@
 """Outer momentum: its snapshots against the recursion itself, and when the engine takes it."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,8 +9,17 @@ from descent import Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcore import Action, HybridTrainerConfig, Phase
-from hybridcore.outer import CHECK, INTERVAL, MOST_WORTH, RATE, REACH, SHARE, OuterMomentum
+from hybridcore import Action, HybridTrainerConfig, Observation, Phase
+from hybridcore.outer import (
+    CHECK,
+    INTERVAL,
+    MOST_WORTH,
+    RATE,
+    REACH,
+    SHARE,
+    STANDS_FOR,
+    OuterMomentum,
+)
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
 
@@ -20,7 +30,7 @@ def by_bank(displacements, rates, capacity=4):
     outer.begin()
     for moved, rate in zip(displacements, rates, strict=True):
         x = x + moved
-        outer.see(rate)
+        outer.see(Observation(1.0, learning_rate=rate))
         directive = outer.full_step
         assert directive.snapshot
         bank = [*([] if directive.fresh_bank else bank)[1 - capacity :], x]
@@ -121,7 +131,7 @@ def test_a_state_resumes_exactly():
     first, second = OuterMomentum(), OuterMomentum()
     first.begin()
     for count in range(12):
-        first.see(1.0 / (10 + count))
+        first.see(Observation(1.0 + count, learning_rate=1.0 / (10 + count)))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         for outer in (first, second):
             outer.take(None)
@@ -151,12 +161,54 @@ def test_noisy_work_gets_outer_steps(averaging, snapshots):
     counters = descent.engine.counters
     assert counters.outer_steps == len(outer_moves(descent))
     assert 1000 / INTERVAL * 0.6 < counters.outer_steps < 1000 / INTERVAL
-    assert counters.predicted_steps < 30
-    # A move is followed by the full step of the same turn.
+    # A move is followed by the full step of the same turn, or by predicted ones.
     actions = [d.action for d in descent.directives]
     for index, directive in enumerate(descent.directives[:-1]):
         if directive.action is Action.MOVE and directive.snapshot:
-            assert actions[index + 1] is Action.FULL
+            assert actions[index + 1] in (Action.FULL, Action.SKIP)
+
+
+@pytest.mark.parametrize("floor", [1e-3, -1.0])
+@pytest.mark.parametrize(
+    "settings", [{}, {"min_full_steps": 200}, {"horizon": 5}, {"correction_interval": 9}]
+)
+def test_outer_steps_stand_for_predicted_ones(settings, floor):
+    config = HybridTrainerConfig(warmup_steps=20, **settings)
+    descent = Watched(config, noise=0.3)
+    phases, forecasts, losses = [], [], []
+    for step in range(1500):
+        if step == 700:
+            descent.floor = floor
+        phases.append(descent.step())
+        losses.append(descent.loss(descent.x))
+        if phases[-1] is Phase.PREDICT:
+            forecasts.append((descent.engine.forecast_loss, np.mean(losses[-20:])))
+    outer, counters = descent.engine.controller.outer, descent.engine.counters
+    assert outer.active
+    assert counters.rollbacks == counters.probes == 0
+    spans = [(phase, len(list(steps))) for phase, steps in itertools.groupby(phases)]
+    predicted = [count for phase, count in spans[:-1] if phase is Phase.PREDICT]
+    most = min(config.horizon, config.correction_interval - 1)
+    # As many as two for each outer step, but for what a segment does not hold.
+    rest = -(-(config.min_full_steps + 1) // INTERVAL)
+    assert set(predicted[1:]) == {min(STANDS_FOR * rest, most)}
+    assert len(predicted) > 4
+    far = [abs(forecast - loss) for forecast, loss in forecasts]
+    assert np.median(far) < 0.5 * np.std(losses) + 0.3 * abs(np.mean(losses))
+
+
+def test_they_stand_for_fewer_as_they_fade():
+    descent = Watched(NOISY, noise=0.3)
+    descent.run(500)
+    outer, counters = descent.engine.controller.outer, descent.engine.counters
+    carry_out, at_first = descent.carry_out, counters.predicted_steps
+    descent.carry_out = lambda directive, bad: carry_out(directive, bad)._replace(
+        learning_rate=0.3125
+    )
+    descent.run(480)
+    assert outer.strength == pytest.approx(0.25)
+    gained = descent.engine.counters.predicted_steps - at_first
+    assert gained == pytest.approx(480 / (INTERVAL + 0.5) * 0.5, abs=4)
 
 
 def test_they_are_at_least_an_interval_apart():

@@ -180,7 +180,10 @@ def test_noisy_training_gets_outer_steps_and_no_jumps():
     model.fit(x, y, batch_size=32, epochs=14, verbose=0, callbacks=[hybrid])
     statistics = hybrid.statistics()
     assert statistics.steps == 14 * 57
-    assert statistics.predicted_steps <= 0.05 * statistics.steps
+    # What outer steps stand for is all, and Keras itself counts as many steps less.
+    assert 0.05 * statistics.steps < statistics.predicted_steps <= 2 * statistics.outer_steps
+    assert int(model.optimizer.iterations) == statistics.steps - statistics.predicted_steps
+    assert statistics.rollbacks == 0
     assert statistics.probes <= 0.02 * statistics.steps
     assert statistics.outer_steps > 30
 

@@ -23,7 +23,10 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
     for _ in range(900):
         pending, held, before = outer.pending, outer._snapshots, weights(trainer.model)
         count = trainer.statistics().outer_steps
-        trainer.step(watched)
+        result = trainer.step(watched)
+        if result.was_predicted:
+            # No batch: the weights stay where the outer steps have led.
+            seen.append(weights(trainer.model))
         moved = trainer.statistics().outer_steps - count
         assert moved == pending
         if moved:
@@ -49,7 +52,10 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
 
 
 def test_a_falling_rate_is_passed_faster():
-    """On five seeds: lower held-out loss than the plain loop's under the same linear schedule."""
+    """On five seeds: lower held-out loss than the plain loop's under the same linear schedule.
+
+    And that in fewer backward passes.
+    """
     ahead = 0
     for seed in range(5):
         ends = []
@@ -60,6 +66,7 @@ def test_a_falling_rate_is_passed_faster():
                 trainer.step(closure)
             ends.append(held_out())
             assert (trainer.statistics().outer_steps > 0) == wanted
-            assert trainer.statistics().predicted_steps == 0
+            predicted = trainer.statistics().predicted_steps
+            assert 0 < predicted < 0.05 * 800 if wanted else predicted == 0
         ahead += ends[0] < ends[1]
     assert ahead >= 4
