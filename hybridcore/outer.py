@@ -21,6 +21,8 @@ RATE = REACH * (1.0 - SHARE)
 NEWEST = 0.2
 # Predicted steps that one at full strength stands for.
 STANDS_FOR = 2
+# Multiples of it, modulo 1, never come back to where they were.
+GOLDEN = 0.6180339887498949
 # Share of the highest learning rate that they have had to which it has to fall for them to end.
 ANNEALED = 0.5
 # Where fewer full steps lie ahead they are not worth beginning.
@@ -68,7 +70,8 @@ class OuterMomentum:
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: they pass without a batch, where the outer
     steps have led. Nothing is probed then, since one batch would say nothing: what they are worth
-    was measured beforehand, over whole runs (entry 66 of the log), and is more.
+    was measured beforehand, over whole runs (entry 66 of the log), and is more. How many full steps
+    are enough varies, or a loader that never shuffles might lose the same batches in every epoch.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
@@ -106,7 +109,7 @@ class OuterMomentum:
         self.strength = 1.0
         self._snapshots = 0
         # Full steps since predicted ones, and steps that outer steps since then stand for.
-        self._full_steps = 0
+        self._full_steps = self._flights = 0
         self._stands_for = 0.0
         self._highest = self._learning_rate = 0.0
         # Strength times learning rate at the last outer step.
@@ -187,11 +190,21 @@ class OuterMomentum:
         self._stands_for += STANDS_FOR * self.strength
 
     def go_ahead(self, full_steps: int, most: int) -> bool:
-        """Begin predicted steps, `most` at most, after so many `full_steps`; True if there are."""
-        if self._full_steps >= full_steps:
+        """Begin predicted steps, `most` at most; True if there are.
+
+        Parameters
+        ----------
+        full_steps : int
+            Least full steps between two flights of them; up to half as many more are taken.
+        most : int
+            Predicted steps of a flight, at most.
+        """
+        wanted = (1.0 + 0.5 * (self._flights * GOLDEN % 1.0)) * full_steps
+        if self._full_steps >= wanted:
             self.ahead = min(int(self._stands_for), most)
             if self.ahead:
-                self._stands_for = 0.0
+                self._flights += 1
+                self._stands_for = min(self._stands_for - self.ahead, float(most))
         return self.ahead > 0
 
     def settled(self) -> None:
@@ -210,7 +223,7 @@ class OuterMomentum:
             "pending": self.pending,
             "straight": self.straight,
             "snapshots": self._snapshots,
-            "ahead": [self.ahead, self._full_steps, self._stands_for, self.loss],
+            "ahead": [self.ahead, self._full_steps, self._flights, self._stands_for, self.loss],
             "strength": self.strength,
             "rates": [self._highest, self._learning_rate, self._pushed],
         }
@@ -220,8 +233,8 @@ class OuterMomentum:
         self.active, self.pending = bool(state["active"]), bool(state["pending"])
         self.straight, self._snapshots = bool(state["straight"]), int(state["snapshots"])
         # States from before they stood for predicted steps hold nothing of that.
-        ahead, full_steps, stands_for, loss = state.get("ahead", (0, 0, 0.0, NAN))
-        self.ahead, self._full_steps = int(ahead), int(full_steps)
+        *counts, stands_for, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
+        self.ahead, self._full_steps, self._flights = map(int, counts)
         self._stands_for, self.loss = float(stands_for), float(loss)
         # States from before they faded hold the learning rate of the last outer step alone.
         last = float(state.get("learning_rate", 0.0))
