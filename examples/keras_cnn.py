@@ -1,7 +1,8 @@
 """Classify images with a small convolutional network in Keras, on mini-batches.
 
 Fashion-MNIST where its files are on this machine, else scikit-learn's digits. Mini-batches are
-noisy; where jumps do not pay, the callback finds that out and leaves the training alone.
+noisy; where jumps do not pay, the callback finds that out, and leaves out only the few batches that
+its outer momentum makes up for.
 Run it: python examples/keras_cnn.py --steps 2000
 """
 
