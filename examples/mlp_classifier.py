@@ -1,4 +1,4 @@
-"""An MLP on mini-batches, with a learning rate that falls: few steps are skipped, each is worth more.
+"""An MLP on mini-batches, with a falling learning rate: few steps are skipped, each is worth more.
 
 Shows: a scheduler, which the trainer steps, and ``trainer.batches``, which loads no batch that will
 not be used. Data: scikit-learn's digits.
