@@ -1,7 +1,7 @@
 """An MLP on mini-batches, with a falling learning rate: few steps are skipped, each is worth more.
 
-Shows: a scheduler, which the trainer steps, and ``trainer.batches``, which loads no batch that will
-not be used. Data: scikit-learn's digits.
+Shows: a scheduler, which the trainer steps, and ``trainer.batches``, which loads no batch that a
+jump passes over. Data: scikit-learn's digits.
 
     python examples/mlp_classifier.py --plain     # the same loop without hybridcore, to compare
 """

@@ -63,7 +63,8 @@ class HybridTrainerConfig:
         costs a probe for each jump (``benchmarks/ablation.py``).
     outer_momentum : bool
         Move the weights on by a momentum over the displacements of ten full steps, where loss or
-        path are too irregular for a jump, and predict the steps that this stands for.
+        path are too irregular for a jump, and predict the steps that this stands for: after
+        `min_full_steps` or somewhat more, up to `horizon` and fewer than `correction_interval`.
     secant_pairs : int
         Most pairs of displacement and change of gradient, 0 to 50, two copies of the trainable
         parameters each, by which quasi-Newton steps are taken while every batch is the same; with

@@ -189,11 +189,13 @@ class Controller:
 
     @property
     def needs_batch(self) -> bool:
-        """False if the next step will neither train nor probe."""
-        if self.phase is not Phase.PREDICT:
+        """False if the next step needs none, as it will neither train nor probe.
+
+        Steps that outer steps stand for take one and leave it out, as batches differ there: if it
+        were not drawn from the loader, the end of each epoch would be missed instead.
+        """
+        if self.phase is not Phase.PREDICT or self.outer.active:
             return True
-        if self.outer.active:
-            return False
         if self.secant.active:
             return self.taken == 0 and not self.secant.landing
         taken = self.taken + 1

@@ -239,7 +239,7 @@ class Engine:
 
     @property
     def needs_batch(self) -> bool:
-        """False if the next step will neither train nor probe, so that no data is needed."""
+        """False if the next step needs none, as it will neither train nor probe."""
         return self._controller.needs_batch
 
     @property

@@ -55,7 +55,8 @@ class TrainingStatistics:
     backward_reduction : float
         Share in [0, 1] of the steps that ran none.
     outer_steps : int
-        Moves by the momentum of real steps, where there was no jump. They skip nothing.
+        Moves by the momentum of real steps, where there was no jump. Each stands for two
+        predicted steps at most.
     secant_steps : int
         Of the full steps, those that evaluated a point of the quasi-Newton descent.
     probes : int

@@ -68,10 +68,11 @@ class OuterMomentum:
     the rate and the strength.
 
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
-    those of all outer steps since are predicted at once: they pass without a batch, where the outer
-    steps have led. Nothing is probed then, since one batch would say nothing: what they are worth
-    was measured beforehand, over whole runs (entry 66 of the log), and is more. How many full steps
-    are enough varies, or a loader that never shuffles might lose the same batches in every epoch.
+    those of all outer steps since are predicted at once: their batches are left out, and the
+    weights stay where the outer steps have led. Nothing is probed then, since one batch would say
+    nothing: what they are worth was measured beforehand, over whole runs (entry 66 of the log), and
+    is more. How many full steps are enough varies, or of a loader that never shuffles the batches
+    left out might be the same in every epoch.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
@@ -195,7 +196,7 @@ class OuterMomentum:
         Parameters
         ----------
         full_steps : int
-            Least full steps between two flights of them; up to half as many more are taken.
+            Least full steps between two flights of them; about half as many more are taken at most.
         most : int
             Predicted steps of a flight, at most.
         """

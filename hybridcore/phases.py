@@ -166,7 +166,7 @@ class PhaseController(Protocol):
 
     @property
     def needs_batch(self) -> bool:
-        """False if the next step will neither train nor probe."""
+        """False if the next step needs none, as it will neither train nor probe."""
         ...
 
     @property

@@ -179,10 +179,11 @@ class HybridTrainer:
         return self._step(closure)
 
     def batches(self, loader: Iterable[Batch]) -> Batches[Batch]:
-        """Return the batches of `loader` that will be used; call :meth:`step` for each of them.
+        """Return the batches of `loader` that are needed; call :meth:`step` for each of them.
 
-        Predicted steps that need no data are taken here, without loading a batch. A loader with a
-        length makes for as many steps as it has batches: those at its end are left out.
+        Predicted steps of a jump are taken here, without loading a batch. A loader with a length
+        makes for as many steps as it has batches: those at its end are left out. The predicted
+        steps of outer momentum take their batches, and do not use them.
         """
         return Batches(loader, self._skip)
 

@@ -53,6 +53,25 @@ def test_predicted_steps_load_no_data_and_passes_keep_their_length():
     assert data.loaded < 300
 
 
+def test_no_end_of_an_epoch_is_missed_where_batches_differ():
+    """In order, by a loader of which a fixed distance would leave out the same batches for good."""
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    trainer = HybridTrainer(model, torch.optim.SGD(model.parameters(), 0.05))
+    used = torch.zeros(72)
+    for _ in range(60):
+        for batch in trainer.batches(range(72)):
+            rows = slice(16 * batch, 16 * batch + 16)
+            result = trainer.step(lambda rows=rows: F.cross_entropy(model(x[rows]), y[rows]))
+            used[batch] += not result.was_predicted
+    statistics = trainer.statistics()
+    assert statistics.steps == 60 * 72
+    assert statistics.predicted_steps > 0.1 * 60 * 72
+    assert used.sum() == statistics.full_steps
+    assert used.min() > 0.6 * 60
+
+
 def test_a_loader_without_a_length_works():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK)
