@@ -41,7 +41,6 @@ BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
 _PROBE = Directive(Action.PROBE)
-_SKIP = Directive(Action.SKIP)
 
 
 class Controller:
@@ -305,7 +304,7 @@ class Controller:
     def _go_ahead(self) -> Turn:
         """Take a predicted step that the outer steps before it stand for."""
         self.forecast_loss = self.outer.loss
-        yield _SKIP
+        yield Directive(Action.SKIP)
         self.outer.ahead -= 1
         if not self.outer.ahead:
             self.phase = transition(self.phase, Event.HORIZON_REACHED)

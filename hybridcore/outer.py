@@ -79,7 +79,8 @@ class OuterMomentum:
       speed-up in cost over the tuned loop of 1.31 on an MLP on Fashion-MNIST, 1.24 on a CNN and
       1.22 on a small language model (5 seeds, by ``python -m benchmarks.proving_ground table``).
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
-      the log there), on little data, which it overfits sooner, and at a rate above the best.
+      the log there), on little data, which it overfits sooner, at a rate above the best, and on
+      some work at a high rate that rises or falls (entry 66).
     - *Costs* no pass, and saves one in six at full strength; two snapshots more, and the processor
       time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
