@@ -13,18 +13,18 @@ from hybridcore.types import NAN, Action, Directive, Observation
 # How they were chosen is in the log of the proving ground.
 INTERVAL = 10
 # How many times as far the outer point goes as the full steps between two of its steps.
-REACH = 3.0
+REACH = 2.0
 # Share of the average of outer points in the weights that are trained.
 SHARE = 0.8
 RATE = REACH * (1.0 - SHARE)
 # Weight of the newest outer point in the average, until the average is of about the last half.
-NEWEST = 0.2
+NEWEST = 0.4
 # Predicted steps that one at full strength stands for.
 STANDS_FOR = 2
 # Multiples of it, modulo 1, never come back to where they were.
 GOLDEN = 0.6180339887498949
 # Share of the highest learning rate that they have had to which it has to fall for them to end.
-ANNEALED = 0.5
+ANNEALED = 0.7
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
@@ -64,8 +64,9 @@ class OuterMomentum:
 
     A learning rate that falls does what the average is for, and a push that comes after it has
     fallen is noise that nothing averages away. So an outer step fades with the rate: at its
-    `strength`, ``RATE + REACH * SHARE * c`` is so much nearer to 1, and the old ``m`` falls with
-    the rate and the strength.
+    `strength`, ``RATE`` is so much nearer to 1, ``d`` adds so much less to ``m``, and the old ``m``
+    falls with the rate and the strength. While the rate rises there are none, as they would take
+    the weights further than the loop itself dares to yet.
 
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: their batches are left out, and the
@@ -79,8 +80,8 @@ class OuterMomentum:
       speed-up in cost over the tuned loop of 1.31 on an MLP on Fashion-MNIST, 1.24 on a CNN and
       1.22 on a small language model (5 seeds, by ``python -m benchmarks.proving_ground table``).
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
-      the log there), on little data, which it overfits sooner, at a rate above the best, and on
-      some work at a high rate that rises or falls (entry 66).
+      the log there), on little data, which it overfits sooner, and at a rate above the best, where
+      a push leaves units of a ReLU network dead (entry 67).
     - *Costs* no pass, and saves one in six at full strength; two snapshots more, and the processor
       time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
@@ -99,7 +100,7 @@ class OuterMomentum:
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
     strength : float
         In [0, 1]: 1 at the highest learning rate that outer steps have had, 0 where it has fallen
-        to `ANNEALED` of that.
+        to `ANNEALED` of that, or has risen in the last `INTERVAL` full steps.
     """
 
     def __init__(self) -> None:
@@ -114,21 +115,24 @@ class OuterMomentum:
         self._full_steps = self._flights = 0
         self._stands_for = 0.0
         self._highest = self._learning_rate = 0.0
-        # Strength times learning rate at the last outer step.
-        self._pushed = 0.0
+        # Full steps since the rate last rose, up to INTERVAL.
+        self._level = INTERVAL
+        # Strength at the last outer step, and that times the learning rate.
+        self._last, self._pushed = 1.0, 0.0
 
     def see(self, observation: Observation) -> None:
         """Take in the loss and the learning rate of a full step."""
         loss, learning_rate = observation.loss, observation.learning_rate
         known = math.isfinite(self.loss)
         self.loss = self.loss + (loss - self.loss) / INTERVAL if known else loss
+        risen = learning_rate > self._learning_rate > 0.0
+        self._level = 0 if risen else min(self._level + 1, INTERVAL)
         self._learning_rate = learning_rate
         self._full_steps += 1
         if self.active:
             self._highest = max(self._highest, learning_rate)
-        if self._highest > 0.0:
-            left = learning_rate / self._highest - ANNEALED
-            self.strength = max(0.0, left / (1.0 - ANNEALED))
+        left = learning_rate / self._highest - ANNEALED if self._highest > 0.0 else 1.0 - ANNEALED
+        self.strength = max(0.0, left / (1.0 - ANNEALED)) if self._level == INTERVAL else 0.0
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
@@ -182,12 +186,14 @@ class OuterMomentum:
         if self._snapshots >= len(coefficients):
             fallen = min(1.0, self._push / self._pushed) if self._pushed > 0.0 else 0.0
             kept = (1.0 - before) * newest / before * fallen
-            coefficients[:3] += kept * np.array([RATE - 1.0, -RATE, 1.0])
+            rate = 1.0 + self._last * (RATE - 1.0)
+            coefficients[:3] += kept * np.array([rate - 1.0, -rate, 1.0])
         return Directive(Action.MOVE, coefficients[None, -self._snapshots :], snapshot=True)
 
     def stepped(self) -> None:
         """Take note that the outer step has been taken."""
-        self.pending, self._pushed = False, self._push
+        self.pending = False
+        self._last, self._pushed = self.strength, self._push
         self._snapshots += 1
         self._stands_for += STANDS_FOR * self.strength
 
@@ -226,8 +232,9 @@ class OuterMomentum:
             "straight": self.straight,
             "snapshots": self._snapshots,
             "ahead": [self.ahead, self._full_steps, self._flights, self._stands_for, self.loss],
-            "strength": self.strength,
+            "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
+            "level": self._level,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,6 +247,8 @@ class OuterMomentum:
         self._stands_for, self.loss = float(stands_for), float(loss)
         # States from before they faded hold the learning rate of the last outer step alone.
         last = float(state.get("learning_rate", 0.0))
-        self.strength = float(state.get("strength", 1.0))
+        strengths = np.atleast_1d(state.get("strength", 1.0)).tolist()
+        self.strength, self._last = strengths[0], strengths[-1]
         rates = map(float, state.get("rates", (last, last, last)))
         self._highest, self._learning_rate, self._pushed = rates
+        self._level = int(state.get("level", INTERVAL))

@@ -54,25 +54,27 @@ def by_hand(displacements):
     for number, moved in enumerate(displacements[1:], 1):
         z, x = y + SHARE * gap, y - (1.0 - SHARE) * gap
         z = z + REACH * moved
-        x = x + min(0.2, 2.0 / (number + 2.0)) * (z - x)
+        x = x + min(0.4, 2.0 / (number + 2.0)) * (z - x)
         y, gap = (1.0 - SHARE) * z + SHARE * x, z - x
         points.append(y)
     return points
 
 
 def by_momentum(displacements, rates):
-    """The same under a schedule: the momentum is what an outer step goes beyond ``RATE * d``."""
+    """The same under a schedule: the momentum is what an outer step goes beyond its share of d."""
     y, momentum, points = displacements[0], 0.0, [displacements[0]]
-    push, old, highest = 0.0, 0.2, rates[0]
+    push, old, highest, level = 0.0, 0.4, rates[0], INTERVAL
     for number, (moved, rate) in enumerate(zip(displacements[1:], rates[1:], strict=True), 1):
+        level = 0 if 0.0 < rates[number - 1] < rate else level + 1
         highest = max(highest, rate)
-        strength = max(0.0, 2.0 * rate / highest - 1.0) if highest > 0.0 else 1.0
-        new = strength * rate if highest > 0.0 else 1.0
+        strength = max(0.0, (rate / highest - 0.7) / 0.3) if highest > 0.0 else 1.0
+        strength *= level >= INTERVAL
+        new = strength * (rate if rate > 0.0 else 1.0)
         fallen = min(1.0, new / push) if push > 0.0 else 0.0
-        weight, push = min(0.2, 2.0 / (number + 2.0)), new
-        ahead = (1.0 - strength) + strength * (RATE + REACH * SHARE * weight)
-        momentum = (ahead - RATE) * moved + (1.0 - old) * weight / old * fallen * momentum
-        y, old = y + RATE * moved + momentum, weight
+        weight, push = min(0.4, 2.0 / (number + 2.0)), new
+        momentum = (1.0 - old) * weight / old * fallen * momentum
+        momentum = momentum + strength * REACH * SHARE * weight * moved
+        y, old = y + ((1.0 - strength) + strength * RATE) * moved + momentum, weight
         points.append(y)
     return points
 
@@ -82,18 +84,19 @@ def by_momentum(displacements, rates):
     st.integers(2, 30),
     st.integers(0, 2**32 - 1),
     st.integers(4, 10),
-    st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), min_size=30, max_size=30),
+    st.lists(st.sampled_from([0.0, 0.1, 0.7, 0.8, 0.9, 1.0]), min_size=30, max_size=30),
 )
 def test_the_bank_holds_all_of_the_recursion(count, seed, capacity, rates):
     displacements = np.random.default_rng(seed).normal(size=(count, 3))
     found = by_bank(displacements, np.full(count, 0.3), capacity)
     np.testing.assert_allclose(found, by_hand(displacements), atol=1e-9)
-    found = by_bank(displacements, rates[:count], capacity)
-    np.testing.assert_allclose(found, by_momentum(displacements, rates[:count]), atol=1e-9)
+    for schedule in (rates[:count], sorted(rates[:count], reverse=True)):
+        found = by_bank(displacements, schedule, capacity)
+        np.testing.assert_allclose(found, by_momentum(displacements, schedule), atol=1e-9)
 
 
 def test_they_leave_the_weights_alone_where_the_rate_has_fallen():
-    rates = np.concatenate((np.ones(50), np.linspace(1.0, 0.5, 20), np.full(30, 0.4)))
+    rates = np.concatenate((np.ones(50), np.linspace(1.0, 0.7, 20), np.full(30, 0.6)))
     displacements = np.random.default_rng(0).normal(size=(100, 3))
     steps = np.diff(by_bank(displacements, rates), axis=0)
     np.testing.assert_allclose(steps[-30:], displacements[-30:], atol=1e-9)
@@ -107,6 +110,23 @@ def test_a_steady_displacement_is_continued_less_far_than_it_says():
     assert steps.max() <= 1.0 + MOST_WORTH
     # The mean of i with weights that grow like i goes two thirds as fast as i.
     assert steps[-1] == pytest.approx(REACH * (1.0 - SHARE + SHARE * 2.0 / 3.0), rel=1e-3)
+
+
+def test_a_steady_displacement_is_never_continued_further_than_they_reach():
+    # Momentum must not be what is left of the full steps, once those count for more of a step.
+    for fall in (50, 200, 1000):
+        rates = np.concatenate((np.ones(50), np.linspace(1.0, 0.5, fall)))
+        steps = np.diff(np.array(by_bank(np.ones((50 + fall, 1)), rates)).ravel())
+        assert steps.max() <= REACH
+        np.testing.assert_allclose(steps[-fall // 5 :], 1.0)
+
+
+def test_they_wait_while_the_rate_rises():
+    outer = OuterMomentum()
+    outer.begin()
+    for step, rate in enumerate([0.1, 0.2, 0.3, *[0.3] * INTERVAL, 0.4]):
+        outer.see(Observation(1.0, learning_rate=rate))
+        assert outer.strength == (1.0 if step in (0, 2 + INTERVAL) else 0.0)
 
 
 def test_noise_is_averaged_down():
@@ -220,7 +240,7 @@ def test_they_stand_for_fewer_as_they_fade():
     outer, counters = descent.engine.controller.outer, descent.engine.counters
     carry_out, at_first = descent.carry_out, counters.predicted_steps
     descent.carry_out = lambda directive, bad: carry_out(directive, bad)._replace(
-        learning_rate=0.3125
+        learning_rate=0.3875
     )
     descent.run(480)
     assert outer.strength == pytest.approx(0.25)
