@@ -77,8 +77,9 @@ class OuterMomentum:
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
-      speed-up in cost over the tuned loop of 1.31 on an MLP on Fashion-MNIST, 1.24 on a CNN and
-      1.22 on a small language model (5 seeds, by ``python -m benchmarks.proving_ground table``).
+      speed-up in cost over the tuned loop of 1.33 on an MLP on Fashion-MNIST and 1.22 on a small
+      language model (5 seeds, by ``python -m benchmarks.proving_ground table``); none under a decay
+      that ends at zero.
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
       the log there), on little data, which it overfits sooner, and at a rate above the best, where
       a push leaves units of a ReLU network dead (entry 67).

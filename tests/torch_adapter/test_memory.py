@@ -150,8 +150,8 @@ def test_outer_steps_in_8_bits_follow_the_exact_ones():
     losses = []
     for kind in ("exact", "int8"):
         config = HybridTrainerConfig(warmup_steps=20, snapshot_kind=kind)
-        trainer, closure, held_out = noisy(config=config, rate=3e-3, steps=400)
-        for _ in range(400):
+        trainer, closure, held_out = noisy(config=config, rate=3e-3, steps=800)
+        for _ in range(800):
             trainer.step(closure)
         assert trainer.statistics().outer_steps > 10
         losses.append(held_out())
