@@ -290,13 +290,17 @@ class Controller:
     def _rest(self) -> Turn:
         """Take a full step while there is nothing to look at, and outer steps if that lasts."""
         due = self.outer.until_due(self.taken) == 0
-        if due and self.outer.strength == 0.0:
+        if due and self.outer.annealed:
             self.outer.stop()
         elif due and not self.outer.active and self._has_rest:
             self.bank = 0
             self.outer.begin()
             self.note("outer momentum")
-        wanted = due and self.outer.active and self.monitor.action() in BEARABLE
+        elif due and self.outer.active and self.outer.strength == 0.0:
+            # The learning rate rises.
+            self.outer.begin()
+        pushes = self.outer.active and self.outer.strength > 0.0
+        wanted = due and pushes and self.monitor.action() in BEARABLE
         observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
         if wanted and observation.applied and self.outer.take(observation.gram):
             self.pace.wait = self.taken + self.config.min_full_steps

@@ -25,6 +25,8 @@ STANDS_FOR = 2
 GOLDEN = 0.6180339887498949
 # Share of the highest learning rate that they have had to which it has to fall for them to end.
 ANNEALED = 0.7
+# A learning rate that is higher by less has not risen: it was computed anew.
+ROUNDING = 1e-6
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
@@ -32,7 +34,7 @@ LEAST = 3 * INTERVAL
 # Two displacements had a cosine of 0.76 to 0.97 on smooth work, and 0.1 to 0.73 on mini-batches.
 CHECK = 5
 STRAIGHT = 0.8
-# Full steps that one is worth at most, where the path is straight.
+# What each full step between two of them is worth at most beyond itself, on a straight path.
 MOST_WORTH = REACH - 1.0
 
 
@@ -63,26 +65,30 @@ class OuterMomentum:
     each outer step, and no copy of its own is needed.
 
     A learning rate that falls does what the average is for, and a push that comes after it has
-    fallen is noise that nothing averages away. So an outer step fades with the rate: at its
-    `strength`, ``RATE`` is so much nearer to 1, ``d`` adds so much less to ``m``, and the old ``m``
-    falls with the rate and the strength. While the rate rises there are none, as they would take
-    the weights further than the loop itself dares to yet.
+    fallen is noise that nothing averages away. So an outer step fades with the rate: at `strength`
+    ``s``, ``d`` adds ``s`` times as much to ``m``, the old ``m`` is also multiplied by the share, 1
+    at most, to which rate times strength have fallen since the last one, and
+
+    ``y <- y + (1 - s + s * RATE) * d + m``
+
+    While the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
+    take the weights further than the loop itself dares to yet; then they begin without momentum.
 
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: their batches are left out, and the
     weights stay where the outer steps have led. Nothing is probed then, since one batch would say
-    nothing: what they are worth was measured beforehand, over whole runs (entry 66 of the log), and
-    is more. How many full steps are enough varies, or of a loader that never shuffles the batches
-    left out might be the same in every epoch.
+    nothing: what they are worth was measured beforehand, over whole runs, and was more on most work
+    (entries 66 and 67 of the log). How many full steps are enough varies, or of a loader that never
+    shuffles the batches left out might be the same in every epoch.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
       speed-up in cost over the tuned loop of 1.33 on an MLP on Fashion-MNIST and 1.22 on a small
-      language model (5 seeds, by ``python -m benchmarks.proving_ground table``); none under a decay
-      that ends at zero.
+      language model (5 seeds, by ``python -m benchmarks.proving_ground table``); next to
+      none under a decay that ends at zero.
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
-      the log there), on little data, which it overfits sooner, and at a rate above the best, where
-      a push leaves units of a ReLU network dead (entry 67).
+      the log there), on little data, which it overfits sooner, and at the highest rates that
+      training bears, where the loss can end 1 to 2 % higher (entry 67).
     - *Costs* no pass, and saves one in six at full strength; two snapshots more, and the processor
       time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
@@ -99,9 +105,11 @@ class OuterMomentum:
         Predicted steps that are left of those under way.
     loss : float
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
+    annealed : bool
+        Whether the learning rate has fallen to `ANNEALED` of the highest that outer steps have had.
     strength : float
-        In [0, 1]: 1 at the highest learning rate that outer steps have had, 0 where it has fallen
-        to `ANNEALED` of that, or has risen in the last `INTERVAL` full steps.
+        In [0, 1]: 1 at that highest learning rate, 0 where it is annealed, or has risen in the last
+        `INTERVAL` full steps.
     """
 
     def __init__(self) -> None:
@@ -110,6 +118,7 @@ class OuterMomentum:
         self.straight = False
         self.ahead = 0
         self.loss = NAN
+        self.annealed = False
         self.strength = 1.0
         self._snapshots = 0
         # Full steps since predicted ones, and steps that outer steps since then stand for.
@@ -126,14 +135,16 @@ class OuterMomentum:
         loss, learning_rate = observation.loss, observation.learning_rate
         known = math.isfinite(self.loss)
         self.loss = self.loss + (loss - self.loss) / INTERVAL if known else loss
-        risen = learning_rate > self._learning_rate > 0.0
+        risen = known and learning_rate > self._learning_rate * (1.0 + ROUNDING)
         self._level = 0 if risen else min(self._level + 1, INTERVAL)
         self._learning_rate = learning_rate
         self._full_steps += 1
         if self.active:
             self._highest = max(self._highest, learning_rate)
-        left = learning_rate / self._highest - ANNEALED if self._highest > 0.0 else 1.0 - ANNEALED
-        self.strength = max(0.0, left / (1.0 - ANNEALED)) if self._level == INTERVAL else 0.0
+        share = learning_rate / self._highest if self._highest > 0.0 else 1.0
+        self.annealed = share <= ANNEALED
+        waits = self.annealed or self._level < INTERVAL
+        self.strength = 0.0 if waits else (share - ANNEALED) / (1.0 - ANNEALED)
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
@@ -167,7 +178,7 @@ class OuterMomentum:
             Gram matrices of the bank, where they were asked for.
         """
         self._snapshots += 1
-        self.pending = self._snapshots > 1
+        self.pending = self._snapshots > 1 and self.strength > 0.0
         if gram is not None:
             # The newest four snapshots, oldest first, begin and end two displacements.
             moved = np.array([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 1.0]])
@@ -236,6 +247,7 @@ class OuterMomentum:
             "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
             "level": self._level,
+            "annealed": self.annealed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,10 +258,12 @@ class OuterMomentum:
         *counts, stands_for, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
         self.ahead, self._full_steps, self._flights = map(int, counts)
         self._stands_for, self.loss = float(stands_for), float(loss)
-        # States from before they faded hold the learning rate of the last outer step alone.
-        last = float(state.get("learning_rate", 0.0))
         strengths = np.atleast_1d(state.get("strength", 1.0)).tolist()
         self.strength, self._last = strengths[0], strengths[-1]
-        rates = map(float, state.get("rates", (last, last, last)))
+        rates = map(float, state.get("rates", (0.0, 0.0, 0.0)))
         self._highest, self._learning_rate, self._pushed = rates
+        if "level" not in state:
+            # What was kept by another reach is no momentum now.
+            self._pushed = 0.0
         self._level = int(state.get("level", INTERVAL))
+        self.annealed = bool(state.get("annealed", False))

@@ -30,7 +30,12 @@ def by_bank(displacements, rates, capacity=4):
     outer.begin()
     for moved, rate in zip(displacements, rates, strict=True):
         x = x + moved
+        waits = outer.strength == 0.0
         outer.see(Observation(1.0, learning_rate=rate))
+        if waits:
+            outer.begin()
+            points.append(x)
+            continue
         directive = outer.full_step
         assert directive.snapshot
         bank = [*([] if directive.fresh_bank else bank)[1 - capacity :], x]
@@ -62,19 +67,23 @@ def by_hand(displacements):
 
 def by_momentum(displacements, rates):
     """The same under a schedule: the momentum is what an outer step goes beyond its share of d."""
-    y, momentum, points = displacements[0], 0.0, [displacements[0]]
-    push, old, highest, level = 0.0, 0.4, rates[0], INTERVAL
-    for number, (moved, rate) in enumerate(zip(displacements[1:], rates[1:], strict=True), 1):
-        level = 0 if 0.0 < rates[number - 1] < rate else level + 1
+    y, points, number, strength = 0.0, [], -1, 1.0
+    push, old, highest, level = 0.0, 0.4, 0.0, INTERVAL
+    for step, (moved, rate) in enumerate(zip(displacements, rates, strict=True)):
+        number = -1 if strength == 0.0 else number + 1
+        level = 0 if step and rates[step - 1] * (1.0 + 1e-6) < rate else level + 1
         highest = max(highest, rate)
         strength = max(0.0, (rate / highest - 0.7) / 0.3) if highest > 0.0 else 1.0
         strength *= level >= INTERVAL
-        new = strength * (rate if rate > 0.0 else 1.0)
-        fallen = min(1.0, new / push) if push > 0.0 else 0.0
-        weight, push = min(0.4, 2.0 / (number + 2.0)), new
-        momentum = (1.0 - old) * weight / old * fallen * momentum
-        momentum = momentum + strength * REACH * SHARE * weight * moved
-        y, old = y + ((1.0 - strength) + strength * RATE) * moved + momentum, weight
+        if number < 1 or strength == 0.0:
+            y = y + moved
+        else:
+            new = strength * (rate if rate > 0.0 else 1.0)
+            fallen = min(1.0, new / push) if push > 0.0 else 0.0
+            weight, push = min(0.4, 2.0 / (number + 2.0)), new
+            kept = (1.0 - old) * weight / old * fallen * momentum if number > 1 else 0.0  # noqa: F821
+            momentum = kept + strength * REACH * SHARE * weight * moved
+            y, old = y + ((1.0 - strength) + strength * RATE) * moved + momentum, weight
         points.append(y)
     return points
 
@@ -90,7 +99,9 @@ def test_the_bank_holds_all_of_the_recursion(count, seed, capacity, rates):
     displacements = np.random.default_rng(seed).normal(size=(count, 3))
     found = by_bank(displacements, np.full(count, 0.3), capacity)
     np.testing.assert_allclose(found, by_hand(displacements), atol=1e-9)
-    for schedule in (rates[:count], sorted(rates[:count], reverse=True)):
+    risen = [*rates[:2], *sorted(rates[2:])[: count - 2]]
+    levels = np.repeat(rates[:2], 15)[:count]
+    for schedule in (rates[:count], sorted(rates[:count], reverse=True), risen, levels):
         found = by_bank(displacements, schedule, capacity)
         np.testing.assert_allclose(found, by_momentum(displacements, schedule), atol=1e-9)
 
@@ -124,9 +135,40 @@ def test_a_steady_displacement_is_never_continued_further_than_they_reach():
 def test_they_wait_while_the_rate_rises():
     outer = OuterMomentum()
     outer.begin()
-    for step, rate in enumerate([0.1, 0.2, 0.3, *[0.3] * INTERVAL, 0.4]):
+    # From zero too, but not for rounding.
+    level = [0.3] * (INTERVAL - 1)
+    rates = [0.0, 0.1, 0.2, 0.3, *level, 0.3 * (1.0 + 1e-9), 0.4]
+    for step, rate in enumerate(rates):
         outer.see(Observation(1.0, learning_rate=rate))
-        assert outer.strength == (1.0 if step in (0, 2 + INTERVAL) else 0.0)
+        assert (outer.strength > 0.0) == (step in (0, len(rates) - 2))
+
+
+def rising(config):
+    """A run whose learning rate rises over the first 400 steps, and from the 800th to the 900th."""
+    descent = Watched(config, noise=0.3)
+    carry_out, counters = descent.carry_out, descent.engine.counters
+
+    def scheduled(directive, bad):
+        rate = min(counters.steps, 400) + min(max(counters.steps - 800, 0), 100)
+        return carry_out(directive, bad)._replace(learning_rate=rate / 1000.0)
+
+    descent.carry_out = scheduled
+    return descent
+
+
+def test_a_run_whose_rate_rises_is_the_plain_one_until_it_stops():
+    descent = rising(NOISY)
+    plain = rising(HybridTrainerConfig(warmup_steps=20, outer_momentum=False))
+    moved = []
+    for count in (400, 400, 20, 80, 200):
+        before = descent.engine.counters.outer_steps
+        descent.run(count)
+        plain.run(count)
+        moved.append(descent.engine.counters.outer_steps - before)
+        assert np.array_equal(descent.x, plain.x) == (len(moved) == 1)
+    assert moved[0] == moved[3] == 0
+    assert moved[1] > 0.5 * 400 / INTERVAL
+    assert moved[4] > 0.5 * 200 / INTERVAL
 
 
 def test_noise_is_averaged_down():
@@ -151,8 +193,9 @@ def test_a_state_resumes_exactly():
     first, second = OuterMomentum(), OuterMomentum()
     first.begin()
     for count in range(12):
-        first.see(Observation(1.0 + count, learning_rate=1.0 / (10 + count)))
+        first.see(Observation(1.0 + count, learning_rate=1.0 / (100 + count)))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert second.state_dict() == first.state_dict()
         for outer in (first, second):
             outer.take(None)
         assert first.pending == second.pending == (count > 0)
@@ -160,6 +203,13 @@ def test_a_state_resumes_exactly():
             moves = [outer.step().coefficients for outer in (first, second)]
             first.stepped()
             assert np.array_equal(*moves)
+    first.see(Observation(1.0, learning_rate=0.5))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for outer in (first, second):
+        assert [outer.see(Observation(1.0, learning_rate=0.5)) for _ in range(INTERVAL - 1)]
+        assert outer.strength == 0.0
+        outer.see(Observation(1.0, learning_rate=0.5))
+        assert outer.strength == 1.0
     first.stop()
     assert not first.active
     assert not first.pending
