@@ -61,8 +61,8 @@ class OuterMomentum:
     ``m <- (1 - c before) * c / (c before) * m + REACH * SHARE * c * d,   y <- y + RATE * d + m``
 
     So everything is an affine combination of the newest snapshots: the old ``m`` is the last outer
-    step less ``RATE * d``, which stands in the bank if the bank holds the points before and after
-    each outer step, and no copy of its own is needed.
+    step less ``RATE * d`` of then, which stands in the bank if the bank holds the points before and
+    after each outer step, and no copy of its own is needed.
 
     A learning rate that falls does what the average is for, and a push that comes after it has
     fallen is noise that nothing averages away. So an outer step fades with the rate: at `strength`
@@ -77,9 +77,9 @@ class OuterMomentum:
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: their batches are left out, and the
     weights stay where the outer steps have led. Nothing is probed then, since one batch would say
-    nothing: what they are worth was measured beforehand, over whole runs, and was more on most work
-    (entries 66 and 67 of the log). How many full steps are enough varies, or of a loader that never
-    shuffles the batches left out might be the same in every epoch.
+    nothing: what they are worth was measured beforehand, over whole runs with a reach of 3 (entry
+    66 of the log), and was more on most work. How many full steps are enough varies, or of a loader
+    that never shuffles the batches left out might be the same in every epoch.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
@@ -88,7 +88,7 @@ class OuterMomentum:
       none under a decay that ends at zero.
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
       the log there), on little data, which it overfits sooner, and at the highest rates that
-      training bears, where the loss can end 1 to 2 % higher (entry 67).
+      training bears (entry 67).
     - *Costs* no pass, and saves one in six at full strength; two snapshots more, and the processor
       time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
@@ -105,11 +105,9 @@ class OuterMomentum:
         Predicted steps that are left of those under way.
     loss : float
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
-    annealed : bool
-        Whether the learning rate has fallen to `ANNEALED` of the highest that outer steps have had.
     strength : float
-        In [0, 1]: 1 at that highest learning rate, 0 where it is annealed, or has risen in the last
-        `INTERVAL` full steps.
+        In [0, 1]: 1 at the highest learning rate that outer steps have had, 0 where it is annealed,
+        or has risen in the last `INTERVAL` full steps.
     """
 
     def __init__(self) -> None:
@@ -118,7 +116,6 @@ class OuterMomentum:
         self.straight = False
         self.ahead = 0
         self.loss = NAN
-        self.annealed = False
         self.strength = 1.0
         self._snapshots = 0
         # Full steps since predicted ones, and steps that outer steps since then stand for.
@@ -142,9 +139,13 @@ class OuterMomentum:
         if self.active:
             self._highest = max(self._highest, learning_rate)
         share = learning_rate / self._highest if self._highest > 0.0 else 1.0
-        self.annealed = share <= ANNEALED
-        waits = self.annealed or self._level < INTERVAL
-        self.strength = 0.0 if waits else (share - ANNEALED) / (1.0 - ANNEALED)
+        left = max(0.0, (share - ANNEALED) / (1.0 - ANNEALED))
+        self.strength = left if self._level == INTERVAL else 0.0
+
+    @property
+    def annealed(self) -> bool:
+        """Whether the learning rate is down to `ANNEALED` of the highest they have had."""
+        return self._highest > 0.0 and self._learning_rate <= ANNEALED * self._highest
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
@@ -247,7 +248,6 @@ class OuterMomentum:
             "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
             "level": self._level,
-            "annealed": self.annealed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,4 +266,3 @@ class OuterMomentum:
             # What was kept by another reach is no momentum now.
             self._pushed = 0.0
         self._level = int(state.get("level", INTERVAL))
-        self.annealed = bool(state.get("annealed", False))

@@ -67,7 +67,7 @@ def by_hand(displacements):
 
 def by_momentum(displacements, rates):
     """The same under a schedule: the momentum is what an outer step goes beyond its share of d."""
-    y, points, number, strength = 0.0, [], -1, 1.0
+    y, momentum, points, number, strength = 0.0, 0.0, [], -1, 1.0
     push, old, highest, level = 0.0, 0.4, 0.0, INTERVAL
     for step, (moved, rate) in enumerate(zip(displacements, rates, strict=True)):
         number = -1 if strength == 0.0 else number + 1
@@ -81,8 +81,8 @@ def by_momentum(displacements, rates):
             new = strength * (rate if rate > 0.0 else 1.0)
             fallen = min(1.0, new / push) if push > 0.0 else 0.0
             weight, push = min(0.4, 2.0 / (number + 2.0)), new
-            kept = (1.0 - old) * weight / old * fallen * momentum if number > 1 else 0.0  # noqa: F821
-            momentum = kept + strength * REACH * SHARE * weight * moved
+            kept = (1.0 - old) * weight / old * fallen if number > 1 else 0.0
+            momentum = kept * momentum + strength * REACH * SHARE * weight * moved
             y, old = y + ((1.0 - strength) + strength * RATE) * moved + momentum, weight
         points.append(y)
     return points
@@ -206,7 +206,8 @@ def test_a_state_resumes_exactly():
     first.see(Observation(1.0, learning_rate=0.5))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for outer in (first, second):
-        assert [outer.see(Observation(1.0, learning_rate=0.5)) for _ in range(INTERVAL - 1)]
+        for _ in range(INTERVAL - 1):
+            outer.see(Observation(1.0, learning_rate=0.5))
         assert outer.strength == 0.0
         outer.see(Observation(1.0, learning_rate=0.5))
         assert outer.strength == 1.0
