@@ -41,6 +41,7 @@ BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
 _PROBE = Directive(Action.PROBE)
+_OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 
 
 class Controller:
@@ -254,7 +255,12 @@ class Controller:
                 return
             self.gram = None
         if self.outer.pending:
-            yield self.outer.step()
+            move = self.outer.step()
+            if self.outer.unknown:
+                here = (yield _OWN_PROBE).loss
+                there = yield dataclasses.replace(_OWN_PROBE, coefficients=move.coefficients)
+                self.outer.weigh(here, there.loss)
+            yield move
             self.outer.stepped()
             # A segment is as far as a jump goes without a probe.
             most = min(self.config.horizon, self.config.correction_interval - 1)

@@ -93,7 +93,8 @@ class Engine:
             if not self._quiet or not observation.applied:
                 self._read()
             return
-        if self._directive.action in STEPS:
+        outer = self._directive.action is Action.MOVE and self._directive.snapshot
+        if outer or self._directive.action in STEPS:
             self._before = None
         elif self._directive.action is Action.PROBE and self._before is None:
             self._before = self._state()

@@ -60,7 +60,7 @@ class HybridCallback(Callback):  # type: ignore[misc]
     Lightning goes on to load data, to step schedules, to log, to validate and to save. Gradients
     are accumulated, clipped and scaled as its ``Trainer`` says. Its checkpoints carry the state,
     random states included. What ``training_step`` logs in a forward pass without gradients, which
-    only looks where a jump leads, is left out of the logs.
+    only looks where a jump or an outer step leads, is left out of the logs.
 
     Parameters
     ----------

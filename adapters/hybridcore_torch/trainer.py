@@ -161,10 +161,10 @@ class HybridTrainer:
         ----------
         closure : callable or sequence of callables
             Returns the loss of the present batch, a scalar tensor with its graph. Called once in
-            most full steps, not in most predicted ones, and several times where a jump is chosen or
-            where it is found out whether batches are the same. Several closures are the parts of
-            one batch, of equal size, that is too large for one pass: gradients are accumulated
-            over them, and the loss of the step is their mean.
+            most full steps, not in most predicted ones, and several times where a jump is chosen,
+            an outer step is weighed or it is found out whether batches are the same. Several
+            closures are the parts of one batch, of equal size, that is too large for one pass:
+            gradients are accumulated over them, and the loss of the step is their mean.
 
         Raises
         ------

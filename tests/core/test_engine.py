@@ -68,7 +68,8 @@ def test_noise_is_left_alone():
     # No jumps: outer steps alone, each of which stands for two.
     assert counters.predicted_steps <= 2 * counters.outer_steps
     assert counters.rollbacks == 0
-    assert counters.probes <= 30
+    # The first ten outer steps are weighed by two probes, and one in 16 later.
+    assert counters.probes <= 30 + 2 * (10 + counters.outer_steps / 16)
     assert descent.engine.statistics().measured_speedup == pytest.approx(1.0, abs=0.05)
 
 

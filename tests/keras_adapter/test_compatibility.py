@@ -55,6 +55,17 @@ def test_steps_per_execution():
     assert int(model.optimizer.iterations) == 5 * statistics.full_steps
 
 
+def test_steps_per_execution_on_mini_batches():
+    x, y = digits()
+    model, hybrid = regression(steps_per_execution=4), HybridCallback(BRISK)
+    model.fit(x[:1792], y[:1792], batch_size=32, epochs=60, verbose=0, callbacks=[hybrid])
+    statistics = hybrid.statistics()
+    assert statistics.steps == 60 * 56 / 4
+    assert statistics.outer_steps > 30
+    assert 0 < statistics.predicted_steps <= 2 * statistics.outer_steps
+    assert int(model.optimizer.iterations) == 4 * statistics.full_steps
+
+
 def test_several_epochs_with_validation_data():
     x, y = digits()
     model, hybrid = regression(metrics=["accuracy"]), HybridCallback(BRISK)

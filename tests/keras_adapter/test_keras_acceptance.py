@@ -184,7 +184,8 @@ def test_noisy_training_gets_outer_steps_and_no_jumps():
     assert 0.05 * statistics.steps < statistics.predicted_steps <= 2 * statistics.outer_steps
     assert int(model.optimizer.iterations) == statistics.steps - statistics.predicted_steps
     assert statistics.rollbacks == 0
-    assert statistics.probes <= 0.02 * statistics.steps
+    # Probes of outer steps and looks for smooth work, a third of a step each.
+    assert statistics.probes / 3 <= 0.02 * statistics.steps
     assert statistics.outer_steps > 30
 
 

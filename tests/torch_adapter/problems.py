@@ -36,14 +36,19 @@ def noisy(seed=0, config=None, rate=1e-2, steps=None):
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = steps and torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    generator = torch.Generator().manual_seed(seed)
+    generator, drawn = torch.Generator().manual_seed(seed), []
 
     def closure():
-        batch = torch.randint(0, 1200, (16,), generator=generator)
+        # One batch a step, however often it is called.
+        if not drawn:
+            drawn.append(torch.randint(0, 1200, (16,), generator=generator))
+        (batch,) = drawn
         return F.cross_entropy(model(x[batch]), y[batch])
 
     held_out = lambda: float(F.cross_entropy(model(x[1200:]), y[1200:]).detach())  # noqa: E731
-    return HybridTrainer(model, optimizer, config, scheduler=schedule), closure, held_out
+    callbacks = [lambda result: drawn.clear()]
+    trainer = HybridTrainer(model, optimizer, config, scheduler=schedule, callbacks=callbacks)
+    return trainer, closure, held_out
 
 
 def leaping(seed):

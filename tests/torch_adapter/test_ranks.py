@@ -1,6 +1,7 @@
 """Several processes that train one model: the same decisions, and those of a single process."""
 
 import datetime
+import faulthandler
 import json
 import math
 import subprocess
@@ -133,6 +134,8 @@ def full(value):
 
 def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
     torch.set_num_threads(1)
+    # A process that hangs where the group's own limit does not count says where, and fails.
+    faulthandler.dump_traceback_later(400, exit=True)
     dist.init_process_group(
         "gloo", rendezvous, datetime.timedelta(seconds=120), world_size=world, rank=rank
     )
