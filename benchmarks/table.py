@@ -265,9 +265,33 @@ def drills() -> str:
     return "\n".join(lines)
 
 
+def harm() -> str:
+    result = recorded("harm")
+    lines = [
+        "| loop | learning rate | loss at the end, plain | hybridcore | cost | processor time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["results"]:
+        ends, means = [], {}
+        for name in ("plain", "hybrid"):
+            losses = [run["loss"] for run in row[name]]
+            ends.append(f"{statistics.fmean(losses):.4g} ± {statistics.stdev(losses):.2g}")
+            for figure in ("cost", "cpu_seconds"):
+                means[name, figure] = statistics.fmean(run[figure] for run in row[name])
+        ratios = [means["hybrid", f] / means["plain", f] for f in ("cost", "cpu_seconds")]
+        lines.append(
+            f"| {row['title']} | {row['rate']:g} | {ends[0]} | {ends[1]} "
+            f"| {ratios[0]:.2f} | {ratios[1]:.2f} |"
+        )
+    seeds = len(result["results"][0]["plain"])
+    lines += ["", f"Means over {seeds} seeds, recorded by `{result['command']}`."]
+    return "\n".join(lines)
+
+
 BLOCKS = {
     "gains": gains,
     "keras": in_keras,
+    "harm": harm,
     "moments": moments,
     "parts": parts,
     "corrections": corrections,

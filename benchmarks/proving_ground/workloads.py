@@ -22,7 +22,7 @@ from hybridcore.cli.workloads import FASHION, WORKLOADS, Closure, Task, Workload
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
-def _batches(seed: int, count: int, size: int) -> Callable[[int], torch.Tensor]:
+def batches(seed: int, count: int, size: int) -> Callable[[int], torch.Tensor]:
     """Row numbers of the batch of a step, which depend on seed and step alone."""
 
     def rows(step: int) -> torch.Tensor:
@@ -32,7 +32,7 @@ def _batches(seed: int, count: int, size: int) -> Callable[[int], torch.Tensor]:
     return rows
 
 
-def _whole(model: nn.Module, loss: Closure) -> Task:
+def as_a_whole(model: nn.Module, loss: Closure) -> Task:
     def held_out() -> float:
         with torch.no_grad():
             return float(loss())
@@ -40,7 +40,7 @@ def _whole(model: nn.Module, loss: Closure) -> Task:
     return Task(model, lambda step: loss, held_out)
 
 
-def _parts(
+def in_parts(
     model: nn.Module,
     train: Tensors,
     test: Tensors,
@@ -116,7 +116,7 @@ def _weather() -> torch.Tensor:
 
 
 @functools.cache
-def _text() -> torch.Tensor:
+def byte_text() -> torch.Tensor:
     """Bytes of the standard library's modules, tests and packages left out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     data = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
@@ -149,7 +149,9 @@ def _logistic(seed: int) -> Task:
     torch.manual_seed(seed)
     model = nn.Linear(64, 10)
     # So weak a penalty that the best rate of the grid is still descending at the end.
-    return _whole(model, lambda: F.cross_entropy(model(x), y) + 1e-5 * model.weight.square().sum())
+    return as_a_whole(
+        model, lambda: F.cross_entropy(model(x), y) + 1e-5 * model.weight.square().sum()
+    )
 
 
 def _flights_whole(seed: int) -> Task:
@@ -158,7 +160,7 @@ def _flights_whole(seed: int) -> Task:
     model = nn.Sequential(
         nn.Linear(5, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)
     )
-    return _whole(model, lambda: F.mse_loss(model(x), y))
+    return as_a_whole(model, lambda: F.mse_loss(model(x), y))
 
 
 def _head(seed: int) -> Task:
@@ -170,14 +172,14 @@ def _head(seed: int) -> Task:
     known = (labels < 5).nonzero().flatten()
     optimizer = torch.optim.Adam([*body.parameters(), *old.parameters()], 1e-3)
     for step in range(200):
-        rows = known[_batches(seed, len(known), 128)(step)]
+        rows = known[batches(seed, len(known), 128)(step)]
         optimizer.zero_grad()
         F.cross_entropy(old(body(images[rows])), labels[rows]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
         features, targets = body(images[:4000]), labels[:4000]
     head = nn.Linear(128, 10)
-    return _whole(
+    return as_a_whole(
         head, lambda: F.cross_entropy(head(features), targets) + 1e-4 * head.weight.square().sum()
     )
 
@@ -198,7 +200,7 @@ def _convolutional(seed: int) -> Task:
         nn.Linear(576, 10),
     )
     held_out = test[0][:4000], test[1][:4000]
-    return _parts(model, train, held_out, F.cross_entropy, _batches(seed, len(train[0]), 64))
+    return in_parts(model, train, held_out, F.cross_entropy, batches(seed, len(train[0]), 64))
 
 
 class _Block(nn.Module):
@@ -238,14 +240,14 @@ class _Language(nn.Module):
 
 
 def _language(seed: int) -> Task:
-    text = _text()
+    text = byte_text()
     cut = 9 * len(text) // 10
     windows = torch.arange(65)
     starts = torch.randint(cut, len(text) - 65, (128,), generator=torch.Generator().manual_seed(5))
     unseen = text[starts[:, None] + windows]
     torch.manual_seed(seed)
     model = _Language()
-    rows = _batches(seed, cut - 65, 16)
+    rows = batches(seed, cut - 65, 16)
 
     def loss(sample: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(sample[:, :-1]), sample[:, 1:].flatten())
@@ -280,7 +282,7 @@ def _recurrent(seed: int) -> Task:
     train = windows[:cut, :24], windows[:cut, 24]
     test = windows[cut:, :24], windows[cut:, 24]
     torch.manual_seed(seed)
-    return _parts(_Recurrent(), train, test, F.mse_loss, _batches(seed, cut, 32))
+    return in_parts(_Recurrent(), train, test, F.mse_loss, batches(seed, cut, 32))
 
 
 def _flights_parts(seed: int) -> Task:
@@ -290,7 +292,7 @@ def _flights_parts(seed: int) -> Task:
         nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
     )
     train, test = (x[:50_000], y[:50_000]), (x[50_000:], y[50_000:])
-    return _parts(model, train, test, F.mse_loss, _batches(seed, 50_000, 128))
+    return in_parts(model, train, test, F.mse_loss, batches(seed, 50_000, 128))
 
 
 def _adam(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
