@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.drills import SCRIPTS, TABLE  # noqa: E402
+from benchmarks.harm import ratio  # noqa: E402
 from benchmarks.proving_ground.results import Ground, tables  # noqa: E402
 from benchmarks.proving_ground.runs import RESULTS  # noqa: E402
 
@@ -272,19 +273,17 @@ def harm() -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in result["results"]:
-        ends, means = [], {}
+        ends = []
         for name in ("plain", "hybrid"):
             losses = [run["loss"] for run in row[name]]
             ends.append(f"{statistics.fmean(losses):.4g} ± {statistics.stdev(losses):.2g}")
-            for figure in ("cost", "cpu_seconds"):
-                means[name, figure] = statistics.fmean(run[figure] for run in row[name])
-        ratios = [means["hybrid", f] / means["plain", f] for f in ("cost", "cpu_seconds")]
+        cost, seconds = ratio(row, "cost"), ratio(row, "cpu_seconds")
         lines.append(
             f"| {row['title']} | {row['rate']:g} | {ends[0]} | {ends[1]} "
-            f"| {ratios[0]:.2f} | {ratios[1]:.2f} |"
+            f"| {cost:.2f} | {seconds:.2f} |"
         )
     seeds = len(result["results"][0]["plain"])
-    lines += ["", f"Means over {seeds} seeds, recorded by `{result['command']}`."]
+    lines += ["", f"{seeds} seeds, recorded by `{result['command']}`."]
     return "\n".join(lines)
 
 

@@ -256,10 +256,11 @@ class Controller:
             self.gram = None
         if self.outer.pending:
             move = self.outer.step()
-            if self.outer.unknown:
+            if self.outer.to_be_weighed:
                 here = (yield _OWN_PROBE).loss
                 there = yield dataclasses.replace(_OWN_PROBE, coefficients=move.coefficients)
                 self.outer.weigh(here, there.loss)
+        if self.outer.pending:
             yield move
             self.outer.stepped()
             # A segment is as far as a jump goes without a probe.

@@ -30,7 +30,7 @@ TRUST, LEAST_TRUST = 0.5, 0.1
 # Mean rise of the loss over them, in mean differences of the loss from batch to batch, that leaves
 # no trust; where it does not rise there is full trust.
 UNBEARABLE = 0.05
-# Each of so many is weighed at first, and then one in `SELDOM`; the mean is of as many.
+# Each of so many is weighed at first, and then one in `SELDOM`; the mean is of about as many.
 WEIGHED, SELDOM = 10, 16
 # Weight of the newest difference in the mean, and how many times the mean it counts for at most.
 NEWEST_DIFFERENCE, MOST = 0.02, 3.0
@@ -86,12 +86,14 @@ class OuterMomentum:
     How far a push may go shows on a batch, whose loss is evaluated before and after it. The mean
     rise ``r``, in mean differences of the loss from one full step to the next, leaves a `trust` by
     which the strength is multiplied. With ``v`` the mean square of the rise over the ``n`` outer
-    steps that were weighed, of which the last `WEIGHED` count, it is the posterior mean of
+    steps that were weighed, of which about the last `WEIGHED` count, it is the posterior mean of
     ``1 - r / UNBEARABLE`` under a normal prior of mean `TRUST` and deviation 1,
 
     ``e = n / (n + v / UNBEARABLE^2),   (1 - e) * TRUST + e * (1 - r / UNBEARABLE)``
 
-    within `LEAST_TRUST` and 1. So rises that differ each time say little.
+    within `LEAST_TRUST` and 1, with rises of at most one difference. So rises that are other ones
+    each time say little. An outer step that leads to no number is not taken, and is the last one
+    for the time being.
 
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: their batches are left out, and the
@@ -107,9 +109,10 @@ class OuterMomentum:
       ends at zero.
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
       the log there), and on little data, which it overfits sooner. At the highest rates that
-      training bears it did before there was trust (entries 67 and 68).
-    - *Costs* a forward pass in eighty steps, and saves one pass in six at full strength; two
-      snapshots more, and the processor time of a move every tenth step.
+      training bears less so since there is trust (entries 67 and 68).
+    - *Costs* twenty forward passes in the first ten outer steps and later two in 16 of them, and
+      saves one pass in six at full strength; two snapshots more, and the processor time of a move
+      every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
 
     Attributes
@@ -158,8 +161,8 @@ class OuterMomentum:
         difference = abs(loss - self._newest) if known else 0.0
         if self._difference > 0.0:
             # A spike would hide every rise for a while.
-            difference = min(difference, MOST * self._difference) - self._difference
-            self._difference += NEWEST_DIFFERENCE * difference
+            difference = min(difference, MOST * self._difference)
+            self._difference += NEWEST_DIFFERENCE * (difference - self._difference)
         else:
             self._difference = difference
         self._newest = loss
@@ -175,11 +178,20 @@ class OuterMomentum:
         self.strength = self.trust * left if self._level == INTERVAL else 0.0
 
     def weigh(self, before: float, after: float) -> None:
-        """Learn from the loss of a batch `before` and `after` an outer step."""
+        """Learn from the loss of a batch `before` and `after` an outer step that is pending.
+
+        If it leads to no number they end.
+        """
         self._since = 0
-        if not math.isfinite(before) or self._difference == 0.0:
+        if not math.isfinite(before):
             return
-        rise = (after - before) / self._difference if math.isfinite(after) else 1.0
+        if not math.isfinite(after):
+            self.stop()
+            after = math.inf
+        if self._difference == 0.0:
+            return
+        # One batch can be anything.
+        rise = min(1.0, max(-1.0, (after - before) / self._difference))
         self._weighed = min(self._weighed + 1, WEIGHED)
         self._rise += (rise - self._rise) / self._weighed
         self._square += (rise * rise - self._square) / self._weighed
@@ -216,7 +228,9 @@ class OuterMomentum:
         """Full step that is due: it ends in a snapshot, the first one of a bank of its own."""
         checks, left = divmod(self._snapshots + 1, 2 * CHECK)
         checked = left == 0 and (checks in (1, 2, 4) or (checks > 0 and checks % 8 == 0))
-        return Directive(Action.FULL, snapshot=True, fresh_bank=self._snapshots == 0, gram=checked)
+        first = self._snapshots == 0
+        exact = self.to_be_weighed and not first
+        return Directive(Action.FULL, snapshot=True, fresh_bank=first, gram=checked, exact=exact)
 
     def take(self, gram: NDArray[np.float64] | None) -> bool:
         """Take note that it was carried out; True if that ends the outer steps.
@@ -254,8 +268,8 @@ class OuterMomentum:
         return Directive(Action.MOVE, coefficients[None, -self._snapshots :], snapshot=True)
 
     @property
-    def unknown(self) -> bool:
-        """Whether the outer step that is pending should be weighed before it is taken."""
+    def to_be_weighed(self) -> bool:
+        """Whether the next outer step should be weighed before it is taken."""
         return self._weighed < WEIGHED or self._since >= SELDOM
 
     def stepped(self) -> None:

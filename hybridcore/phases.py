@@ -27,8 +27,9 @@ class Phase(enum.Enum):
             while no jump is worth it:              # FULL
                 full step
                 now and then: snapshot
-                while a jump is out of reach: every tenth step, move on by outer momentum;
-                    now and then predict the steps that this stands for, without a probe
+                while a jump is out of reach: every tenth step, move on by outer momentum, as far
+                    as probes say that the loss of a batch bears it; now and then predict the steps
+                    that this stands for, without a probe
                 while every batch is the same: quasi-Newton steps
             until the horizon is reached:           # PREDICT
                 at the start of a segment: move the weights
@@ -127,7 +128,8 @@ class PhaseController(Protocol):
         """Directives of the next step, in the present phase.
 
         It may be abandoned at any of them; the engine then puts back the state from before its
-        first probe, if it had one, and the step is taken again. So what must not be done twice, or
+        first probe, if it had one and no outer step has been taken since, and the step is taken
+        again. So what must not be done twice, or
         be lost, changes only after the directive that it belongs to has been observed.
         """
         ...

@@ -62,6 +62,9 @@ class Directive:
         For ``FULL`` with `snapshot`: empty the bank first.
     gram : bool
         For ``FULL`` with `snapshot`: report the bank's Gram matrices.
+    exact : bool
+        For ``FULL`` with `snapshot`: lose nothing of it, whatever the kind of the bank, so that a
+        probe elsewhere comes back to it without a copy of its own. With `gram` it is so anyway.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
     average : float
@@ -82,6 +85,7 @@ class Directive:
     snapshot: bool = False
     fresh_bank: bool = False
     gram: bool = False
+    exact: bool = False
     learning_rate_scale: float = 1.0
     average: float = 0.0
     pair: bool = False

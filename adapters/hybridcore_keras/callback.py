@@ -66,7 +66,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     probe : tuple, optional
         A fixed held-out batch, ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, on which jumps
         are judged. The first step evaluates it, and ``fit`` raises :class:`hybridcore.ConfigError`
-        there where that fails. Without it, probes use the batch of the step.
+        there where that fails. Without it, probes use the batch of the step, as those of outer
+        steps do.
     layer_groups : iterable of iterables of keras.Variable, optional
         Layer groups; by default up to 8 by depth.
 

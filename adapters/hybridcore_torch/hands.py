@@ -360,7 +360,9 @@ class Hands:
             self._add_to_average(directive.average)
             if directive.snapshot:
                 self._taking = True
-                self.snapshots.take(fresh=directive.fresh_bank, exact=directive.gram)
+                self.snapshots.take(
+                    fresh=directive.fresh_bank, exact=directive.exact or directive.gram
+                )
                 self._taking = False
                 self._measure()
                 if directive.gram:

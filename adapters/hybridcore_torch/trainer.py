@@ -84,7 +84,7 @@ class HybridTrainer:
         Clip the norm of all gradients to this, positive.
     probe : callable, optional
         Returns the loss of a fixed held-out batch; called in the first step, to see that it does,
-        and for probes. Without it, probes use the batch of the step.
+        and for probes. Without it, probes use the batch of the step, as those of outer steps do.
     layer_groups : iterable of iterables of Parameter, optional
         Layer groups; by default up to 8 by depth.
     callbacks : sequence of callable

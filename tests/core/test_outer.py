@@ -169,8 +169,7 @@ def weighing(rises, difference):
 def test_trust_is_by_the_mean_rise(rises, difference):
     mean, square, expected = 0.0, 0.0, []
     for count, rise in enumerate(rises, 1):
-        # What is no number has risen by one difference.
-        risen, weight = rise / difference if rise < math.inf else 1.0, max(1.0 / count, 0.1)
+        risen, weight = np.clip(rise / difference, -1.0, 1.0), max(1.0 / count, 0.1)
         mean, square = mean + weight * (risen - mean), square + weight * (risen**2 - square)
         prior, noise = 0.05**2, square / min(count, 10)
         posterior = 0.5 * noise + (1.0 - mean / 0.05) * prior
@@ -187,13 +186,20 @@ def test_trust_falls_where_the_loss_rises_and_comes_back():
     assert set(weighing([1e-3] * 5, 0.0)) == {0.5}
 
 
-def test_one_rise_and_rises_of_any_size_say_little():
+def test_no_trust_is_left_by_rises_of_any_size():
+    for rise in (0.05, 0.2, 1.0, 5.0, 1e3, math.inf):
+        assert weighing([rise] * 10, 1.0)[-1] == 0.1
+        assert rise == math.inf or weighing([-rise] * 10, 1.0)[-1] == 1.0
+
+
+def test_rises_that_differ_say_little():
     """As of a closure that draws anew in each call, by a generator of its own."""
-    after = weighing([0.0] * 10 + [5.0], 1.0)
+    after = weighing([0.0] * 10 + [5.0] + [0.0] * 20, 1.0)
     assert after[9] == 1.0
-    assert 0.4 < after[10] < 0.6
+    assert 0.15 < after[10] < after[20] < after[30]
+    assert after[30] > 0.6
     trusts = weighing(np.random.default_rng(0).normal(size=1000), 1.0)
-    assert np.std(trusts) < 0.12
+    assert np.std(trusts) < 0.2
     assert min(trusts) > 0.1
     assert max(trusts) < 1.0
 
@@ -220,7 +226,7 @@ def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
         if number % 7 == 0:
             outer.begin()
         outer.see(Observation(1.0 + number % 2, learning_rate=0.1))
-        if outer.unknown:
+        if outer.to_be_weighed:
             asked.append(number)
             outer.weigh(1.0, 1.0)
         outer.stepped()
@@ -464,6 +470,31 @@ def test_slow_directions_get_further():
             ends.append(float(descent.curvature[slow] @ descent.x[slow] ** 2))
         ahead.append(ends[0] < ends[1])
     assert sum(ahead) >= 4
+
+
+def test_one_that_leads_to_no_number_is_not_taken():
+    descent = Watched(NOISY, noise=0.3)
+    carry_out, outer = descent.carry_out, descent.engine.controller.outer
+    descent.run(300)
+    taken = descent.engine.counters.outer_steps
+    assert taken > 3
+
+    def overflowing(directive, bad):
+        seen = carry_out(directive, bad)
+        there = directive.own_batch and directive.coefficients is not None
+        return seen._replace(loss=math.inf) if there else seen
+
+    descent.carry_out = overflowing
+    outer.load_state_dict(outer.state_dict() | {"weighed": [0, 0]})
+    seen = set()
+    for _ in range(200):
+        descent.step()
+        seen.add(outer.active)
+        assert descent.engine.counters.outer_steps == taken
+    # They end, and are tried again.
+    assert seen == {True, False}
+    assert outer.trust < 0.2
+    assert any(d.exact for d in descent.directives)
 
 
 def test_trust_is_what_they_do_to_the_loss():

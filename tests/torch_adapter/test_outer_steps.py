@@ -57,6 +57,33 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
     assert len(strengths) > 3
 
 
+@pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
+def test_they_are_weighed_where_they_lead_without_a_copy(kind):
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(snapshot_kind=kind))
+    seen, held = [], []
+
+    def watched():
+        seen.append(weights(trainer.model))
+        snapshots = trainer._hands.snapshots
+        held.append(None if snapshots is None else snapshots.nbytes)
+        return closure()
+
+    weighed = 0
+    for _ in range(500):
+        count = trainer.statistics().outer_steps
+        seen.clear()
+        held.clear()
+        trainer.step(watched)
+        if trainer.statistics().outer_steps > count and len(seen) == 3:
+            here, there, taken = seen
+            weighed += 1
+            assert not all(map(torch.equal, here, there))
+            for tried, moved in zip(there, taken, strict=True):
+                torch.testing.assert_close(tried, moved, rtol=1e-5, atol=1e-6)
+            assert held[1] == held[0]
+    assert weighed >= 8
+
+
 def test_a_falling_rate_is_passed_faster():
     """On five seeds: lower held-out loss than the plain loop's under the same linear schedule.
 
