@@ -280,7 +280,9 @@ class Controller:
         regular = max(0, self.regular) + 1 if calm else min(0, self.regular) - 1
         wanted = last and regular >= REGULAR_SNAPSHOTS
         observation = yield from self._step(
-            Directive(Action.FULL, snapshot=True, fresh_bank=self.bank == 0, gram=wanted)
+            Directive(
+                Action.FULL, snapshot=True, fresh_bank=self.bank == 0, gram=wanted, exact=wanted
+            )
         )
         if observation.applied:
             self.regular = regular

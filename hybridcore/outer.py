@@ -188,8 +188,6 @@ class OuterMomentum:
         if not math.isfinite(after):
             self.stop()
             after = math.inf
-        if self._difference == 0.0:
-            return
         # One batch can be anything.
         rise = min(1.0, max(-1.0, (after - before) / self._difference))
         self._weighed = min(self._weighed + 1, WEIGHED)
@@ -229,7 +227,7 @@ class OuterMomentum:
         checks, left = divmod(self._snapshots + 1, 2 * CHECK)
         checked = left == 0 and (checks in (1, 2, 4) or (checks > 0 and checks % 8 == 0))
         first = self._snapshots == 0
-        exact = self.to_be_weighed and not first
+        exact = checked or (self.to_be_weighed and not first)
         return Directive(Action.FULL, snapshot=True, fresh_bank=first, gram=checked, exact=exact)
 
     def take(self, gram: NDArray[np.float64] | None) -> bool:
@@ -269,8 +267,12 @@ class OuterMomentum:
 
     @property
     def to_be_weighed(self) -> bool:
-        """Whether the next outer step should be weighed before it is taken."""
-        return self._weighed < WEIGHED or self._since >= SELDOM
+        """Whether the next outer step should be weighed before it is taken.
+
+        Not while the loss is the same in every step, as there is nothing to hold a rise against.
+        """
+        due = self._weighed < WEIGHED or self._since >= SELDOM
+        return due and self._difference > 0.0
 
     def stepped(self) -> None:
         """Take note that the outer step has been taken."""

@@ -129,8 +129,8 @@ class PhaseController(Protocol):
 
         It may be abandoned at any of them; the engine then puts back the state from before its
         first probe, if it had one and no outer step has been taken since, and the step is taken
-        again. So what must not be done twice, or
-        be lost, changes only after the directive that it belongs to has been observed.
+        again. So what must not be done twice, or be lost, changes only after the directive that it
+        belongs to has been observed.
         """
         ...
 

@@ -64,7 +64,7 @@ class Directive:
         For ``FULL`` with `snapshot`: report the bank's Gram matrices.
     exact : bool
         For ``FULL`` with `snapshot`: lose nothing of it, whatever the kind of the bank, so that a
-        probe elsewhere comes back to it without a copy of its own. With `gram` it is so anyway.
+        probe elsewhere comes back to it without a copy of its own.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
     average : float

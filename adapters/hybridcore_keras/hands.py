@@ -275,7 +275,7 @@ class Hands:
         """Take the weights into average and bank, where a full step asks for it."""
         self._add_to_average(directive.average)
         if directive.snapshot:
-            self.snapshots.take(fresh=directive.fresh_bank, exact=directive.exact or directive.gram)
+            self.snapshots.take(fresh=directive.fresh_bank, exact=directive.exact)
             self._measure()
         return self.snapshots.gram() if directive.gram else None
 

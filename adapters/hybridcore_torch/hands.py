@@ -360,9 +360,7 @@ class Hands:
             self._add_to_average(directive.average)
             if directive.snapshot:
                 self._taking = True
-                self.snapshots.take(
-                    fresh=directive.fresh_bank, exact=directive.exact or directive.gram
-                )
+                self.snapshots.take(fresh=directive.fresh_bank, exact=directive.exact)
                 self._taking = False
                 self._measure()
                 if directive.gram:

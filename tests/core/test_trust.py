@@ -1,0 +1,138 @@
+"""Trust in outer momentum: what the loss of batches before and after outer steps leaves of it."""
+
+import math
+
+import numpy as np
+import pytest
+from descent import Watched
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcore import HybridTrainerConfig, Observation
+from hybridcore.outer import SELDOM, WEIGHED, OuterMomentum
+
+NOISY = HybridTrainerConfig(warmup_steps=20)
+
+
+def weighing(rises, difference):
+    """Trust after each of the `rises`, at losses that differ by `difference` from step to step."""
+    outer, trusts = OuterMomentum(), []
+    outer.load_state_dict(outer.state_dict() | {"trust": [0.0, 0.0, 1.0, difference]})
+    for rise in rises:
+        outer.weigh(2.0, 2.0 + rise)
+        trusts.append(outer.trust)
+    return trusts
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.sampled_from([-9.0, -0.5, 0.0, 0.01, 0.3, 9.0, math.inf]), max_size=30),
+    st.floats(0.01, 10.0),
+)
+def test_trust_is_by_the_mean_rise(rises, difference):
+    mean, square, expected = 0.0, 0.0, []
+    for count, rise in enumerate(rises, 1):
+        risen, weight = np.clip(rise / difference, -1.0, 1.0), max(1.0 / count, 0.1)
+        mean, square = mean + weight * (risen - mean), square + weight * (risen**2 - square)
+        prior, noise = 0.05**2, square / min(count, 10)
+        posterior = 0.5 * noise + (1.0 - mean / 0.05) * prior
+        expected.append(min(1.0, max(0.1, posterior / (noise + prior))))
+    np.testing.assert_allclose(weighing(rises, difference), expected, atol=1e-9 / difference)
+
+
+def test_trust_falls_where_the_loss_rises_and_comes_back():
+    trusts = weighing([0.2] * 30 + [0.0] * 80, 1.0)
+    assert trusts[0] < 0.5
+    assert trusts[29] == 0.1
+    assert trusts[-1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_no_trust_is_left_by_rises_of_any_size():
+    for rise in (0.05, 0.2, 1.0, 5.0, 1e3, math.inf):
+        assert weighing([rise] * 10, 1.0)[-1] == 0.1
+        assert rise == math.inf or weighing([-rise] * 10, 1.0)[-1] == 1.0
+
+
+def test_rises_that_differ_say_little():
+    """As of a closure that draws anew in each call, by a generator of its own."""
+    after = weighing([0.0] * 10 + [5.0] + [0.0] * 20, 1.0)
+    assert after[9] == 1.0
+    assert 0.15 < after[10] < after[20] < after[30]
+    assert after[30] > 0.6
+    trusts = weighing(np.random.default_rng(0).normal(size=1000), 1.0)
+    assert np.std(trusts) < 0.2
+    assert min(trusts) > 0.1
+    assert max(trusts) < 1.0
+
+
+def test_rises_are_in_mean_differences_that_no_spike_spoils():
+    outer, last, expected = OuterMomentum(), None, 0.0
+    random = np.random.default_rng(0)
+    for step in range(300):
+        loss = 2.0 + random.normal() + 1e4 * (step == 290)
+        if last is not None:
+            away = abs(loss - last)
+            expected += 0.02 * (min(away, 3.0 * expected) - expected) if expected else away
+        last = loss
+        outer.see(Observation(loss, learning_rate=0.1))
+        (*_, found) = outer.state_dict()["trust"]
+        assert found == pytest.approx(expected, rel=1e-9)
+    # The mean distance of two normal numbers.
+    assert found == pytest.approx(2.0 / math.sqrt(math.pi), rel=0.3)
+
+
+def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
+    outer, asked = OuterMomentum(), []
+    for number in range(100):
+        if number % 7 == 0:
+            outer.begin()
+        # While the loss never changes there is nothing to hold a rise against.
+        outer.see(Observation(1.0 + number % 2 * (number > 5), learning_rate=0.1))
+        if outer.to_be_weighed:
+            asked.append(number)
+            outer.weigh(1.0, 1.0)
+        outer.stepped()
+    assert asked[:WEIGHED] == [*range(7, 7 + WEIGHED)]
+    assert set(np.diff(asked[WEIGHED:])) == {SELDOM}
+    assert asked[WEIGHED] - asked[WEIGHED - 1] == SELDOM
+
+
+# -- in the engine ----------------------------------------------------------------------------
+
+
+def test_one_that_leads_to_no_number_is_not_taken():
+    descent = Watched(NOISY, noise=0.3)
+    carry_out, outer = descent.carry_out, descent.engine.controller.outer
+    descent.run(300)
+    taken = descent.engine.counters.outer_steps
+    assert taken > 3
+
+    def overflowing(directive, bad):
+        seen = carry_out(directive, bad)
+        there = directive.own_batch and directive.coefficients is not None
+        return seen._replace(loss=math.inf) if there else seen
+
+    descent.carry_out = overflowing
+    outer.load_state_dict(outer.state_dict() | {"weighed": [0, 0]})
+    seen = set()
+    for _ in range(200):
+        descent.step()
+        seen.add(outer.active)
+        assert descent.engine.counters.outer_steps == taken
+    # They end, and are tried again.
+    assert seen == {True, False}
+    assert outer.trust < 0.2
+    assert any(d.exact for d in descent.directives)
+
+
+def test_trust_is_what_they_do_to_the_loss():
+    """Far from the minimum they lead down; from where only noise is left they lead up."""
+    trusts = []
+    for scale in (30.0, 0.0):
+        descent = Watched(NOISY, noise=0.3)
+        descent.x *= scale
+        descent.run(600)
+        assert descent.engine.counters.outer_steps > 30
+        trusts.append(descent.engine.controller.outer.trust)
+    assert trusts[0] > 0.9
+    assert trusts[1] < 0.3
