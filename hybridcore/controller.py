@@ -228,6 +228,15 @@ class Controller:
         self.rule.restart()
         self.note("snapshots and trend start over")
 
+    def raise_losses(self, by: float) -> None:
+        """Count losses from further down: what is remembered of them is higher `by`."""
+        self.forecast_loss += by
+        self.dynamics.restart()
+        self.monitor.forget_losses()
+        self.outer.raise_losses(by)
+        self.secant.raise_losses(by)
+        self.meter.break_off(self.counters.full_steps, self.counters.probes)
+
     # -- the phases -------------------------------------------------------------------------
 
     def _warm_up(self, look: bool) -> Turn:

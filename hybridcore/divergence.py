@@ -190,6 +190,12 @@ class DivergenceMonitor:
                 self._enter(DivergenceLevel.CRITICAL)
         return self.level
 
+    def forget_losses(self) -> None:
+        """Start over with the statistics of the losses: they are measured otherwise from now on."""
+        self._logarithmic = True
+        self._losses = self._turns = 0
+        self._mean = self._bias = self._variance = 0.0
+
     def _judge(self, serious: bool, doubtful: bool) -> DivergenceLevel:
         """Apply the escalation rule; `doubtful` signals lead to WARNING at most."""
         level = self.level
@@ -218,9 +224,8 @@ class DivergenceMonitor:
             if loss == 0.0:
                 # Below every other loss, and without a logarithm that could be averaged.
                 return 0.0
+            self.forget_losses()
             self._logarithmic = False
-            self._losses = self._turns = 0
-            self._mean = self._bias = self._variance = 0.0
         value = math.log(loss) if self._logarithmic else min(max(loss, -_LARGEST), _LARGEST)
         seen = self._losses
         self._losses += 1

@@ -23,6 +23,7 @@ from typing import Any
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.controller import FULL_STEP, Controller
 from hybridcore.errors import ProtocolError
+from hybridcore.floor import Floor
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
 from hybridcore.phases import Phase, PhaseController, Turn
@@ -54,6 +55,7 @@ class Engine:
         self.pairs = pairs
         self._counters = Counters()
         self._meter = Meter()
+        self._floor = Floor()
         self._controller = controller(config, self._counters, self._meter, pairs)
         self._turn: Turn | None = None
         self._directive: Directive | None = None
@@ -101,9 +103,10 @@ class Engine:
         self._account(self._directive, observation)
         phase = self._controller.phase
         try:
-            self._directive = self._turn.send(observation)
+            self._directive = self._turn.send(self._above_floor(observation))
         except StopIteration:
             self._turn = self._directive = self._before = None
+            self._lower_floor()
             self._quiet = self._controller.quiet_steps()
         if self._controller.phase is not phase:
             self._before = None
@@ -201,7 +204,7 @@ class Engine:
 
         That is a forecast if it was predicted.
         """
-        return self._controller.forecast_loss
+        return self._controller.forecast_loss + self._floor.value
 
     @property
     def prediction_error(self) -> float | None:
@@ -295,26 +298,39 @@ class Engine:
             "controller": self._controller.state_dict(),
             "counters": self._counters.state_dict(),
             "meter": self._meter.state_dict(),
+            "floor": self._floor.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
         self._controller.load_state_dict(state["controller"])
         self._counters.load_state_dict(state["counters"])
         self._meter.load_state_dict(state["meter"])
+        # States from before there was one hold losses above zero.
+        self._floor.load_state_dict(state.get("floor", Floor().state_dict()))
 
     def _read(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""
         unread, self._unread = self._unread, []
         for observation in unread:
             self._account(FULL_STEP, observation)
-            self._controller.absorb(observation)
+            self._controller.absorb(self._above_floor(observation))
         if unread:
+            self._lower_floor()
             self._quiet = self._controller.quiet_steps()
         for phase, seconds, overhead in self._times:
             self._counters.phase_steps[phase.name] += 1
             self._counters.phase_seconds[phase.name] += seconds
             self._meter.overhead_seconds += overhead
         self._times.clear()
+
+    def _above_floor(self, observation: Observation) -> Observation:
+        floor = self._floor.value
+        return observation._replace(loss=observation.loss - floor) if floor else observation
+
+    def _lower_floor(self) -> None:
+        # What may be rolled back is compared with losses from before it.
+        if self._floor.is_near and not self._controller.may_roll_back:
+            self._controller.raise_losses(self._floor.lower())
 
     def _account(self, directive: Directive, observation: Observation) -> None:
         counters, meter = self._counters, self._meter
@@ -327,6 +343,7 @@ class Engine:
             counters.divergences += bad and directive.action is Action.FULL
             counters.secant_steps += directive.action is Action.GRADIENT
             meter.full_seconds.append(observation.seconds)
+            self._floor.see(observation.loss)
         elif directive.action is Action.SKIP:
             counters.steps += 1
             counters.predicted_steps += 1

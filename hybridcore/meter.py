@@ -174,6 +174,11 @@ class Meter:
         self.secants.taken += full_steps - self.mark[1]
         self.mark = (log_loss, full_steps, probes)
 
+    def break_off(self, full_steps: int, probes: int) -> None:
+        """Begin a stretch here that cannot be compared with what was before."""
+        self.mark = (math.nan, full_steps, probes)
+        self.secants.speed = 0.0
+
     @property
     def probe_cost(self) -> float:
         """Time of one forward pass in full steps, measured; a third before the first probe."""

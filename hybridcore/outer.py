@@ -177,6 +177,11 @@ class OuterMomentum:
         left = max(0.0, (share - ANNEALED) / (1.0 - ANNEALED))
         self.strength = self.trust * left if self._level == INTERVAL else 0.0
 
+    def raise_losses(self, by: float) -> None:
+        """Take note that losses are higher `by` from now on, as they are counted otherwise."""
+        self.loss += by
+        self._newest += by
+
     def weigh(self, before: float, after: float) -> None:
         """Learn from the loss of a batch `before` and `after` an outer step that is pending.
 

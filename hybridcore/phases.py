@@ -183,6 +183,10 @@ class PhaseController(Protocol):
         """
         ...
 
+    def raise_losses(self, by: float) -> None:
+        """Count losses from further down, where nothing may be rolled back: all are higher `by`."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides what comes next, as numbers, lists and arrays.
 

@@ -126,6 +126,16 @@ class SecantDescent:
         if usable(observation.loss):
             self._recent.append(math.log(observation.loss))
 
+    def raise_losses(self, by: float) -> None:
+        """Take note that losses are higher `by` from now on, as they are counted otherwise.
+
+        How fast the optimizer is has to be found out anew.
+        """
+        for name in ("loss", "_marked", "_held", "_loss_probed"):
+            setattr(self, name, getattr(self, name) + by)
+        self._recent = deque((_raised(value, by) for value in self._recent), maxlen=WINDOW)
+        self._began, self.speed = _raised(self._began, by), math.inf
+
     @property
     def active(self) -> bool:
         """Whether steps are taken here now."""
@@ -426,6 +436,10 @@ class SecantDescent:
         numbers = later | state["numbers"]
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
+
+
+def _raised(log_loss: float, by: float) -> float:
+    return math.log(math.exp(log_loss) + by)
 
 
 _NUMBERS = (

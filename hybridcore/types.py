@@ -145,7 +145,8 @@ class StepResult(NamedTuple):
     was_predicted : bool
         True if no backward pass was run.
     prediction_error : float or None
-        ``|forecast - loss| / loss`` where the step could compare them, else None.
+        ``|forecast - loss| / loss`` where the step could compare them, else None. Where losses are
+        negative both are counted from a floor below them.
     confidence : float
         Confidence in [0, 1] that a jump started now would land where it is forecast.
     gradient_norm : float or None

@@ -164,6 +164,44 @@ def test_it_ends_at_the_minimum_that_scipy_finds(kind):
     assert np.linalg.norm(found - best.x) < 1e-2 * np.linalg.norm(best.x)
 
 
+def test_a_likelihood_below_zero_is_reached_in_half_the_passes():
+    g = torch.Generator().manual_seed(8)
+    x = 4.0 * torch.rand(200, 1, generator=g) - 2.0
+    y = torch.sin(2.0 * x) + (0.02 + 0.05 * x.abs()) * torch.randn(200, 1, generator=g)
+
+    def built(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh())
+        model.append(nn.Linear(24, 2))
+
+        def loss():
+            mean, log_variance = model(x).unbind(1)
+            return F.gaussian_nll_loss(mean, y[:, 0], log_variance.exp())
+
+        return torch.optim.Adam(model.parameters(), 3e-3), model, loss
+
+    shares = []
+    for seed in range(3):
+        optimizer, _, loss = built(seed)
+        for _ in range(500):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        target = loss().item()
+        assert target < -2.0
+        optimizer, model, loss = built(seed)
+        trainer = HybridTrainer(model, optimizer)
+        for _ in range(500):
+            result = trainer.step(loss)
+            # Told as it is, and not from where it is counted.
+            assert -3.0 < result.loss < 2.0
+            if loss().item() <= target:
+                break
+        statistics = trainer.statistics()
+        shares.append((statistics.backward_passes + statistics.probes / 3) / 500)
+    assert np.median(shares) <= 0.5
+
+
 def test_decoupled_decay_is_where_the_optimizer_rests():
     """At rest AdamW's step vanishes: the gradient over its root is minus the decay."""
     x, y = digits()

@@ -1,0 +1,153 @@
+"""Losses below zero: counted from a floor, they are predicted as others are."""
+
+import math
+
+import numpy as np
+import pytest
+from descent import Descent, Watched
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from secant_descent import MOMENTS, PairedDescent, at, made
+
+from hybridcore import HybridTrainerConfig, Phase
+from hybridcore.floor import Floor
+
+WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
+HOW_FAR = 1.5
+
+
+def floor_of(descent):
+    return descent.engine.state_dict()["floor"]["value"]
+
+
+def seen(floor, losses):
+    """Floors and rises while `losses` are seen."""
+    values, rises = [], []
+    for loss in losses:
+        floor.see(loss)
+        if floor.is_near:
+            rises.append(floor.lower())
+        values.append(floor.value)
+    return np.array(values), rises
+
+
+# -- the floor ------------------------------------------------------------------------------------
+
+
+@WITHOUT_CLOCK
+@given(st.lists(st.floats(0.0, 1e30) | st.just(math.nan) | st.just(math.inf), max_size=60))
+def test_it_is_zero_while_no_loss_is_negative(losses):
+    values, rises = seen(Floor(), losses)
+    assert not values.any()
+    assert not rises
+
+
+@WITHOUT_CLOCK
+@given(
+    start=st.floats(-10.0, 10.0),
+    fall=st.floats(1e-3, 100.0),
+    noise=st.floats(0.0, 0.3),
+    scale=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 9),
+)
+def test_losses_that_fall_stay_above_it_and_it_is_seldom_lowered(start, fall, noise, scale, seed):
+    steps = np.arange(1000)
+    losses = start - fall * steps / 1000 + noise * np.random.default_rng(seed).normal(size=1000)
+    losses *= scale
+    values, rises = seen(Floor(), losses)
+    assert (np.diff(values) <= 0.0).all()
+    assert all(rise > 0.0 for rise in rises)
+    assert -values[-1] == pytest.approx(sum(rises), rel=1e-9, abs=0.0)
+    assert len(rises) < 20
+    if rises:
+        since = int(np.argmax(values < 0.0))
+        assert (losses[since:] > values[since:]).all()
+        # Not so deep that a fall would not show in the logarithm.
+        assert -values[-1] < 10.0 * np.abs(losses).max()
+
+
+def test_its_state_comes_back():
+    floor, other = Floor(), Floor()
+    losses = np.random.default_rng(3).normal(size=200) * 0.1 - 0.01 * np.arange(200)
+    seen(floor, losses[:100])
+    other.load_state_dict(floor.state_dict())
+    assert np.array_equal(seen(floor, losses[100:])[0], seen(other, losses[100:])[0])
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor", [-5.0, -1.0, -0.1])
+@pytest.mark.parametrize("warm", [3, 20])
+def test_a_loss_that_is_or_becomes_negative_is_predicted_as_others_are(floor, warm):
+    config = HybridTrainerConfig(warmup_steps=warm, min_full_steps=24, horizon=30)
+    above, below = Descent(config, floor=-floor), Watched(config, floor=floor)
+    above.run(600)
+    losses = [below.loss(below.x)]
+    for _ in range(600):
+        phase = below.step()
+        if phase is Phase.PREDICT:
+            # Counted from zero, and on the way down.
+            assert floor - 1.0 < below.engine.forecast_loss < losses[-60:][0]
+        elif phase is not Phase.WARMUP:
+            assert math.isnan(below.engine.forecast_loss)
+        losses.append(below.loss(below.x))
+    assert floor_of(below) < 0.0
+    assert below.loss(below.x) < 0.0
+    predicted = [descent.engine.counters.predicted_steps for descent in (above, below)]
+    assert predicted[1] > 0.7 * predicted[0] > 50
+
+
+@pytest.mark.parametrize("floor", [-5.0, -1.0, -0.1])
+@pytest.mark.parametrize("seed", range(2))
+def test_quasi_newton_steps_go_below_zero(floor, seed):
+    x = np.random.default_rng(seed).normal(size=60)
+    task = {"plain_metric": True, "curvature": np.geomspace(1e-3, 1.0, 60), "x": x, "floor": floor}
+    jumps, secants = made(0, **task), made(10, **task)
+    jumps.run(600)
+    target, passes = jumps.loss(jumps.x), jumps.engine.counters.full_steps
+    while secants.engine.counters.full_steps < passes // 2:
+        secants.step()
+    assert secants.loss(secants.x) <= target
+    assert secants.engine.counters.secant_steps > 50
+    estimate = secants.engine.statistics()
+    assert 0.5 < estimate.measured_speedup < 5.0
+
+
+@pytest.mark.parametrize("moment", sorted(MOMENTS))
+def test_a_floor_can_be_lowered_at_any_moment(moment):
+    descent = at(moment)
+    assert floor_of(descent) == 0.0
+    before = descent.loss(descent.x)
+    # As if the loss were another one from here on, by a number that no gradient shows.
+    descent.floor -= HOW_FAR * before
+    for _ in range(1500):
+        held, floor = descent.engine.may_roll_back, floor_of(descent)
+        descent.step()
+        # What may be rolled back is compared with what was before it.
+        assert floor_of(descent) == floor or not (held and descent.engine.may_roll_back)
+        assert np.isfinite(descent.x).all()
+    assert floor_of(descent) < 0.0
+    assert descent.loss(descent.x) - descent.floor <= before
+
+
+@pytest.mark.parametrize("steps", [150, 400])
+def test_a_run_goes_on_from_its_state_below_zero(steps):
+    descent = PairedDescent(floor=-1.0)
+    descent.run(steps)
+    assert floor_of(descent) < 0.0
+    other = descent.resumed()
+    for _ in range(100):
+        descent.step()
+        other.step()
+        assert np.array_equal(descent.x, other.x)
+
+
+def test_a_state_from_before_there_were_floors_is_taken():
+    descent = Descent()
+    descent.run(60)
+    state = descent.engine.state_dict()
+    del state["floor"]
+    descent.engine.load_state_dict(state)
+    descent.run(100)
+    assert floor_of(descent) == 0.0
