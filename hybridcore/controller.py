@@ -1,7 +1,8 @@
-"""What each phase does: one generator a phase, that reads as its row of the phase table.
+"""What each phase does: generators of directives, and what they share.
 
-A generator yields directives and is sent what was seen while they were carried out. It knows no
-framework and no clock, so the same observations give the same decisions on every rank.
+Those of jumps, of quasi-Newton steps and of outer steps are in files of their own. A generator
+yields directives and is sent what was seen while they were carried out. It knows no framework and
+no clock, so the same observations give the same decisions on every rank.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from hybridcore.averaging import Averaging
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.decision import DecisionRule
 from hybridcore.descending import descend, finish_trial, leap
-from hybridcore.divergence import DivergenceLevel, DivergenceMonitor, RecoveryAction
+from hybridcore.divergence import DivergenceLevel, DivergenceMonitor
 from hybridcore.dynamics import build
-from hybridcore.jumping import correct, finish, predict
+from hybridcore.jumping import choose, correct, finish, predict
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, Turn, transition
-from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
-from hybridcore.search import probe_average, usable
+from hybridcore.planning import Flight
+from hybridcore.pushing import go_ahead, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
 from hybridcore.types import NAN, Action, Directive, Observation
 
@@ -36,12 +37,8 @@ logger = logging.getLogger("hybridcore")
 
 TOLERANCE = math.log(1.2)
 REGULAR_SNAPSHOTS = 3
-SHORTENED = 0.5
-BEARABLE = (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
 
 FULL_STEP = Directive(Action.FULL)
-_PROBE = Directive(Action.PROBE)
-_OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 
 
 class Controller:
@@ -87,7 +84,7 @@ class Controller:
         self.lost = 0
         self.leap = 0
         window = config.snapshot_interval * (config.snapshots - 1)
-        self._rates: deque[float] = deque(maxlen=max(2, window))
+        self.rates: deque[float] = deque(maxlen=max(2, window))
 
     @property
     def arm_values(self) -> dict[str, float]:
@@ -114,7 +111,7 @@ class Controller:
         if self.phase is Phase.FULL:
             return descend(self) if due else self.full()
         if self.outer.active:
-            return self._go_ahead() if self.phase is Phase.PREDICT else self._settle()
+            return go_ahead(self) if self.phase is Phase.PREDICT else settle(self)
         if self.secant.active:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
         return predict(self) if self.phase is Phase.PREDICT else correct(self)
@@ -133,7 +130,7 @@ class Controller:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
-            if self.outer.active or self._has_rest:
+            if self.outer.active or self.has_rest:
                 quiet = min(quiet, self.outer.until_due(self.taken))
         quiet = quiet if until is None else min(quiet, until)
         return min(quiet, self.average.until_due(self.taken)) if self.config.averaging else quiet
@@ -162,7 +159,7 @@ class Controller:
             self.secant.see(observation)
             self.dynamics.observe(observation)
             self.outer.see(observation)
-            self._rates.append(observation.learning_rate)
+            self.rates.append(observation.learning_rate)
 
     @property
     def may_roll_back(self) -> bool:
@@ -240,7 +237,7 @@ class Controller:
     # -- the phases -------------------------------------------------------------------------
 
     def _warm_up(self, look: bool) -> Turn:
-        yield from descend(self) if look else self._step()
+        yield from descend(self) if look else self.step()
         if self.taken >= self.config.warmup_steps and self.dynamics.is_stable:
             self.enter(Event.BASELINE_STABLE)
 
@@ -248,7 +245,7 @@ class Controller:
         """Take a full step, with what is due beside it: a decision, a snapshot, an outer step."""
         if self.may_jump:
             assert self.gram is not None
-            self.flight = yield from self._choose(self.gram)
+            self.flight = yield from choose(self, self.gram)
             if self.flight is not None:
                 self.secant.unmark()
                 yield Directive(Action.SAVE)
@@ -263,32 +260,19 @@ class Controller:
                 yield from predict(self)
                 return
             self.gram = None
-        if self.outer.pending:
-            move = self.outer.step()
-            if self.outer.to_be_weighed:
-                here = (yield _OWN_PROBE).loss
-                there = yield dataclasses.replace(_OWN_PROBE, coefficients=move.coefficients)
-                self.outer.weigh(here, there.loss)
-        if self.outer.pending:
-            yield move
-            self.outer.stepped()
-            # A segment is as far as a jump goes without a probe.
-            most = min(self.config.horizon, self.config.correction_interval - 1)
-            if self.outer.go_ahead(self.config.min_full_steps, most):
-                self.phase = transition(self.phase, Event.JUMP_CHOSEN)
-                yield from self._go_ahead()
-                return
+        if self.outer.pending and (yield from push(self)):
+            return
         if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
-            yield from self._rest()
+            yield from rest(self)
             return
-        calm = self._loss_confidence >= self.config.confidence_threshold
+        calm = self.loss_confidence >= self.config.confidence_threshold
         last = self.taken + 1 >= self.pace.wait
         # Snapshots are cheap and go on through a spike; the Gram matrix waits until it is over.
         regular = max(0, self.regular) + 1 if calm else min(0, self.regular) - 1
         wanted = last and regular >= REGULAR_SNAPSHOTS
-        observation = yield from self._step(
+        observation = yield from self.step(
             Directive(
                 Action.FULL, snapshot=True, fresh_bank=self.bank == 0, gram=wanted, exact=wanted
             )
@@ -305,39 +289,7 @@ class Controller:
             if last and long and not self.outer.straight:
                 self.pace.rest(self.taken)
 
-    def _rest(self) -> Turn:
-        """Take a full step while there is nothing to look at, and outer steps if that lasts."""
-        due = self.outer.until_due(self.taken) == 0
-        if due and self.outer.annealed:
-            self.outer.stop()
-        elif due and not self.outer.active and self._has_rest:
-            self.bank = 0
-            self.outer.begin()
-            self.note("outer momentum")
-        elif due and self.outer.active and self.outer.strength == 0.0:
-            # The learning rate rises.
-            self.outer.begin()
-        pushes = self.outer.active and self.outer.strength > 0.0
-        wanted = due and pushes and self.monitor.action() in BEARABLE
-        observation = yield from self._step(self.outer.full_step if wanted else FULL_STEP)
-        if wanted and observation.applied and self.outer.take(observation.gram):
-            self.pace.wait = self.taken + self.config.min_full_steps
-
-    def _go_ahead(self) -> Turn:
-        """Take a predicted step that the outer steps before it stand for."""
-        self.forecast_loss = self.outer.loss
-        yield Directive(Action.SKIP)
-        self.outer.ahead -= 1
-        if not self.outer.ahead:
-            self.phase = transition(self.phase, Event.HORIZON_REACHED)
-
-    def _settle(self) -> Turn:
-        """Take the full step that follows them, which is all that corrects them."""
-        yield from self._step()
-        self.outer.settled()
-        self.phase = transition(self.phase, Event.VALIDATED)
-
-    def _step(
+    def step(
         self, directive: Directive = FULL_STEP
     ) -> Generator[Directive, Observation, Observation]:
         """Take a full step, and average the weights where it is time to."""
@@ -347,47 +299,6 @@ class Controller:
         if weight and observation.applied:
             self.average.add()
         return observation
-
-    # -- decisions --------------------------------------------------------------------------
-
-    def _choose(
-        self, gram: NDArray[np.float64]
-    ) -> Generator[Directive, Observation, Flight | None]:
-        """Jump to take from here, None for "do not predict"."""
-        config = self.config
-        path = path_confidence(gram.sum(axis=0))
-        in_path, in_loss = max(path.values()), self._loss_confidence
-        self.confidence = min(in_path, in_loss)
-        slope = self.dynamics.slope
-        ahead = learning_rate_ahead(self._rates, config.horizon)
-        context = self.rule.context(in_path, in_loss, slope, ahead)
-        action = self.monitor.action()
-        bearable = action in BEARABLE
-        sure = self.confidence >= config.confidence_threshold
-        # Nothing is learned before the first probe, in which the step may be abandoned.
-        here = (yield _PROBE).loss if bearable and sure else NAN
-        self.rule.learn(gram, path, context)
-        self.pace.wait = self.taken + config.snapshot_interval
-        if not bearable:
-            return None
-        if not sure:
-            if in_path < config.confidence_threshold / 2 and self.regular >= self.pace.snapshots:
-                # Irregular though no spike explains it: looking again soon would be in vain.
-                self.pace.look_later(self.taken)
-            return None
-        averaged = (yield probe_average()).loss
-        if not (usable(here) and usable(averaged)):
-            return None
-        self.close(math.log(averaged), predicting=False)
-        reach = config.horizon / config.snapshot_interval * ahead
-        if action is RecoveryAction.SHORTEN_HORIZON:
-            reach *= SHORTENED
-        flight = yield from self.rule.choose(gram, path, context, here, slope, reach)
-        if flight is not None:
-            return flight
-        # Probing costs a step or two: where it finds nothing, not again soon.
-        self.pace.wait = self.taken + self.pace.back_off(2 * config.snapshot_interval)
-        return None
 
     # -- state ------------------------------------------------------------------------------
 
@@ -403,7 +314,7 @@ class Controller:
             "outer": self.outer.state_dict(),
             "flight": None if self.flight is None else dataclasses.asdict(self.flight),
             "gram": None if self.gram is None else self.gram.copy(),
-            "rates": list(self._rates),
+            "rates": list(self.rates),
             "secant": self.secant.state_dict(),
             "counts": [self.taken, self.bank, self.regular, self.lost, self.leap],
             "events": [dict(event) for event in self.events],
@@ -421,7 +332,7 @@ class Controller:
         flight, gram = state["flight"], state["gram"]
         self.flight = None if flight is None else Flight.from_dict(flight)
         self.gram = None if gram is None else np.array(gram, dtype=np.float64)
-        self._rates = deque(state["rates"], maxlen=self._rates.maxlen)
+        self.rates = deque(state["rates"], maxlen=self.rates.maxlen)
         self.secant.load_state_dict(state["secant"])
         counts = map(int, state["counts"])
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
@@ -437,7 +348,7 @@ class Controller:
         return self.config.divergence_sigma * self.dynamics.noise
 
     @property
-    def _loss_confidence(self) -> float:
+    def loss_confidence(self) -> float:
         """Confidence in the trend of the loss, up to where a micro-correction would check it."""
         return self.dynamics.forecast(self.config.correction_interval).confidence(TOLERANCE)
 
@@ -465,7 +376,7 @@ class Controller:
             self.note("divergence level", level=now.name)
 
     @property
-    def _has_rest(self) -> bool:
+    def has_rest(self) -> bool:
         """Whether outer steps, if they are wanted, have the time to pay."""
         wanted = self.config.outer_momentum and self.pace.snapshots > 0
         return wanted and self.pace.until_snapshot(self.taken) >= LEAST

@@ -83,6 +83,11 @@ class RecoveryAction(enum.Enum):
     ROLL_BACK = "roll back"
     STOP = "stop"
 
+    @property
+    def bearable(self) -> bool:
+        """Whether something may be predicted nevertheless."""
+        return self in (RecoveryAction.CONTINUE, RecoveryAction.SHORTEN_HORIZON)
+
 
 class Signal(enum.Enum):
     """What is watched."""

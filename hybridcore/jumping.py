@@ -1,4 +1,4 @@
-"""Turns of a jump: in PREDICT its segments, in CORRECT its settling steps and its validation."""
+"""A jump: its choice, in PREDICT its segments, in CORRECT its settling steps and its validation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridcore.divergence import RecoveryAction
 from hybridcore.phases import Event, Phase, Turn
+from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import AVERAGED_SNAPSHOTS, beside_mark, probe_average, usable
 from hybridcore.types import NAN, Action, Directive, Observation
 
@@ -14,11 +19,50 @@ if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
 SETTLE_RATE = 0.5
+SHORTENED = 0.5
 ABORT_RISE = math.log(1.3)
 PATIENT_STEPS = 3
 
 _SKIP = Directive(Action.SKIP)
 _PROBE = Directive(Action.PROBE)
+
+
+def choose(
+    controller: Controller, gram: NDArray[np.float64]
+) -> Generator[Directive, Observation, Flight | None]:
+    """Jump to take from here, None for "do not predict"."""
+    config, pace, rule = controller.config, controller.pace, controller.rule
+    path = path_confidence(gram.sum(axis=0))
+    in_path, in_loss = max(path.values()), controller.loss_confidence
+    controller.confidence = min(in_path, in_loss)
+    slope = controller.dynamics.slope
+    ahead = learning_rate_ahead(controller.rates, config.horizon)
+    context = rule.context(in_path, in_loss, slope, ahead)
+    action = controller.monitor.action()
+    sure = controller.confidence >= config.confidence_threshold
+    # Nothing is learned before the first probe, in which the step may be abandoned.
+    here = (yield _PROBE).loss if action.bearable and sure else NAN
+    rule.learn(gram, path, context)
+    pace.wait = controller.taken + config.snapshot_interval
+    if not action.bearable:
+        return None
+    if not sure:
+        if in_path < config.confidence_threshold / 2 and controller.regular >= pace.snapshots:
+            # Irregular though no spike explains it: looking again soon would be in vain.
+            pace.look_later(controller.taken)
+        return None
+    averaged = (yield probe_average()).loss
+    if not (usable(here) and usable(averaged)):
+        return None
+    controller.close(math.log(averaged), predicting=False)
+    reach = config.horizon / config.snapshot_interval * ahead
+    if action is RecoveryAction.SHORTEN_HORIZON:
+        reach *= SHORTENED
+    flight = yield from rule.choose(gram, path, context, here, slope, reach)
+    if flight is None:
+        # Probing costs a step or two: where it finds nothing, not again soon.
+        pace.wait = controller.taken + pace.back_off(2 * config.snapshot_interval)
+    return flight
 
 
 def predict(controller: Controller) -> Turn:
