@@ -20,13 +20,11 @@ from time import process_time
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 
 from benchmarks.proving_ground.workloads import (
     GROUND,
-    Tensors,
     as_a_whole,
     batches,
     byte_text,
@@ -34,21 +32,12 @@ from benchmarks.proving_ground.workloads import (
 )
 from hybridcore.cli.common import environment
 from hybridcore.cli.compare import Meter, measured_forward_cost
-from hybridcore.cli.workloads import Task
+from hybridcore.cli.workloads import Task, digits
 from hybridcore.metrics import finite
 from hybridcore_torch import HybridTrainer
 
 RESULTS = Path(__file__).parent / "results" / "harm.json"
 Scheduler = lr_scheduler.LRScheduler | None
-
-
-def digits() -> tuple[Tensors, Tensors]:
-    """1,300 digits to train on, and 497."""
-    found = load_digits()
-    x, y = torch.tensor(found.data / 16.0, dtype=torch.float32), torch.tensor(found.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1300], order[1300:]
-    return (x[train], y[train]), (x[test], y[test])
 
 
 def embedding(seed: int) -> Task:
@@ -103,6 +92,55 @@ def random_labels(seed: int) -> Task:
     def held_out() -> float:
         with torch.no_grad():
             return float(-F.log_softmax(model(unseen), dim=1).mean())
+
+    return Task(model, closure, held_out)
+
+
+def likelihood(seed: int) -> Task:
+    """Gaussian likelihood, with a variance for each point: a loss that becomes negative."""
+    generator = torch.Generator().manual_seed(8)
+    x = 4.0 * torch.rand(4000, 1, generator=generator) - 2.0
+    noise = (0.02 + 0.05 * x.abs()) * torch.randn(4000, 1, generator=generator)
+    y = torch.sin(2.0 * x) + noise
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2))
+    )
+
+    def loss(found: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.gaussian_nll_loss(found[:, :1], y, found[:, 1:].exp())
+
+    train, test = (x[:3000], y[:3000]), (x[3000:], y[3000:])
+    return in_parts(model, train, test, loss, batches(seed, 3000, 32))
+
+
+def policy_gradient(seed: int) -> Task:
+    """A contextual bandit by REINFORCE: the loss is a surrogate that rises as the policy improves.
+
+    What it ends at is the expected reward, with its sign turned.
+    """
+    rewards = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    unseen = torch.randn(2000, 6, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 5))
+
+    def closure(step: int) -> Callable[[], torch.Tensor]:
+        generator = torch.Generator().manual_seed(7_000_003 * (seed + 1) + step)
+        context = torch.randn(64, 6, generator=generator)
+        noise = 0.5 * torch.randn(64, 1, generator=generator)
+
+        def surrogate() -> torch.Tensor:
+            logits = F.log_softmax(model(context), dim=1)
+            action = torch.multinomial(logits.detach().exp(), 1)
+            reward = (context @ rewards).gather(1, action) + noise
+            return -(logits.gather(1, action) * (reward - reward.mean())).mean()
+
+        return surrogate
+
+    def held_out() -> float:
+        with torch.no_grad():
+            shares = F.softmax(model(unseen), dim=1)
+            return -float((shares * (unseen @ rewards)).sum(dim=1).mean())
 
     return Task(model, closure, held_out)
 
@@ -176,6 +214,8 @@ LOOPS = (
     Loop("CNN, digits, SGD in steps", convolutional, momentum, in_steps, (0.04, 0.16), 800),
     Loop("GPT, its first 300 steps", GROUND["gpt"].build, adamw, constant, (0.003, 0.006), 300),
     Loop("MLP, random labels, Adam", random_labels, adam, constant, (0.001, 0.01), 800),
+    Loop("MLP, Gaussian likelihood, Adam", likelihood, adam, constant, (0.003, 0.01), 1500),
+    Loop("MLP, policy gradient, Adam", policy_gradient, adam, constant, (0.01, 0.03), 400),
     Loop("MLP, whole batch, SGD", whole_batch, descent, constant, (1.0, 2.0), 800),
 )
 

@@ -32,8 +32,13 @@ TRUST, LEAST_TRUST = 0.5, 0.1
 UNBEARABLE = 0.05
 # Each of so many is weighed at first, and then one in `SELDOM`; the mean is of about as many.
 WEIGHED, SELDOM = 10, 16
-# Weight of the newest difference in the mean, and how many times the mean it counts for at most.
-NEWEST_DIFFERENCE, MOST = 0.02, 3.0
+# Weight of what is newest in slow means, and how many mean differences it counts for at most.
+SLOW, MOST = 0.02, 3.0
+# Rise of the slow mean of losses above its lowest, in mean differences, from which on a loss that
+# can be negative is not what training lowers.
+RISEN = 1.0
+# Full steps since the rate last rose from which on the loss is at a level of its own.
+LEVEL = 5 * INTERVAL
 # A learning rate that is higher by less has not risen: it was computed anew.
 ROUNDING = 1e-6
 # Where fewer full steps lie ahead they are not worth beginning.
@@ -93,7 +98,9 @@ class OuterMomentum:
 
     within `LEAST_TRUST` and 1, with rises of at most one difference. So rises that are other ones
     each time say little. An outer step that leads to no number is not taken, and is the last one
-    for the time being.
+    for the time being. Of a loss that has been negative there are none either while a mean of about
+    the last 50 lies more than one difference above its lowest since the rate last rose: then it is
+    not what training lowers, as that of a policy gradient.
 
     It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
     those of all outer steps since are predicted at once: their batches are left out, and the
@@ -129,7 +136,7 @@ class OuterMomentum:
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
     strength : float
         In [0, 1]: `trust` at the highest learning rate that outer steps have had, 0 where it is
-        annealed, or has risen in the last `INTERVAL` full steps.
+        annealed, or has risen in the last `INTERVAL` full steps, and where a negative loss rises.
     """
 
     def __init__(self) -> None:
@@ -144,8 +151,8 @@ class OuterMomentum:
         self._full_steps = self._flights = 0
         self._stands_for = 0.0
         self._highest = self._learning_rate = 0.0
-        # Full steps since the rate last rose, up to INTERVAL.
-        self._level = INTERVAL
+        # Full steps since the rate last rose, up to LEVEL.
+        self._level = LEVEL
         # Strength at the last outer step, and that times the learning rate.
         self._last, self._pushed = 1.0, 0.0
         # Outer steps weighed, and since then; the mean and the mean square of the rise over them.
@@ -153,34 +160,53 @@ class OuterMomentum:
         self._rise = self._square = 0.0
         # Loss of the newest full step, and its mean difference from one to the next.
         self._newest, self._difference = NAN, 0.0
+        # Slow mean of the loss, and its lowest since the rate last rose: infinite until a loss was
+        # negative.
+        self._mean, self._lowest = NAN, math.inf
 
     def see(self, observation: Observation) -> None:
         """Take in the loss and the learning rate of a full step."""
         loss, learning_rate = observation.loss, observation.learning_rate
         known = math.isfinite(self.loss)
-        difference = abs(loss - self._newest) if known else 0.0
-        if self._difference > 0.0:
-            # A spike would hide every rise for a while.
-            difference = min(difference, MOST * self._difference)
-            self._difference += NEWEST_DIFFERENCE * (difference - self._difference)
-        else:
-            self._difference = difference
-        self._newest = loss
-        self.loss = self.loss + (loss - self.loss) / INTERVAL if known else loss
         risen = known and learning_rate > self._learning_rate * (1.0 + ROUNDING)
-        self._level = 0 if risen else min(self._level + 1, INTERVAL)
+        self._level = 0 if risen else min(self._level + 1, LEVEL)
         self._learning_rate = learning_rate
+        if known:
+            self._follow(loss)
+        else:
+            self.loss = self._newest = self._mean = loss
+        if self._level < LEVEL:
+            self._mean = self.loss
+        if math.isfinite(self._lowest):
+            self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
         self._full_steps += 1
         if self.active:
             self._highest = max(self._highest, learning_rate)
         share = learning_rate / self._highest if self._highest > 0.0 else 1.0
         left = max(0.0, (share - ANNEALED) / (1.0 - ANNEALED))
-        self.strength = self.trust * left if self._level == INTERVAL else 0.0
+        falls = self._mean - self._lowest <= RISEN * self._difference
+        self.strength = self.trust * left if falls and self._level >= INTERVAL else 0.0
+
+    def _follow(self, loss: float) -> None:
+        """Take `loss` into the means, where there are some."""
+        difference = abs(loss - self._newest)
+        if self._difference > 0.0:
+            # A spike would hide every rise for a while, and must not pass for one.
+            most = MOST * self._difference
+            self._difference += SLOW * (min(difference, most) - self._difference)
+            fall = max(loss - self._mean, -most) if self.active else loss - self._mean
+            self._mean += SLOW * min(fall, most)
+        else:
+            self._difference = difference
+        self._newest = loss
+        self.loss += (loss - self.loss) / INTERVAL
 
     def raise_losses(self, by: float) -> None:
-        """Take note that losses are higher `by` from now on, as they are counted otherwise."""
+        """Take note that losses are higher `by` from now on, as one was negative."""
         self.loss += by
         self._newest += by
+        self._mean += by
+        self._lowest = min(self._lowest + by, self._mean)
 
     def weigh(self, before: float, after: float) -> None:
         """Learn from the loss of a batch `before` and `after` an outer step that is pending.
@@ -327,6 +353,7 @@ class OuterMomentum:
             "level": self._level,
             "weighed": [self._weighed, self._since],
             "trust": [self._rise, self._square, self._newest, self._difference],
+            "means": [self._mean, self._lowest],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -347,4 +374,5 @@ class OuterMomentum:
         self._weighed, self._since = map(int, state.get("weighed", (0, 0)))
         figures = map(float, state.get("trust", (0.0, 0.0, self.loss, 0.0)))
         self._rise, self._square, self._newest, self._difference = figures
-        self._level = int(state.get("level", INTERVAL))
+        self._mean, self._lowest = map(float, state.get("means", (self.loss, math.inf)))
+        self._level = int(state.get("level", LEVEL))

@@ -26,7 +26,7 @@ def rest(controller: Controller) -> Turn:
         outer.begin()
         controller.note("outer momentum")
     elif due and outer.active and outer.strength == 0.0:
-        # The learning rate rises.
+        # The learning rate rises, or the loss does.
         outer.begin()
     pushes = outer.active and outer.strength > 0.0
     if not (due and pushes and controller.monitor.action().bearable):

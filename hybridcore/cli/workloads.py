@@ -184,13 +184,17 @@ def _fashion_split(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(images / 255.0, dtype=torch.float32), torch.tensor(labels.astype(np.int64))
 
 
-def _digits(seed: int) -> Task:
-    digits = load_digits()
-    x = torch.tensor(digits.data / 16.0, dtype=torch.float32)
-    y = torch.tensor(digits.target)
+def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """1,300 images of digits with their labels to train on, and 497 to test."""
+    found = load_digits()
+    x, y = torch.tensor(found.data / 16.0, dtype=torch.float32), torch.tensor(found.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[:1300], order[1300:]
-    return _classifier(seed, (x[train], y[train]), (x[test], y[test]), batch=32)
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def _digits(seed: int) -> Task:
+    return _classifier(seed, *digits(), batch=32)
 
 
 def _without_gradients(loss: Closure) -> float:

@@ -136,3 +136,66 @@ def test_trust_is_what_they_do_to_the_loss():
         trusts.append(descent.engine.controller.outer.trust)
     assert trusts[0] > 0.9
     assert trusts[1] < 0.3
+
+
+# -- a loss that rises ----------------------------------------------------------------------------
+
+
+def strengths(losses, rates=0.1, negative=True):
+    """Strength after each of the `losses`, of which one before was `negative`."""
+    outer, found = OuterMomentum(), []
+    outer.begin()
+    for loss, rate in zip(losses, np.broadcast_to(rates, len(losses)), strict=True):
+        outer.see(Observation(float(loss), learning_rate=float(rate)))
+        if negative and not found:
+            outer.raise_losses(0.0)
+        found.append(outer.strength)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("seed", range(3))
+def test_there_are_none_while_a_negative_loss_rises(seed, scale):
+    """As the surrogate of a policy gradient does, while the policy gets better."""
+    noise = np.random.default_rng(seed).normal(size=2000)
+    falling = strengths(scale * (5.0 - np.linspace(0.0, 4.0, 2000) + noise))
+    rising = scale * (1.0 + np.linspace(0.0, 4.0, 2000) + noise)
+    assert (falling[20:] > 0.0).all()
+    # From where it has risen by about one difference and a half, the slow mean being behind.
+    assert not strengths(rising)[1000:].any()
+    # What cannot fall below zero is what training lowers.
+    assert (strengths(rising, negative=False)[20:] > 0.0).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_and_spikes_are_no_rise(seed):
+    losses = 2.0 + np.random.default_rng(seed).standard_t(3, size=10_000)
+    losses[5000] = 1e9
+    assert (strengths(losses)[20:] > 0.0).all()
+
+
+def test_what_rises_with_the_rate_is_no_rise():
+    fall = np.linspace(2.0, 1.0, 500)
+    losses = np.tile(fall, 4) + 0.05 * np.random.default_rng(0).normal(size=2000)
+    restarts = np.tile(np.linspace(0.1, 0.07, 500), 4)
+    since = np.arange(2000) % 500
+    assert (strengths(losses, restarts)[since > 10] > 0.0).all()
+    # At one rate it is one.
+    assert not strengths(losses)[600:700].any()
+
+
+def test_a_policy_gradient_is_left_alone_while_its_surrogate_rises():
+    class Surrogate(Watched):
+        """Its gradient leads down, its value up: from -1 to 0, and in the next batch elsewhere."""
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            level = -1.0 / (1.0 + self.engine.counters.steps / 200)
+            return seen._replace(loss=level + 0.05 * float(self.random.normal()))
+
+    descent = Surrogate(NOISY, noise=0.3)
+    descent.run(300)
+    first = descent.engine.counters.outer_steps
+    descent.run(700)
+    assert descent.engine.counters.outer_steps == first
+    assert math.isnan(descent.engine.forecast_loss)
