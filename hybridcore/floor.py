@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from typing import Any
 
-# Weight of the newest loss in the mean size of losses.
-NEWEST = 0.05
+# Losses of whose sizes the median is taken: fewer than half of them are of points far off.
+WINDOW = 41
 # Sizes that lie between the lowest loss and a new floor, and the fewest between it and an old one.
 DEPTH, LEAST_DEPTH = 4.0, 1.0
 
@@ -26,15 +28,13 @@ class Floor:
     def __init__(self) -> None:
         self.value = 0.0
         self._lowest = math.inf
-        self._mean_size = math.nan
+        self._sizes: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, loss: float) -> None:
         """Take in the loss of a step that computed gradients."""
-        if not math.isfinite(loss):
-            return
-        self._lowest = min(self._lowest, loss)
-        known, size = not math.isnan(self._mean_size), abs(loss)
-        self._mean_size = self._mean_size + NEWEST * (size - self._mean_size) if known else size
+        if math.isfinite(loss):
+            self._lowest = min(self._lowest, loss)
+            self._sizes.append(abs(loss))
 
     @property
     def is_near(self) -> bool:
@@ -49,13 +49,13 @@ class Floor:
 
     @property
     def _size(self) -> float:
-        return max(self._mean_size, -self._lowest)
+        return max(statistics.median(self._sizes), -self._lowest)
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the whole state as plain numbers."""
-        return {"value": self.value, "lowest": self._lowest, "mean_size": self._mean_size}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state as numbers and a list."""
+        return {"value": self.value, "lowest": self._lowest, "sizes": list(self._sizes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self.value = float(state["value"])
-        self._lowest, self._mean_size = float(state["lowest"]), float(state["mean_size"])
+        self.value, self._lowest = float(state["value"]), float(state["lowest"])
+        self._sizes = deque(state["sizes"], maxlen=WINDOW)

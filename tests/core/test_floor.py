@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from secant_descent import MOMENTS, PairedDescent, at, made
 
-from hybridcore import HybridTrainerConfig, Phase
+from hybridcore import Action, HybridTrainerConfig, Phase
 from hybridcore.floor import Floor
+from hybridcore.secant import Stage
 
 WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
 HOW_FAR = 1.5
@@ -66,6 +67,20 @@ def test_losses_that_fall_stay_above_it_and_it_is_seldom_lowered(start, fall, no
         assert -values[-1] < 10.0 * np.abs(losses).max()
 
 
+@WITHOUT_CLOCK
+@given(
+    huge=st.sampled_from([1e3, 1e25, 1e300]),
+    start=st.integers(0, 500),
+    times=st.lists(st.integers(0, 40), max_size=15, unique=True),
+)
+def test_points_far_off_do_not_lower_it(huge, start, times):
+    losses = 1.0 - 0.01 * np.arange(700)
+    losses[start + np.array(times, dtype=int)] = huge
+    values, _ = seen(Floor(), losses)
+    assert values[-1] < 0.0
+    assert -values[-1] < 10.0 * 6.0
+
+
 def test_its_state_comes_back():
     floor, other = Floor(), Floor()
     losses = np.random.default_rng(3).normal(size=200) * 0.1 - 0.01 * np.arange(200)
@@ -112,6 +127,25 @@ def test_quasi_newton_steps_go_below_zero(floor, seed):
     assert secants.engine.counters.secant_steps > 50
     estimate = secants.engine.statistics()
     assert 0.5 < estimate.measured_speedup < 5.0
+
+
+def test_a_trial_point_far_off_spoils_no_loss_that_is_told():
+    descent = PairedDescent(floor=-2.0)
+    carry_out, told = descent.carry_out, []
+
+    def watched(directive, bad=False):
+        seen = carry_out(directive, bad)
+        far = directive.action is Action.GRADIENT and len(told) % 9 < 4
+        return seen._replace(loss=4.9e25, objective=4.9e25) if far else seen
+
+    descent.carry_out = watched
+    for _ in range(800):
+        phase = descent.step()
+        told.append(descent.engine.forecast_loss)
+        if phase is Phase.FULL and descent.stage is Stage.DESCEND and not math.isnan(told[-1]):
+            assert told[-1] == pytest.approx(descent.loss(descent.x), abs=1e-9)
+    assert floor_of(descent) < 0.0
+    assert sum(not math.isnan(loss) for loss in told) > 50
 
 
 @pytest.mark.parametrize("moment", sorted(MOMENTS))
