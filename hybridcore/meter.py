@@ -197,12 +197,14 @@ class Meter:
         """Cost of `full_steps` and `probes` in full steps, without the overhead."""
         return full_steps + probes * self.probe_cost
 
-    def speedup(self, full_steps: int, probes: int, outer_steps: int = 0) -> tuple[float, Interval]:
+    def speedup(
+        self, full_steps: int, probes: int, outer_steps: int = 0, secant_steps: int = 0
+    ) -> tuple[float, Interval]:
         """Measured speed-up of the run so far and its 90 % interval.
 
         Parameters
         ----------
-        full_steps, probes, outer_steps : int
+        full_steps, probes, outer_steps, secant_steps : int
             Totals of the run, which also paid for stretches that are not finished.
 
         Returns
@@ -221,6 +223,8 @@ class Meter:
             outside + stands.sum(axis=0) + np.array(self.secants.stands_for())
         ) / total
         high += outer_steps * INTERVAL * MOST_WORTH / total
+        if secant_steps:
+            high = math.inf
         return float(middle), Interval(float(low) * (1 - MARGIN), float(high) * (1 + MARGIN))
 
     def outside(self, full_steps: int) -> int:

@@ -127,7 +127,7 @@ class TrainingStatistics:
     ) -> TrainingStatistics:
         """Summarise the running totals of an engine and what its controller knows."""
         speedup, interval = meter.speedup(
-            counters.full_steps, counters.probes, counters.outer_steps
+            counters.full_steps, counters.probes, counters.outer_steps, counters.secant_steps
         )
         return cls(
             steps=counters.steps,

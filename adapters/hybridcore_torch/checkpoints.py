@@ -260,7 +260,8 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
     if shapes != saved:
         differ = sorted(n for n in shapes.keys() | saved if shapes.get(n) != saved.get(n))
         raise CheckpointError(
-            f"state is of another model: {', '.join(differ[:5])} differ in name, shape or dtype"
+            f"state is of another model: {', '.join(differ[:5])} differ in name, shape or dtype; "
+            "build the model as for the run that was saved"
         )
     optimizer = type(trainer.optimizer).__name__
     if optimizer != state["optimizer_class"]:
@@ -350,7 +351,10 @@ def migrated(state: object) -> dict[str, Any]:
         If it is none of a trainer, of a version that is not known here, or not whole.
     """
     if not isinstance(state, dict) or "hybridcore" not in state:
-        raise CheckpointError("state is not one of a HybridTrainer: pass what state_dict() gave")
+        raise CheckpointError(
+            "state is not one of a HybridTrainer: pass what its state_dict() gave, or to load() a "
+            "file of its save()"
+        )
     while state["hybridcore"] != VERSION:
         migrate = MIGRATIONS.get(state["hybridcore"])
         if migrate is None:

@@ -478,7 +478,11 @@ class HybridTrainer:
         ------
         FileNotFoundError, CheckpointError
             If there is none, or if it is damaged or does not fit; nothing has been changed then.
+        ConfigError
+            If there is a ``config``.
         """
+        if "config" in arguments:
+            raise ConfigError("load() takes its settings from the file: leave config= out")
         if sharded.is_folder_of_shards(path):
             state = sharded.read(path, model, optimizer)
         else:

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 SAME = (0.97, 1.03)
 # Above this ratio of wall-clock, a run without gain did harm.
 SLOWER = 1.05
-# Above this share of steps with a loss at or below zero the user is told what that means.
-UNPREDICTABLE = 0.1
 
 
 def compare(
@@ -166,8 +164,6 @@ def verdict(
         f"{_middle([s['plain_at_equal_cost'] for s in summaries]):.4g}"
     )
     predicted = f"{share:.0%} of the steps were predicted"
-    if _middle([s["unpredictable_share"] for s in summaries]) > UNPREDICTABLE:
-        predicted += ", and those with a loss at or below zero never are: add a constant to yours"
     rises = _rise(summaries, judged_by)
     if not math.isfinite(cost):
         return False, (
@@ -243,7 +239,11 @@ def _print(
     for title, name, form in rows:
         plain = [s[f"plain_{name}"] for s in summaries]
         hybrid = [s[f"hybrid_{name}"] for s in summaries]
-        ratio = _middle([b / a if a else math.nan for a, b in zip(plain, hybrid, strict=True)])
+        # Of losses below zero there is none.
+        positive = min(*plain, *hybrid) > 0.0
+        ratio = (
+            _middle([b / a for a, b in zip(plain, hybrid, strict=True)]) if positive else math.nan
+        )
         shown = [
             _figure(_middle(plain), form),
             _figure(_middle(hybrid), form),

@@ -183,7 +183,6 @@ class Pair:
             "equal_cost": equal,
             "plain_final": self.plain.last(),
             "hybrid_final": self.hybrid.last(),
-            "unpredictable_share": sum(not x > 0.0 for x in hybrid.loss) / len(hybrid.loss),
             "plain_total_cost": plain.cost[-1],
             "hybrid_total_cost": hybrid.cost[-1],
             "plain_total_seconds": plain.seconds[-1],

@@ -36,6 +36,18 @@ def test_half_of_the_passes_lead_as_far(least, seed):
     assert secants.loss(secants.x) <= target
 
 
+def test_from_the_first_of_them_the_speedup_is_open_above():
+    descent = PairedDescent()
+    while not descent.engine.counters.secant_steps:
+        assert math.isfinite(descent.engine.statistics().measured_speedup_interval.high)
+        descent.step()
+    for _ in range(150):
+        statistics = descent.engine.statistics()
+        assert statistics.measured_speedup_interval.high == math.inf
+        assert "not known for quasi-Newton steps, at least" in str(statistics)
+        descent.step()
+
+
 @pytest.mark.parametrize("plain_metric", [True, False])
 def test_weight_decay_is_part_of_what_is_minimized(plain_metric):
     origin = np.random.default_rng(4).normal(size=60)

@@ -12,6 +12,7 @@ from torch import nn
 
 from hybridcore import (
     CheckpointError,
+    ConfigError,
     ModelError,
     Phase,
 )
@@ -29,6 +30,8 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="another model"):
         HybridTrainer.load(path, other, torch.optim.Adam(other.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(other), strict=True))
+    with pytest.raises(ConfigError, match="leave config= out"):
+        HybridTrainer.load(path, *regression()[:2], config=BRISK)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(CheckpointError, match="damaged"):
         HybridTrainer.load(path, *regression()[:2])
