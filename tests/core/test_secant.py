@@ -24,10 +24,11 @@ OWN_ACTIONS = (Action.GRADIENT, Action.BASE, Action.REACH, Action.MARK)
 
 
 @pytest.mark.parametrize("least", [1e-5, 1e-3])
+@pytest.mark.parametrize("floor", [1e-3, -0.1, -1.0, -5.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_half_of_the_passes_lead_as_far(least, seed):
-    x = np.random.default_rng(seed).normal(size=60)
-    task = {"plain_metric": True, "curvature": np.geomspace(least, 1.0, 60), "x": x}
+def test_half_of_the_passes_lead_as_far(least, floor, seed):
+    x, curvature = np.random.default_rng(seed).normal(size=60), np.geomspace(least, 1.0, 60)
+    task = {"plain_metric": True, "curvature": curvature, "x": x, "floor": floor}
     jumps, secants = made(0, **task), made(10, **task)
     jumps.run(600)
     target, passes = jumps.loss(jumps.x), jumps.engine.counters.full_steps
