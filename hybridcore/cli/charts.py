@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hybridcore import Phase, Stream
-from hybridcore.cli.palette import LIGHT, legend, logarithmic, style
+from hybridcore.cli.palette import LIGHT, legend, logarithmic, scale_by, style
 from hybridcore.cli.reading import calibration, history, jumps, phases, segments, thinned
 
 POINTS = 2000
@@ -82,8 +82,7 @@ def _loss(axes: Axes, stream: Stream) -> None:
                 linestyle="none",
                 label=f"jump, {outcome}",
             )
-    if np.nanmin(loss, initial=np.inf) > 0.0:
-        logarithmic(axes)
+    scale_by(axes, loss)
     axes.set_ylabel("loss")
     legend(axes)
 

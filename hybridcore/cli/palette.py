@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
 
 # By name, light and dark. The page swaps them, so the light ones must differ from each other.
 COLOURS = {
@@ -46,6 +48,17 @@ def style() -> Any:
         "svg.fonttype": "none",
         "svg.hashsalt": "hybridcore",
     }
+
+
+def scale_by(axes: Axes, losses: NDArray[np.float64]) -> None:
+    """Make the y axis logarithmic, but linear about zero where not all `losses` are above it."""
+    finite = losses[np.isfinite(losses)]
+    if np.min(finite, initial=np.inf) > 0.0:
+        logarithmic(axes)
+        return
+    # All linear, one spike would flatten the rest.
+    axes.set_yscale("symlog", linthresh=float(np.median(np.abs(finite))) or 1.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def logarithmic(axes: Axes) -> None:

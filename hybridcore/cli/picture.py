@@ -20,7 +20,7 @@ from hybridcore import Phase
 from hybridcore.cli.common import ratio_text
 from hybridcore.cli.compare import Comparison, Run
 from hybridcore.cli.paired import Pair
-from hybridcore.cli.palette import logarithmic
+from hybridcore.cli.palette import scale_by
 
 COLOURS = {
     Phase.WARMUP.name: "#8c6bb1",
@@ -107,8 +107,8 @@ def draw_pairs(pairs: Sequence[Pair], verdict: str, judged_by: str, path: Path) 
     panel.set_title("\n".join(textwrap.wrap(verdict, 92)), fontsize=9, loc="left")
     panel.set_xlabel("cost (full steps)")
     panel.set_ylabel(judged_by)
-    if all(min(run.loss) > 0.0 for pair in pairs for run in (pair.plain, pair.hybrid)):
-        logarithmic(panel)
+    runs = [run for pair in pairs for run in (pair.plain, pair.hybrid)]
+    scale_by(panel, np.concatenate([run.loss for run in runs]))
     panel.grid(visible=True, which="major", color="0.92")
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=110)

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from command_line import call, figures, is_png
+from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 from torch import nn
 
 from hybridcore import HybridTrainerConfig, JsonLines, read_stream
 from hybridcore.cli.page import render
-from hybridcore.cli.palette import COLOURS
+from hybridcore.cli.palette import COLOURS, scale_by
 from hybridcore.cli.reading import calibration, jumps, phases, thinned, wilson
 from hybridcore_torch import HybridTrainer
 
@@ -233,3 +234,24 @@ def test_losses_that_are_not_finite_or_not_positive_are_drawn(recorded):
         line["loss"] = None
     Path("none.jsonl").write_text("\n".join(map(json.dumps, bad)) + "\n")
     assert figures("report", "none.jsonl")["phases"][0]["first"] is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([2.0, 1.0, np.nan], "log"),
+        ([np.nan], "log"),
+        ([0.5, -1.0, np.inf, 1e4], "symlog"),
+        ([0.0, 0.0], "symlog"),
+    ],
+)
+def test_a_spike_does_not_flatten_losses_below_zero(losses, scale):
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.plot(losses)
+    scale_by(axes, np.array(losses))
+    assert axes.get_yscale() == scale
+    figure.canvas.draw()
+    if -1.0 in losses:
+        heights = axes.transAxes.inverted().transform(axes.transData.transform([[0, 0.5], [0, -1]]))
+        assert heights[0, 1] - heights[1, 1] > 0.1
