@@ -343,7 +343,8 @@ class Engine:
             counters.divergences += bad and directive.action is Action.FULL
             counters.secant_steps += directive.action is Action.GRADIENT
             meter.full_seconds.append(observation.seconds)
-            self._floor.see(observation.loss)
+            if math.isfinite(observation.loss):
+                self._floor.see(observation.loss)
         elif directive.action is Action.SKIP:
             counters.steps += 1
             counters.predicted_steps += 1
