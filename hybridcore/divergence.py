@@ -108,7 +108,8 @@ class DivergenceMonitor:
     """Watches losses, gradient norms and forecasts; a few floats of state, O(1) an observation.
 
     Losses are compared on a logarithmic scale, so that neither their size nor their decrease over
-    a run matters; at the first negative loss the statistics start again on a linear scale. Losses
+    a run matters; at the first negative loss the statistics start again on a linear scale, until
+    :meth:`forget_losses`, which the engine calls as it counts losses from a floor then. Losses
     and norms are compared with earlier ones once there are ``LEAST_OBSERVATIONS`` of them.
 
     Parameters

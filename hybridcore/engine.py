@@ -314,8 +314,9 @@ class Engine:
         for observation in unread:
             self._account(FULL_STEP, observation)
             self._controller.absorb(self._above_floor(observation))
-        if unread:
+            # After each, or it would matter when they are read.
             self._lower_floor()
+        if unread:
             self._quiet = self._controller.quiet_steps()
         for phase, seconds, overhead in self._times:
             self._counters.phase_steps[phase.name] += 1

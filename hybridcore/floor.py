@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from typing import Any
@@ -38,8 +39,9 @@ class Floor:
         """Whether losses come so close to it that it should be lowered."""
         if min(self._losses, default=0.0) >= 0.0:
             return False
-        low = self._low
-        return low < 0.0 and low - self.value < LEAST_DEPTH * self._size
+        low, size = self._low, self._size
+        near = low < 0.0 and low - self.value < LEAST_DEPTH * size
+        return near and math.isfinite(low - DEPTH * size)
 
     def lower(self) -> float:
         """Lower it; return by how much, which is what losses above it have risen by."""

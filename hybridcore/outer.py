@@ -34,6 +34,8 @@ UNBEARABLE = 0.05
 WEIGHED, SELDOM = 10, 16
 # Weight of what is newest in slow means, and how many mean differences it counts for at most.
 SLOW, MOST = 0.02, 3.0
+# How many times as much a fall counts for, which is steep at first: a single one is no level still.
+MOST_FALL = 6.0
 # Rise of the slow mean of losses above its lowest, in mean differences, from which on a loss that
 # can be negative is not what training lowers.
 RISEN = 1.0
@@ -194,8 +196,7 @@ class OuterMomentum:
             # A spike would hide every rise for a while, and must not pass for one.
             most = MOST * self._difference
             self._difference += SLOW * (min(difference, most) - self._difference)
-            fall = max(loss - self._mean, -most) if self.active else loss - self._mean
-            self._mean += SLOW * min(fall, most)
+            self._mean += SLOW * min(max(loss - self._mean, -MOST_FALL * most), most)
         else:
             self._difference = difference
         self._newest = loss

@@ -106,6 +106,8 @@ class SecantDescent:
         self.measured = False
         self._there = False
         self._marked, self._scale = NAN, 0.0
+        # What losses are counted from.
+        self._floor = 0.0
         self._objective = NAN
         # Lowest loss of the user's probe so far, where there is one.
         self._held, self._has_probe = NAN, False
@@ -131,6 +133,7 @@ class SecantDescent:
 
         How fast the optimizer is has to be found out anew.
         """
+        self._floor -= by
         for name in ("loss", "_marked", "_held", "_loss_probed"):
             setattr(self, name, getattr(self, name) + by)
         self._recent = deque((_raised(value, by) for value in self._recent), maxlen=WINDOW)
@@ -259,7 +262,7 @@ class SecantDescent:
 
     def _same(self, loss: float, before: float) -> bool:
         """Whether two losses at the same weights are of the same batch."""
-        return abs(loss - before) <= SAME * abs(before) + ROUNDING * self._scale
+        return abs(loss - before) <= SAME * abs(before + self._floor) + ROUNDING * self._scale
 
     # -- the steps --------------------------------------------------------------------------
 
@@ -277,7 +280,7 @@ class SecantDescent:
         observation = yield Directive(Action.FULL)
         if observation.applied:
             self._marked, self.stage = observation.loss, Stage.CHECK
-            self._scale = abs(observation.loss)
+            self._scale = abs(observation.loss + self._floor)
         return observation, False
 
     def unmark(self) -> None:
@@ -432,7 +435,13 @@ class SecantDescent:
             self._descent = Descent(coefficients, float(state["descent"]["slope"]))
         self._recent = deque(state["recent"], maxlen=WINDOW)
         # States from before there was a scale, or the user's probe was looked for, do without.
-        later = {"_scale": 0.0, "_has_probe": False, "_probed": 0, "_loss_probed": NAN}
+        later = {
+            "_floor": 0.0,
+            "_scale": 0.0,
+            "_has_probe": False,
+            "_probed": 0,
+            "_loss_probed": NAN,
+        }
         numbers = later | state["numbers"]
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
@@ -451,6 +460,7 @@ _NUMBERS = (
     "_there",
     "_marked",
     "_scale",
+    "_floor",
     "_objective",
     "_held",
     "_has_probe",

@@ -13,7 +13,7 @@ the meaning changes for good, and the running mean and variance of these 16 star
 fewer groups than eight repeat them.
 
 **Logarithms.** Losses and norms enter by their logarithms. One that is not positive counts as
-unchanged: a run whose losses are all negative is described by its gradients alone.
+unchanged. The engine counts negative losses from a floor below them.
 
 **Normalisation.** Running means and variances make features of any run comparable, at a price: what
 drifts smoothly for longer than they remember, as in late full-batch descent, comes out nearly

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from descent import Descent, Watched
+from descent import Descent, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secant_descent import MOMENTS, PairedDescent, at
@@ -162,6 +162,36 @@ def test_a_run_goes_on_from_its_state_below_zero(steps):
         descent.step()
         other.step()
         assert np.array_equal(descent.x, other.x)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [Descent, PairedDescent])
+def test_it_does_not_matter_who_looks(kind, noise):
+    quiet, looked_at = (kind(noise=noise, floor=-1.0) for _ in range(2))
+    for _ in range(600):
+        quiet.step()
+        looked_at.step()
+        looked_at.engine.statistics()
+        assert np.array_equal(quiet.x, looked_at.x)
+    assert text(quiet.engine.state_dict()) == text(looked_at.engine.state_dict())
+    assert floor_of(quiet) < 0.0
+
+
+@pytest.mark.parametrize("floor", [-3e4, -1.0, 1.0, 3e4])
+@pytest.mark.parametrize("spike", [0.0, -1e6, 1e6])
+def test_batches_that_differ_are_no_fewer_by_a_constant(floor, spike):
+    """Nor by one loss that is far off: what differs by more than rounding is another batch."""
+    descent = PairedDescent(floor=floor)
+    carry_out, random = descent.carry_out, np.random.default_rng(0)
+
+    def watched(directive, bad=False):
+        seen = carry_out(directive, bad)
+        off = spike if descent.engine.counters.steps == 30 else 0.0
+        return seen._replace(loss=seen.loss + off + 1e-4 * abs(floor) * random.normal())
+
+    descent.carry_out = watched
+    descent.run(1500)
+    assert descent.engine.counters.secant_steps == 0
 
 
 def test_a_state_from_before_there_were_floors_is_taken():

@@ -90,6 +90,9 @@ class OnlyFull:
     def restart(self, pairs, snapshots=None):
         self.seen = 0
 
+    def raise_losses(self, by):
+        self.raised = by
+
     def state_dict(self):
         return {"seen": self.seen}
 
@@ -107,5 +110,10 @@ def test_an_engine_runs_any_controller():
     other = Engine(BRISK, controller=OnlyFull)
     other.load_state_dict(engine.state_dict())
     assert other.controller.seen == 10
+    for _ in range(5):
+        engine.next()
+        engine.observe(Observation(loss=-2.0))
+    # Four times their size below them.
+    assert engine.controller.raised == 10.0
     engine.regroup()
     assert engine.controller.seen == 0

@@ -167,11 +167,28 @@ def test_there_are_none_while_a_negative_loss_rises(seed, scale):
     assert (strengths(rising, negative=False)[20:] > 0.0).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_and_spikes_are_no_rise(seed):
+@pytest.mark.parametrize("spike", [1e9, -1e9])
+@pytest.mark.parametrize("at", [100, 5000])
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_and_spikes_are_no_rise(seed, at, spike):
     losses = 2.0 + np.random.default_rng(seed).standard_t(3, size=10_000)
-    losses[5000] = 1e9
+    losses[at] = spike
     assert (strengths(losses)[20:] > 0.0).all()
+
+
+def test_what_a_loss_has_risen_by_is_part_of_the_state():
+    outer, other = OuterMomentum(), OuterMomentum()
+    outer.begin()
+    noise = np.random.default_rng(0).normal(size=3000)
+    for step, loss in enumerate(np.linspace(0.0, 4.0, 3000) + noise):
+        if step == 10:
+            outer.raise_losses(5.0)
+        if step % 700 == 699:
+            other.load_state_dict(outer.state_dict())
+        for one in (outer, other)[: 1 + (step >= 699)]:
+            one.see(Observation(float(loss) + 5.0 * (step >= 10), learning_rate=0.1))
+        assert step < 699 or other.strength == outer.strength
+    assert outer.strength == 0.0
 
 
 def test_what_rises_with_the_rate_is_no_rise():
