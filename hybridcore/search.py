@@ -59,8 +59,10 @@ def search(
     for name in arms:
         trials.append((yield from probe_jump(gram, Jump(name, reach), f"{name} x1")))
     best = min(trials, key=lambda trial: trial.loss, default=None)
-    # Only a forecast has a further: the others name one point at any reach.
+    # Only a forecast has a further: the others name one point at any reach, and so do all at none.
     if best is None or not best.loss < here or best.jump.extrapolator not in FORECASTERS:
+        return trials
+    if reach <= 0.0:
         return trials
     name, nearer, multiple = best.jump.extrapolator, (0.0, here), 2
     while multiple <= MOST_REACH:
