@@ -34,7 +34,7 @@ UNBEARABLE = 0.05
 WEIGHED, SELDOM = 10, 16
 # Weight of what is newest in slow means, and how many mean differences it counts for at most.
 SLOW, MOST = 0.02, 3.0
-# How many times as much a fall counts for, which is steep at first: a single one is no level still.
+# How many times as much a fall may count for: losses fall steeply at first, and the mean with them.
 MOST_FALL = 6.0
 # Rise of the slow mean of losses above its lowest, in mean differences, from which on a loss that
 # can be negative is not what training lowers.
