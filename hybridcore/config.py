@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,6 +27,20 @@ _UNITS |= {unit: 1024.0 ** (power + 1) for power, unit in enumerate(("KiB", "MiB
 _LEAST_MODEL = 2**26
 
 
+def _knowing_its_names(config: type[HybridTrainerConfig]) -> type[HybridTrainerConfig]:
+    """Let the constructor name what it does not know, and what may have been meant."""
+    build = config.__init__
+
+    @functools.wraps(build)
+    def checked(self: HybridTrainerConfig, *values: Any, **settings: Any) -> None:
+        _check_known(settings)
+        build(self, *values, **settings)
+
+    config.__init__ = checked  # type: ignore[method-assign]
+    return config
+
+
+@_knowing_its_names
 @dataclass(frozen=True, slots=True)
 class HybridTrainerConfig:
     """Settings of a hybrid run; the defaults are meant to work everywhere.
@@ -89,7 +104,7 @@ class HybridTrainerConfig:
     Raises
     ------
     ConfigError
-        If a value has the wrong type or is out of range.
+        If a name is unknown, or a value has the wrong type or is out of range.
     """
 
     enabled: bool = True
@@ -184,14 +199,8 @@ class HybridTrainerConfig:
         """Build from a mapping; a name that is not a setting raises :class:`ConfigError`."""
         if not isinstance(settings, Mapping):
             raise _error("settings", settings, "a mapping of names to values")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"unknown setting {name!r}; known settings: {', '.join(known)}{meant}"
-                )
+        # Here too, as a name may be no string.
+        _check_known(settings)
         return cls(**settings)
 
     @classmethod
@@ -207,6 +216,17 @@ class HybridTrainerConfig:
         if not isinstance(settings, Mapping):
             raise _error("hybridcore", settings, "a table of settings")
         return cls.from_dict(settings)
+
+
+def _check_known(names: Iterable[object]) -> None:
+    known = [field.name for field in dataclasses.fields(HybridTrainerConfig)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"unknown setting {name!r}; known settings: {', '.join(known)}{meant}"
+            )
 
 
 def _error(name: str, value: object, expected: str) -> ConfigError:

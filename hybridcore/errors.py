@@ -7,8 +7,8 @@ class HybridCoreError(Exception):
     """Base of every error that hybridcore raises on purpose."""
 
 
-class ConfigError(HybridCoreError, ValueError):
-    """A setting is unknown or out of range."""
+class ConfigError(HybridCoreError, ValueError, TypeError):
+    """A setting is unknown, of another type or out of range."""
 
 
 class ClosureError(HybridCoreError, TypeError):

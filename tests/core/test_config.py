@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import math
 
 import pytest
@@ -159,6 +161,21 @@ def test_an_unknown_name_is_named_with_the_known_ones(name):
     assert repr(name) in str(caught.value)
     for known in NAMES:
         assert known in str(caught.value)
+
+
+def test_the_constructor_names_an_unknown_one_too():
+    for build in (
+        HybridTrainerConfig,
+        functools.partial(dataclasses.replace, HybridTrainerConfig()),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"^unknown setting 'horizn'; .*'horizon'\?$"
+        ) as caught:
+            build(horizn=5)
+        # What Python itself would have raised.
+        assert isinstance(caught.value, TypeError)
+    assert list(inspect.signature(HybridTrainerConfig).parameters) == NAMES
+    assert HybridTrainerConfig(False, 7) == HybridTrainerConfig(enabled=False, warmup_steps=7)
 
 
 def test_every_setting_is_frozen():
