@@ -176,6 +176,10 @@ def in_steps(optimizer: Optimizer, rate: float, steps: int) -> Scheduler:
     return lr_scheduler.StepLR(optimizer, steps // 3, 0.3)
 
 
+def late_decay(optimizer: Optimizer, rate: float, steps: int) -> Scheduler:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (0.3 * steps)))
+
+
 def adam(model: nn.Module, rate: float) -> Optimizer:
     return Adam(model.parameters(), rate)
 
@@ -209,6 +213,8 @@ LOOPS = (
     Loop("Embedding, AdamW, cosine", embedding, adamw, cosine, (0.006, 0.02), 1500),
     Loop("Embedding, AdamW, warm-up", embedding, adamw, warm_up, (0.006, 0.02), 1500),
     Loop("Embedding, SGD, one cycle", embedding, momentum, one_cycle, (0.3, 0.6), 1500),
+    Loop("Embedding, AdamW, late decay", embedding, adamw, late_decay, (0.006, 0.02), 1500),
+    Loop("Embedding, SGD, late decay", embedding, momentum, late_decay, (0.1, 0.3), 1500),
     Loop("Embedding, Adam, constant", embedding, adam, constant, (0.003, 0.01), 1500),
     Loop("Embedding, SGD, constant", embedding, momentum, constant, (0.06, 0.2), 1500),
     Loop("CNN, digits, SGD in steps", convolutional, momentum, in_steps, (0.04, 0.16), 800),
