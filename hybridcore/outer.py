@@ -117,8 +117,9 @@ class OuterMomentum:
       of 1.10 on a recurrent network under a decay that ends at zero (5 seeds, by ``python -m
       benchmarks.proving_ground table``).
     - *Hurts* in the first fifth of a language model's training, where it is not taken (entry 31 of
-      the log there), and on little data, which it overfits sooner. At the highest rates that
-      training bears less so since there is trust (entries 67, 68 and 70).
+      the log there), and on little data, which it overfits sooner. At rates well above the best one
+      it still does, less since there is trust (entries 67 and 68) and, where the rate falls, a
+      little more since it goes on until that is annealed (entry 70).
     - *Costs* twenty forward passes in the first ten outer steps and later two in 16 of them, and
       saves one pass in six at full strength; two snapshots more, and the processor time of a move
       every tenth step.
