@@ -114,6 +114,8 @@ def work(rank: int, world: int, folder: str, kind: str, width: int, steps: int) 
     dist.all_gather = watched
     config = HybridTrainerConfig(**CONFIG)
     trainer = HybridTrainer(model, torch.optim.AdamW(model.parameters(), 3e-5), config)
+    # Only what steps exchange counts, and not the settings.
+    handed.clear()
     for _ in range(steps):
         trainer.step(lambda: F.mse_loss(model(x[rank::world]), y[rank::world]))
     summary = trainer.statistics()
@@ -128,6 +130,7 @@ def work(rank: int, world: int, folder: str, kind: str, width: int, steps: int) 
             "memory": summary.memory,
         }
         Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.barrier()
     dist.destroy_process_group()
 
 

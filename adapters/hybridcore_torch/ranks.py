@@ -9,10 +9,11 @@ then added in the order of the ranks, because a sum made on the way may differ i
 from __future__ import annotations
 
 import math
-import time
+import pickle
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -43,23 +44,19 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def _wait_until_let_go(tensors: Sequence[torch.Tensor], owners: int) -> None:
-    """Let Gloo's thread drop what has been exchanged, for which it needs the interpreter.
+# What Gloo's threads may still hold of the last exchanges, by references that are not Python's.
+_EXCHANGED: deque[list[torch.Tensor]] = deque(maxlen=64)
 
-    Each of `tensors` had so many `owners` before; how they are counted differs by version.
 
-    It drops it under a lock. ``DistributedDataParallel`` ends its group without giving the
-    interpreter away, and waits for that lock: a loop that ended right behind an exchange would wait
-    for ever (https://github.com/pytorch/pytorch/issues/56297). No rank is waited for here, so that
-    the limit is there only for what else may keep a tensor.
+def _keep(tensors: Sequence[torch.Tensor]) -> None:
+    """Keep what is exchanged until Gloo's threads have surely let go of it.
+
+    They do so under a lock, and need the interpreter where no other reference than Python's is
+    left. ``DistributedDataParallel`` ends its group without giving the interpreter away and waits
+    for that lock: a loop that ended right behind an exchange could wait for ever
+    (https://github.com/pytorch/pytorch/issues/56297). A view keeps its base by such a reference.
     """
-    end = time.monotonic() + 0.1
-    while any(_owners(t) > owners for t in tensors) and time.monotonic() < end:
-        time.sleep(0.0)
-
-
-def _owners(tensor: torch.Tensor) -> int:
-    return tensor._use_count()  # type: ignore[no-any-return, attr-defined]
+    _EXCHANGED.append([tensor.view_as(tensor) for tensor in tensors])
 
 
 class Ranks:
@@ -122,8 +119,15 @@ class Ranks:
         """
         if not self.several:
             return
-        seen: list[Any] = [None] * self._size
-        dist.all_gather_object(seen, dict(arguments), self._group)
+        text = np.frombuffer(pickle.dumps(dict(arguments)), np.uint8)
+        sizes = [int(row) for row in self._exchange(torch.tensor([len(text)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = torch.from_numpy(text.copy())
+        rows = self._exchange(padded)
+        seen = [
+            pickle.loads(row[:size].numpy().tobytes())
+            for row, size in zip(rows, sizes, strict=True)
+        ]
         for rank, other in enumerate(seen):
             for name, value in seen[0].items():
                 if other.get(name) != value:
@@ -162,13 +166,8 @@ class Ranks:
         return self._gather(values.flatten().tolist()).sum(dim=0).view(values.shape)
 
     def _gather(self, values: Sequence[float]) -> torch.Tensor:
-        own = torch.tensor([float(self.turn), *values], dtype=torch.float64, device=self._device)
-        rows = [torch.empty_like(own) for _ in range(self._size)]
-        owners = _owners(own)
-        dist.all_gather(rows, own, self._group)
-        if self._gloo:
-            _wait_until_let_go((own, *rows), owners)
-        table = torch.stack(rows).cpu()
+        own = torch.tensor([float(self.turn), *values], dtype=torch.float64)
+        table = torch.stack(self._exchange(own))
         turns = table[:, 0].tolist()
         usual = max(set(turns), key=turns.count)
         astray = [rank for rank, turn in enumerate(turns) if turn != usual]
@@ -179,3 +178,12 @@ class Ranks:
                 "and let an error end all of them"
             )
         return table[:, 1:]
+
+    def _exchange(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """Return `own` of every rank, on the CPU and in the order of the ranks."""
+        own = own.to(self._device)
+        rows = [torch.empty_like(own) for _ in range(self._size)]
+        if self._gloo:
+            _keep((own, *rows))
+        dist.all_gather(rows, own, self._group)
+        return [row.cpu() for row in rows]
