@@ -130,3 +130,18 @@ def lbfgs_direction(displacements, changes, gradient, metric):
         beta = (y @ r) / (s @ y)
         r = r + (alpha - beta) * s
     return -r
+
+
+def gram(rows):
+    """Inner products of `rows` about the last of them, in float64."""
+    moved = np.asarray(rows, np.float64) - np.asarray(rows[-1], np.float64)
+    return moved @ moved.T
+
+
+def in_8_bits(values, block=256):
+    """Whole numbers up to 127 for each value, and what one step stands for in its block."""
+    blocks = np.zeros((-(-len(values) // block), block))
+    blocks.flat[: len(values)] = values
+    scales = np.abs(blocks).max(axis=1) / 127
+    steps = np.divide(blocks, scales[:, None], where=scales[:, None] > 0, out=0 * blocks)
+    return np.rint(steps).ravel(), scales

@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 
 from hybridcore_torch.ranks import local
 
-# Few enough columns for the displacements to stay in the cache, and enough for the calls not to
-# count.
-_BLOCK = 65536
 # Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
 _SMALL = 2**20
 
@@ -37,6 +34,10 @@ class ExactBucket:
         Keep the rows in the host's memory, pinned; they are copied there beside the next steps, by
         way of one row on the device.
     """
+
+    # Columns that are worked on at a time: few enough for the displacements to stay in the cache,
+    # and enough for the calls not to count.
+    _longest = 65536
 
     def __init__(self, groups: Groups, host: bool = False) -> None:
         self.parameters = [local(p) for group in groups.values() for p in group]
@@ -69,11 +70,14 @@ class ExactBucket:
         if row not in self.rows:
             self.rows[row] = self._new_row()
         if self._link is None:
-            torch._foreach_copy_(self._split(self.rows[row]), self.parameters)
+            self._copy_into(self.rows[row])
         else:
             self._link.wait()
             torch._foreach_copy_(self._split(self._link.staged), self.parameters)
             self._link.send(self.rows[row])
+
+    def _copy_into(self, row: torch.Tensor) -> None:
+        torch._foreach_copy_(self._split(row), self.parameters)
 
     def load(self, row: int) -> None:
         """Put the parameters where `row` is."""
@@ -103,17 +107,20 @@ class ExactBucket:
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
         self._wait()
-        *older, newest = order
         out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
-        shape = (len(older), min(stop - start, _BLOCK))
+        self._add_products(order, start, stop, out)
+        return out
+
+    def _add_products(self, order: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
+        *older, newest = order
+        shape = (len(older), min(stop - start, self._longest))
         moved = wide(torch.empty(shape, dtype=self._dtype, device=self._device))
-        for columns in _blocks(start, stop):
+        for columns in self._blocks(start, stop):
             origin = wide(self._part(newest, columns))
             block = moved[:, : len(origin)]
             for row, displacement in zip(older, block, strict=True):
                 torch.sub(self._part(row, columns), origin, out=displacement)
             out[:-1, :-1] += block @ block.T
-        return out
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.
@@ -130,12 +137,13 @@ class ExactBucket:
         if into is not None and into not in order:
             if into not in self.rows:
                 self.rows[into] = self._new_row()
-            point = wide(self.rows[into].copy_(self.rows[order[-1]]))
+            point = wide(self.rows[into])
         else:
-            point = wide(self.rows[order[-1]]).clone()
+            point = torch.empty_like(wide(self.rows[order[-1]]))
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
-            self._add(order, weights[group], slice(start, stop), point[start:stop])
+            for columns in self._blocks(start, stop):
+                self._write(order, weights[group], columns, point[columns])
         torch._foreach_copy_(self.parameters, self._split(point))
         if into is not None:
             self.rows[into].copy_(point)
@@ -148,31 +156,33 @@ class ExactBucket:
             while start >= end and size:
                 group, _, end = next(spans)
             row = weights[0] if len(weights) == 1 else weights[group]
-            whole = [slice(start, start + size)]
-            flat = p.view(-1) if p.is_contiguous() else None
-            for columns in whole if flat is None else _blocks(start, start + size):
-                point = wide(self._part(order[-1], columns)).clone()
-                self._add(order, row, columns, point)
-                target = p if flat is None else flat[columns.start - start : columns.stop - start]
-                target.copy_(point.view(target.shape))
+            flat = p.view(-1) if p.is_contiguous() else wide(p.new_empty(size))
+            for columns in self._blocks(start, start + size):
+                target = flat[columns.start - start : columns.stop - start]
+                point = wide(target)
+                self._write(order, row, columns, point)
+                if point is not target:
+                    target.copy_(point)
+            if not p.is_contiguous():
+                p.copy_(flat.view(p.shape))
             start += size
 
-    def _add(
+    def _write(
         self,
         order: Sequence[int],
         weights: NDArray[np.float64],
         columns: slice,
         point: torch.Tensor,
     ) -> None:
-        """Add weighted displacements in `columns` to the newest row's, which is in `point`."""
+        """Write the newest row's `columns` and weighted displacements from it to `point`."""
         *older, newest = order
-        by_row = zip(older, weights[:-1].tolist(), strict=True)
-        weighted = [(row, weight) for row, weight in by_row if weight]
-        for block in _blocks(columns.start, columns.stop):
-            origin = wide(self._part(newest, block))
-            target = point[block.start - columns.start : block.stop - columns.start]
-            for row, weight in weighted:
-                target.add_(wide(self._part(row, block)) - origin, alpha=weight)
+        start = origin = wide(self._part(newest, columns))
+        for row, weight in zip(older, weights[:-1].tolist(), strict=True):
+            if weight:
+                moved = wide(self._part(row, columns)) - origin
+                start = torch.add(start, moved, alpha=weight, out=point)
+        if start is origin:
+            point.copy_(origin)
 
     def state_dict(self, rows: Sequence[int | None]) -> torch.Tensor:
         """Return `rows` as a matrix; of None a row of zeros."""
@@ -200,6 +210,10 @@ class ExactBucket:
     def _part(self, row: int, columns: slice) -> torch.Tensor:
         return self.rows[row][columns].to(self._device, non_blocking=True)
 
+    def _blocks(self, start: int, stop: int) -> Iterator[slice]:
+        for begin in range(start, stop, self._longest):
+            yield slice(begin, min(stop, begin + self._longest))
+
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, self._sizes)
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
@@ -207,11 +221,6 @@ class ExactBucket:
     def _wait(self) -> None:
         if self._link is not None:
             self._link.wait()
-
-
-def _blocks(start: int, stop: int) -> Iterator[slice]:
-    for begin in range(start, stop, _BLOCK):
-        yield slice(begin, min(stop, begin + _BLOCK))
 
 
 class _Link:

@@ -14,12 +14,9 @@ from hybridcore_torch import codes
 from hybridcore_torch.buckets import Groups, wide
 from hybridcore_torch.ranks import local
 
-# Values that are worked on at a time, a multiple of what shares a scale.
-_BLOCK = 256 * codes.BLOCK
-
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """Some values of a parameter: where they are in it, in the exact row and in the codes."""
 
     group: int
@@ -57,34 +54,40 @@ class CodedBucket:
         Of the displacements; :func:`hybridcore_torch.codes.encode` says what is lost.
     """
 
+    # Values that are worked on at a time, a multiple of what shares a scale.
+    _longest = 256 * codes.BLOCK
+
     def __init__(self, groups: Groups, kind: str) -> None:
         self.parameters = [local(p) for group in groups.values() for p in group]
         self._kind = kind
         first = self.parameters[0]
         self._dtype, self._device = first.dtype, first.device
         self.spans: list[tuple[int, int, int]] = []
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         base = coded = 0
         for group, parameters in groups.items():
             begin = base
             for p in map(local, parameters):
-                most = _BLOCK if p.is_contiguous() else max(1, p.numel())
+                most = self._longest if p.is_contiguous() else max(1, p.numel())
                 for start in range(0, p.numel(), most):
                     size = min(most, p.numel() - start)
-                    self._blocks.append(_Block(group, p, start, size, base, coded))
+                    self._blocks.append(Block(group, p, start, size, base, coded))
                     base, coded = base + size, coded + codes.padded(size)
             self.spans.append((group, begin, base))
         self.size, self._coded_size = base, coded
         self._base: torch.Tensor | None = None
         self._at: int | None = None
         self._codes: dict[int, codes.Codes] = {}
+        # Memory of rows that were forgotten, for those to come.
+        self._free: list[codes.Codes] = []
         # Exact copies of what is no snapshot.
         self._spare: dict[int, torch.Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        tensors = [t for row in self._codes.values() for t in row if t is not None]
+        rows = (*self._codes.values(), *self._free)
+        tensors = [t for row in rows for t in row if t is not None]
         tensors += self._spare.values()
         tensors += [] if self._base is None else [self._base]
         return sum(t.nbytes for t in tensors)
@@ -96,10 +99,13 @@ class CodedBucket:
             return
         if row not in self._codes:
             self._codes[row] = self._empty()
-        assert self._base is not None
         for block in self._blocks:
-            moved = block.read() - wide(self._part(self._base, block))
-            codes.encode(moved, self._coded(row, block))
+            self._encode(row, block)
+
+    def _encode(self, row: int, block: Block) -> None:
+        """Write where the parameters are, as displacements from the base, to `row`."""
+        moved = block.read() - wide(self._in_base(block))
+        codes.encode(moved, self._coded(row, block))
 
     def _rebase(self, row: int) -> None:
         """Make `row` the base, where the parameters are, and the others displacements from it."""
@@ -109,16 +115,20 @@ class CodedBucket:
         if self._at is not None and self._at != row:
             self._codes[self._at] = self._empty()
         for block in self._blocks:
-            base, live = self._part(self._base, block), block.read()
-            moved = wide(base) - live if self._codes else live
-            for other in self._codes:
-                kept = self._coded(other, block)
-                codes.encode(codes.decode(kept, block.size).add_(moved), kept)
-            base.copy_(live)
+            self._rebase_block(block)
         self._at = row
+
+    def _rebase_block(self, block: Block) -> None:
+        base, live = self._in_base(block), block.read()
+        moved = wide(base) - live if self._codes else live
+        for other in self._codes:
+            kept = self._coded(other, block)
+            codes.encode(codes.decode(kept, block.size).add_(moved), kept)
+        base.copy_(live)
 
     def forget(self) -> None:
         """Do without all snapshots: the next one is the base."""
+        self._free += self._codes.values()
         self._codes, self._at = {}, None
 
     def load(self, row: int) -> None:
@@ -149,6 +159,7 @@ class CodedBucket:
 
     def drop(self, kept: set[int]) -> None:
         """Free all rows but those in `kept`."""
+        self._free = []
         self._codes = {row: values for row, values in self._codes.items() if row in kept}
         self._spare = {row: values for row, values in self._spare.items() if row in kept}
         if self._at not in kept and not self._codes:
@@ -156,14 +167,17 @@ class CodedBucket:
 
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
-        *older, newest = order
         out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
         for block in self._blocks:
             if start <= block.base < stop:
-                origin = self._moved(newest, block)
-                moved = torch.stack([self._moved(row, block) - origin for row in older])
-                out[:-1, :-1] += moved @ moved.T
+                self._add_products(order, block, out)
         return out
+
+    def _add_products(self, order: Sequence[int], block: Block, out: torch.Tensor) -> None:
+        *older, newest = order
+        origin = self._moved(newest, block)
+        moved = torch.stack([self._moved(row, block) - origin for row in older])
+        out[:-1, :-1] += moved @ moved.T
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.
@@ -171,22 +185,25 @@ class CodedBucket:
         `weights` is (groups, m), or (1, m) where they are the same for all groups. With `into` the
         parameters have to be at the newest row, exactly, and that row is made a copy of the point.
         """
-        *older, newest = order
-        assert self._base is not None
         for block in self._blocks:
             row = weights[0] if len(weights) == 1 else weights[block.group]
-            base = wide(self._part(self._base, block))
-            if into is None:
-                point, origin = self._point(newest, block), self._moved(newest, block)
-            else:
-                point = block.read().clone()
-                origin = point - base
-            for other, weight in zip(older, row[:-1].tolist(), strict=True):
-                if weight:
-                    point.add_(self._moved(other, block) - origin, alpha=weight)
-            block.write(point)
+            self._move_block(order, row[:-1], block, at_newest=into is not None)
         if into is not None:
             self.store(into)
+
+    def _move_block(
+        self, order: Sequence[int], weights: NDArray[np.float64], block: Block, *, at_newest: bool
+    ) -> None:
+        *older, newest = order
+        if at_newest:
+            point = block.read().clone()
+            origin = point - wide(self._in_base(block))
+        else:
+            point, origin = self._point(newest, block), self._moved(newest, block)
+        for other, weight in zip(older, weights.tolist(), strict=True):
+            if weight:
+                point.add_(self._moved(other, block) - origin, alpha=weight)
+        block.write(point)
 
     def state_dict(self, rows: Sequence[int | None]) -> dict[str, Any]:
         """Return the rows as they are; `rows` are the snapshots and the recovery point."""
@@ -231,24 +248,32 @@ class CodedBucket:
         )
 
     def _empty(self) -> codes.Codes:
+        """Return a row of zeros."""
+        if self._free:
+            row = self._free.pop()
+            (row.values if row.scales is None else row.scales).zero_()
+            return row
         return codes.empty(self._coded_size, self._kind, self._device)
 
     @staticmethod
-    def _part(row: torch.Tensor, block: _Block) -> torch.Tensor:
+    def _part(row: torch.Tensor, block: Block) -> torch.Tensor:
         return row[block.base : block.base + block.size]
 
-    def _coded(self, row: int, block: _Block) -> codes.Codes:
+    def _in_base(self, block: Block) -> torch.Tensor:
+        assert self._base is not None
+        return self._part(self._base, block)
+
+    def _coded(self, row: int, block: Block) -> codes.Codes:
         return codes.part(self._codes[row], block.coded, block.size)
 
-    def _moved(self, row: int, block: _Block) -> torch.Tensor:
+    def _moved(self, row: int, block: Block) -> torch.Tensor:
         """Displacement of `row` from the base."""
         if row == self._at:
             return torch.zeros(block.size, device=self._device)
         return codes.decode(self._coded(row, block), block.size)
 
-    def _point(self, row: int, block: _Block) -> torch.Tensor:
+    def _point(self, row: int, block: Block) -> torch.Tensor:
         """Values of `row`, a new tensor in float32 at least."""
         if row in self._spare:
             return wide(self._part(self._spare[row], block)).clone()
-        assert self._base is not None
-        return wide(self._part(self._base, block)) + self._moved(row, block)
+        return wide(self._in_base(block)) + self._moved(row, block)

@@ -14,6 +14,7 @@ from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore.secant import LEAST_PAIRS
 from hybridcore_torch.memory import size_of
 from hybridcore_torch.secants import affordable
+from hybridcore_torch.snapshots import COMPILED, LARGE
 
 # Where momentum is off unless asked for.
 WITH_MOMENTUM = ("sgd", "rmsprop")
@@ -25,6 +26,8 @@ DTYPES = {
 }
 # Parameters of the small tensor on which an optimizer shows what it keeps.
 _SIDE = 64
+# Bytes that numba takes with its kernels for snapshots (benchmarks/memory.py).
+_NUMBA = 125_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Memory:
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
         Secant pairs, where every batch is the same, with the weights that are kept beside them.
+    numba : int
+        What compiled kernels for snapshots of many float32 values on the CPU take, once.
     count, pairs : int
         How many snapshots and pairs there is room for.
     """
@@ -57,6 +62,7 @@ class Memory:
     average: int
     recovery: int
     secants: int
+    numba: int
     count: int
     pairs: int
 
@@ -68,12 +74,13 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at most, where batches differ."""
-        return self.plain + self.snapshots + self.average + self.recovery
+        return self.plain + self.snapshots + self.average + self.recovery + self.numba
 
     @property
     def same_batch(self) -> int:
         """Bytes at most, where every batch is the same: pairs take the place of snapshots."""
-        return max(self.total, self.plain + self.average + self.recovery + self.secants)
+        taken = self.plain + self.average + self.recovery + self.secants + self.numba
+        return max(self.total, taken)
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -127,6 +134,7 @@ def estimate(
     secants = (2 * pairs + 5) * max(4, size) * parameters + strengths + weights
     taken = Size(parameters, weights, kept * parameters, on_gpu=False)
     count = there.snapshots
+    compiled = count and kind == torch.float32 and parameters > LARGE and there.kind in COMPILED
     return Memory(
         weights=weights,
         gradients=weights,
@@ -136,6 +144,7 @@ def estimate(
         average=round(taken.average) if there.average else 0,
         recovery=round(recovery_bytes(there.kind, taken)) if count or pairs else 0,
         secants=secants if pairs else 0,
+        numba=_NUMBA if compiled else 0,
         count=count,
         pairs=pairs,
     )

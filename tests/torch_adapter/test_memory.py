@@ -14,7 +14,7 @@ from torch import nn
 
 from hybridcore import ConfigError, HybridTrainerConfig, Phase
 from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
-from hybridcore_torch import HybridTrainer, codes
+from hybridcore_torch import HybridTrainer, codes, snapshots
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
 
@@ -59,8 +59,10 @@ def test_what_is_not_finite_stays_so_in_codes(kind, bad):
     assert not codes.decode(made, 600).isfinite().all()
 
 
+@pytest.mark.parametrize("large", [snapshots.LARGE, 1000], ids=["torch", "kernels"])
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8", "host"])
-def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
+def test_a_bank_of_any_kind_moves_as_numpy_does(monkeypatch, kind, large):
+    monkeypatch.setattr(snapshots, "LARGE", large)
     torch.manual_seed(0)
     # Strides that are no one-dimensional memory, and sizes that fill no block.
     square = nn.Parameter(torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last))

@@ -1,0 +1,100 @@
+"""Copies of many parameters in float32 on the CPU, by kernels that read each number once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hybridcore.kernels.cpu import snapshots
+from hybridcore_torch.buckets import ExactBucket
+from hybridcore_torch.coded import Block, CodedBucket
+
+_LONGEST = 2**20
+
+
+class CompiledExactBucket(ExactBucket):
+    """Copies in their own precision."""
+
+    _longest = _LONGEST
+
+    def _copy_into(self, row: torch.Tensor) -> None:
+        if all(p.is_contiguous() for p in self.parameters):
+            # As fast as memory, which copying each of them is not.
+            torch.cat([p.view(-1) for p in self.parameters], out=row)
+        else:
+            super()._copy_into(row)
+
+    def _add_products(self, order: Sequence[int], start: int, stop: int, out: torch.Tensor) -> None:
+        snapshots.gram(self._arrays(order, slice(start, stop)), out.numpy())
+
+    def _write(
+        self,
+        order: Sequence[int],
+        weights: NDArray[np.float64],
+        columns: slice,
+        point: torch.Tensor,
+    ) -> None:
+        snapshots.move(self._arrays(order, columns), weights[:-1], point.numpy())
+
+    def _arrays(self, order: Sequence[int], columns: slice) -> list[NDArray[np.float32]]:
+        return [self.rows[row][columns].numpy() for row in order]
+
+
+class CompiledCodedBucket(CodedBucket):
+    """One exact copy, the others in 8 bits."""
+
+    _longest = _LONGEST
+
+    def _encode(self, row: int, block: Block) -> None:
+        kept, scales = self._arrays(row, block)
+        snapshots.encode(block.read().numpy(), self._in_base(block).numpy(), kept, scales)
+
+    def _rebase_block(self, block: Block) -> None:
+        rows = [self._arrays(row, block) for row in self._codes]
+        live, base = block.read().numpy(), self._in_base(block).numpy()
+        snapshots.rebase(live, base, [kept for kept, _ in rows], [scales for _, scales in rows])
+
+    def _add_products(self, order: Sequence[int], block: Block, out: torch.Tensor) -> None:
+        base = order.index(self._at) if self._at in order else None
+        # What stands for the base is not read.
+        rows = [
+            self._arrays(row if row in self._codes else next(iter(self._codes)), block)
+            for row in order
+        ]
+        snapshots.coded_gram(
+            [kept for kept, _ in rows], [scales for _, scales in rows], base, out.numpy()
+        )
+
+    def _move_block(
+        self, order: Sequence[int], weights: NDArray[np.float64], block: Block, *, at_newest: bool
+    ) -> None:
+        *older, newest = order
+        live, base = block.read(), self._in_base(block)
+        if at_newest or newest == self._at:
+            point = live if at_newest else base
+        else:
+            point = self._point(newest, block)
+        weighted = [
+            (*self._arrays(row, block), weight)
+            for row, weight in zip(older, weights.tolist(), strict=True)
+            if weight and row != self._at
+        ]
+        snapshots.coded_move(
+            point.numpy(),
+            base.numpy(),
+            [kept for kept, _, _ in weighted],
+            [scales for _, scales, _ in weighted],
+            np.array([weight for _, _, weight in weighted]),
+            float(weights.sum()),
+            live.numpy(),
+        )
+        if not block.parameter.is_contiguous():
+            block.write(live)
+
+    def _arrays(self, row: int, block: Block) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        kept = self._coded(row, block)
+        assert kept.scales is not None
+        return kept.values.numpy(), kept.scales.numpy()
