@@ -223,7 +223,8 @@ class Controller:
             self.pace.wait += self.taken
         self.meter.mark = (NAN, self.counters.full_steps, self.counters.probes)
         self.rule.restart()
-        self.note("snapshots and trend start over")
+        if self.taken:
+            self.note("snapshots and trend start over")
 
     def raise_losses(self, by: float) -> None:
         """Count losses from further down: what is remembered of them is higher `by`."""

@@ -6,11 +6,14 @@ An adapter measures the model and makes the copies; what is kept is decided here
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from hybridcore.config import HybridTrainerConfig
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["exact", "bfloat16", "int8", "host"]
 CODED = ("bfloat16", "int8")
@@ -158,7 +161,15 @@ class Room:
 
     def measure(self, size: Size) -> None:
         """Plan for a model of this size."""
-        self.plan = plan(self._config, size, host=self._host)
+        before, self.plan = self.plan, plan(self._config, size, host=self._host)
+        if before.average and not self.plan.average:
+            logger.warning(
+                "memory=%r has no room for a running average beside %d snapshots of kind %r, so "
+                "averaged() has nothing to evaluate: allow more, or set averaging=False",
+                self._config.memory,
+                self.plan.snapshots,
+                self.plan.kind,
+            )
         self.snapshots = min(self.snapshots, self.plan.snapshots)
 
     @property

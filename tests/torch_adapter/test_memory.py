@@ -251,3 +251,14 @@ def test_peaks_are_in_the_statistics():
     assert memory["average"] == size
     assert 4 * size <= memory["snapshots"] <= 6 * size
     assert memory["secant pairs"] == 0
+
+
+@pytest.mark.parametrize(("kind", "told"), [("bfloat16", 1), ("int8", 0)])
+def test_what_there_is_no_room_for_is_told_at_once(caplog, kind, told):
+    config = HybridTrainerConfig(snapshot_kind=kind)
+    p = nn.Parameter(torch.empty(17_000_000))
+    trainer = HybridTrainer(nn.ParameterList([p]), torch.optim.AdamW([p]), config)
+    assert caplog.text.count("no room for a running average") == told
+    if told:
+        with pytest.raises(ConfigError, match="needs room"), trainer.averaged():
+            pass
