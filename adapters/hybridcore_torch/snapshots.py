@@ -230,9 +230,12 @@ class SnapshotBank:
         for bucket, saved in zip(self._buckets, state["rows"], strict=True):
             if isinstance(bucket, CodedBucket):
                 bucket.load_state_dict(saved, self.capacity)
-            else:
-                own = [self.capacity] if self._recovery == self.capacity else []
-                bucket.load_state_dict(saved, [*self._order, *own])
+                continue
+            if self._recovery is not None and self._recovery not in self._order:
+                # It is saved last, wherever it was.
+                self._recovery = self.capacity
+            own = [self.capacity] if self._recovery == self.capacity else []
+            bucket.load_state_dict(saved, [*self._order, *own])
 
 
 def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:

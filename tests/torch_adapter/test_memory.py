@@ -128,6 +128,24 @@ def test_a_recovery_point_outlives_the_snapshot_that_it_is():
         assert bank.nbytes == 0
 
 
+@pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
+def test_a_recovery_point_that_is_no_snapshot_any_more_is_saved(kind):
+    p = nn.Parameter(torch.zeros(300))
+    bank, again = (SnapshotBank([[p]], 4, kind=kind) for _ in range(2))
+    with torch.no_grad():
+        for value in (1.0, 2.0):
+            p.fill_(value)
+            bank.take(fresh=value == 1.0, exact=True)
+        bank.save()
+        p.fill_(3.0)
+        bank.take(fresh=True)
+    again.load_state_dict(bank.state_dict())
+    for _ in range(5):
+        again.take(fresh=False)
+    again.restore()
+    assert p.tolist() == [2.0] * 300
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "host"])
 def test_snapshots_in_fewer_bits_predict_too(kind):
     config = dataclasses.replace(BRISK, secant_pairs=0, snapshot_kind=kind)
