@@ -224,7 +224,7 @@ class CodedBucket:
         self._at, self._base = state["at"], state["base"]
         if self._base is not None:
             self._base = self._base.to(self._device, copy=True)
-        self._codes, self._spare = {}, {}
+        self._codes, self._spare, self._free = {}, {}, []
         for index, row in enumerate(state["numbers"]):
             made = self._codes[int(row)] = self._empty()
             made.values.copy_(state["values"][index])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.autograd.graph import increment_version
 
 from hybridcore.kernels.cpu import snapshots
 from hybridcore_torch.buckets import ExactBucket
@@ -38,6 +39,7 @@ class CompiledExactBucket(ExactBucket):
         point: torch.Tensor,
     ) -> None:
         snapshots.move(self._arrays(order, columns), weights[:-1], point.numpy())
+        increment_version(point)
 
     def _arrays(self, order: Sequence[int], columns: slice) -> list[NDArray[np.float32]]:
         return [self.rows[row][columns].numpy() for row in order]
@@ -50,20 +52,18 @@ class CompiledCodedBucket(CodedBucket):
 
     def _encode(self, row: int, block: Block) -> None:
         kept, scales = self._arrays(row, block)
-        snapshots.encode(block.read().numpy(), self._in_base(block).numpy(), kept, scales)
+        snapshots.encode(_live(block).numpy(), self._in_base(block).numpy(), kept, scales)
 
     def _rebase_block(self, block: Block) -> None:
         rows = [self._arrays(row, block) for row in self._codes]
-        live, base = block.read().numpy(), self._in_base(block).numpy()
+        live, base = _live(block).numpy(), self._in_base(block).numpy()
         snapshots.rebase(live, base, [kept for kept, _ in rows], [scales for _, scales in rows])
 
     def _add_products(self, order: Sequence[int], block: Block, out: torch.Tensor) -> None:
         base = order.index(self._at) if self._at in order else None
-        # What stands for the base is not read.
-        rows = [
-            self._arrays(row if row in self._codes else next(iter(self._codes)), block)
-            for row in order
-        ]
+        # Something has to stand where the base is; it has no part in the products.
+        other = next(iter(self._codes))
+        rows = [self._arrays(other if row == self._at else row, block) for row in order]
         snapshots.coded_gram(
             [kept for kept, _ in rows], [scales for _, scales in rows], base, out.numpy()
         )
@@ -72,25 +72,30 @@ class CompiledCodedBucket(CodedBucket):
         self, order: Sequence[int], weights: NDArray[np.float64], block: Block, *, at_newest: bool
     ) -> None:
         *older, newest = order
-        live, base = block.read(), self._in_base(block)
-        if at_newest or newest == self._at:
-            point = live if at_newest else base
-        else:
-            point = self._point(newest, block)
+        live, base = _live(block), self._in_base(block)
         weighted = [
             (*self._arrays(row, block), weight)
             for row, weight in zip(older, weights.tolist(), strict=True)
             if weight and row != self._at
         ]
+        total = float(weights.sum())
+        if at_newest or newest == self._at:
+            point = live if at_newest else base
+        else:
+            point = self._point(newest, block)
+            # Its displacement is known better than from the rounded point.
+            weighted.append((*self._arrays(newest, block), -total))
+            total = 0.0
         snapshots.coded_move(
             point.numpy(),
             base.numpy(),
             [kept for kept, _, _ in weighted],
             [scales for _, scales, _ in weighted],
             np.array([weight for _, _, weight in weighted]),
-            float(weights.sum()),
+            total,
             live.numpy(),
         )
+        increment_version(live)
         if not block.parameter.is_contiguous():
             block.write(live)
 
@@ -98,3 +103,8 @@ class CompiledCodedBucket(CodedBucket):
         kept = self._coded(row, block)
         assert kept.scales is not None
         return kept.values.numpy(), kept.scales.numpy()
+
+
+def _live(block: Block) -> torch.Tensor:
+    """Return the parameters' own memory, or a copy where they are not contiguous."""
+    return block.read().contiguous()

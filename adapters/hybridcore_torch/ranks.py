@@ -183,7 +183,7 @@ class Ranks:
         """Return `own` of every rank, on the CPU and in the order of the ranks."""
         own = own.to(self._device)
         rows = [torch.empty_like(own) for _ in range(self._size)]
-        if self._gloo:
+        if own.device.type == "cpu":
             _keep((own, *rows))
         dist.all_gather(rows, own, self._group)
         return [row.cpu() for row in rows]

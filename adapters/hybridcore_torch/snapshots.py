@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from hybridcore.memory import CODED, Kind
 from hybridcore_torch.buckets import ExactBucket, Groups
 from hybridcore_torch.coded import CodedBucket
 from hybridcore_torch.ranks import Ranks, local
+
+logger = logging.getLogger(__name__)
 
 # Values of float32 on the CPU, 64 MiB, above which kernels are worth their compilation, three
 # seconds at most, and the 125 MB that numba takes. A million values are 4 ms faster in each cycle,
@@ -246,8 +249,13 @@ def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:
         and (first.device.type, first.dtype) == ("cpu", torch.float32)
         and sum(p.numel() for p in parameters) > LARGE
     ):
-        # Not before: it loads numba.
-        from hybridcore_torch.compiled import CompiledCodedBucket, CompiledExactBucket
-
-        return CompiledExactBucket(groups) if kind == "exact" else CompiledCodedBucket(groups, kind)
+        # Not before: it loads numba, which may be missing or find no folder for its cache.
+        try:
+            from hybridcore_torch import compiled
+        except (ImportError, RuntimeError) as error:
+            logger.warning("snapshots do without kernels, which is slower: %s", error)
+        else:
+            if kind == "exact":
+                return compiled.CompiledExactBucket(groups)
+            return compiled.CompiledCodedBucket(groups, kind)
     return CodedBucket(groups, kind) if kind in CODED else ExactBucket(groups, kind == "host")

@@ -146,5 +146,7 @@ def test_a_move_by_codes_is_that_of_numpy(size, rows):
     out = point.copy()
     kernel.coded_move(out, base, codes, scales, weights, float(weights.sum()) + 0.75, out)
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+    # Standing still asks nothing of the base.
+    base[:] = np.nan
     kernel.coded_move(point, base, codes, scales, 0.0 * weights, 0.0, out)
     assert np.array_equal(out, point)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +127,38 @@ def test_a_recovery_point_outlives_the_snapshot_that_it_is():
             assert p.tolist() == [1.0] * 4
             bank.forget()
         assert bank.nbytes == 0
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8"])
+def test_autograd_notices_a_move_by_kernels(monkeypatch, kind):
+    monkeypatch.setattr(snapshots, "LARGE", 0)
+    # So many that an exact bank moves them in place.
+    p = nn.Parameter(torch.ones(2**20 + 1))
+    bank = SnapshotBank([[p]], 4, kind=kind)
+    for taken in range(4):
+        with torch.no_grad():
+            p.add_(0.1)
+        bank.take(fresh=taken == 0, exact=taken == 3)
+    loss = p.square().sum()
+    bank.move(np.array([[-1.0, 2.0]]))
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8"])
+def test_without_numba_there_are_no_kernels_and_all_else_goes_on(monkeypatch, caplog, kind):
+    monkeypatch.setattr(snapshots, "LARGE", 0)
+    monkeypatch.delattr("hybridcore_torch.compiled", raising=False)
+    monkeypatch.setitem(sys.modules, "hybridcore_torch.compiled", None)
+    p = nn.Parameter(torch.ones(300))
+    bank = SnapshotBank([[p]], 4, kind=kind)
+    assert caplog.text.count("without kernels") == 1
+    for taken in range(4):
+        with torch.no_grad():
+            p.add_(0.1)
+        bank.take(fresh=taken == 0, exact=taken == 3)
+    bank.move(np.array([[-1.0, 2.0]]))
+    torch.testing.assert_close(p.detach(), torch.full((300,), 1.5))
 
 
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])

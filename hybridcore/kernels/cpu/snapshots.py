@@ -39,7 +39,7 @@ def gram(rows: list[NDArray[np.float32]], out: NDArray[np.float64]) -> None:
     """
     half = np.zeros_like(out)
     _gram(_filled(rows), len(rows), half)
-    out += half + np.tril(half, -1).T
+    _add_both_halves(half, out)
 
 
 @sums
@@ -79,6 +79,10 @@ def move(
         Written.
     """
     _move(_filled(rows), len(rows), weights.astype(np.float32), out)
+
+
+def _add_both_halves(half: NDArray[np.float64], out: NDArray[np.float64]) -> None:
+    out += half + np.tril(half, -1).T
 
 
 def _filled(rows: list[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
@@ -217,14 +221,14 @@ def coded_gram(
     codes, scales : lists of arrays
         At most `MOST`, as of :func:`encode`.
     base : int or None
-        Which of the rows is the base, whose codes and scales are not read.
+        Which of the rows is the base, whose codes and scales have no part in the products.
     out : (m, m) float64
         Sums are float32 within 256 values, and float64 over them.
     """
     half = np.zeros_like(out)
     which = -1 if base is None else base
     _coded_gram(_filled(codes), _filled(scales), len(codes), which, half)
-    out += half + np.tril(half, -1).T
+    _add_both_halves(half, out)
 
 
 @sums
@@ -270,12 +274,13 @@ def coded_move(
     weights : (rows,) float64
         Rounded to float32.
     total : float
-        Sum of the weights, with that of the base where it is one of the rows.
+        Sum of the weights, with that of the base where it is one of the rows. Where it is 0 the
+        base is not read.
     out : (n,) float32
         Written. It may be `point`.
     """
     if not codes:
-        np.copyto(out, point + np.float32(total) * (base - point))
+        np.copyto(out, point + np.float32(total) * (base - point) if total else point)
         return
     small = weights.astype(np.float32)
     _coded_move(
@@ -300,8 +305,10 @@ def _coded_move(
         mine, origin = point[start : start + SCALED], base[start : start + SCALED]
         target = out[start : start + SCALED]
         width = len(mine)
-        for k in range(width):
-            moved[k] = total * (origin[k] - mine[k])
+        moved[:] = 0.0
+        if total != 0.0:
+            for k in range(width):
+                moved[k] = total * (origin[k] - mine[k])
         for row in range(count):
             kept, step = codes[row][start : start + SCALED], weights[row] * scales[row][block]
             for k in range(SCALED):
