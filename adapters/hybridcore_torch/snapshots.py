@@ -253,7 +253,11 @@ def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:
         try:
             from hybridcore_torch import compiled
         except (ImportError, RuntimeError) as error:
-            logger.warning("snapshots do without kernels, which is slower: %s", error)
+            logger.warning(
+                "snapshots do without kernels, which is slower: %s; install numba, or set "
+                "NUMBA_CACHE_DIR to a folder that can be written",
+                error,
+            )
         else:
             if kind == "exact":
                 return compiled.CompiledExactBucket(groups)

@@ -1,7 +1,7 @@
 """Passes over the snapshots of a large model, each number read from memory once.
 
-They wait for memory and not for the processor, so that they are as fast as a plain copy of what
-they read and write. Nothing here is called in an ordinary step.
+Most of their time they wait for memory: all but the exact inner products, which take half as long
+again, are as fast as a plain copy of what they read and write. An ordinary step calls none of them.
 """
 
 from __future__ import annotations
