@@ -100,7 +100,7 @@ class Cycle:
     """Snapshots, Gram matrix and move of a cycle, for 25 million parameters.
 
     As a share of the cycle's 50 full steps, by AdamW on batches of 64, and in plain copies of the
-    parameters. A large model has the four snapshots in 8 bits for which there is room.
+    parameters. By default that size has the four snapshots in 8 bits for which there is room.
     """
 
     params = (("exact", "int8"),)
@@ -116,7 +116,8 @@ class Cycle:
         self.optimizer = torch.optim.AdamW(parameters, 1e-4)
         self.x = torch.randn(64, 2500)
         self.count = 6 if kind == "exact" else 4
-        self.bank = SnapshotBank([[p] for p in parameters], self.count, kind=kind)
+        groups = [[p] for p in parameters]
+        self.bank = SnapshotBank(groups, self.count, kind=kind, compiled=True)
         coefficients = np.zeros((4, self.count))
         coefficients[:, -2:] = -1.0, 2.0
         self.coefficients = coefficients

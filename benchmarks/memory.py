@@ -77,22 +77,20 @@ def load_numba() -> dict:
     import torch
     from torch import nn
 
-    from hybridcore_torch import snapshots
+    from hybridcore.memory import COMPILED
+    from hybridcore_torch.snapshots import SnapshotBank
 
     p = nn.Parameter(torch.ones(1000))
     p.sum().backward()
     torch.optim.AdamW([p], 1e-3, foreach=False).step()
-    large = snapshots.LARGE
-    for least in (large, 0):
+    for compiled in (False, True):
         before = high_water()
-        snapshots.LARGE = least
-        for kind in snapshots.COMPILED:
-            bank = snapshots.SnapshotBank([[p]], 4, kind=kind)
+        for kind in COMPILED:
+            bank = SnapshotBank([[p]], 4, kind=kind, compiled=compiled)
             for taken in range(4):
                 bank.take(fresh=taken == 0, exact=taken == 3)
             bank.gram()
             bank.move(np.array([[0.5, 0.5, -1.0, 1.0]]))
-    snapshots.LARGE = large
     return {"peak_bytes": high_water() - before}
 
 

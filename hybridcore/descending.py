@@ -74,7 +74,7 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         surplus = math.inf
     elif stuck or surplus <= 0.0:
         controller.note("optimizer on trial")
-        yield Directive(Action.SAVE)
+        yield from controller.save()
         secant.compare()
         return
     if surplus >= controller.config.snapshot_interval:

@@ -61,6 +61,8 @@ class Hands:
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out or the step was interrupted.
+    shown : bool
+        Whether the parameters hold the average.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Hands:
         )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         self._structure = structure
+        self.shown = False
         self.restart()
 
     def restart(self) -> None:
@@ -177,6 +180,8 @@ class Hands:
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
+            # It begins anew after the jump, and the optimizer's state takes its room.
+            self.average = None
             self.snapshots.save()
             self.recovery = RecoveryPoint(
                 self._model, self._optimizer, self._scaler, self.snapshots.kind
@@ -195,18 +200,24 @@ class Hands:
     def before_the_jump(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return copies of the states of model and optimizer that a rollback would restore."""
         assert self.recovery is not None
-        self.snapshots.set_aside()
-        try:
-            self.snapshots.restore()
+        with self._at_recovery():
             model = self._model.state_dict()
             model = type(model)((name, copy.deepcopy(value)) for name, value in model.items())
-        finally:
-            self.snapshots.put_back()
         saved = self.recovery.state_dict()
         model |= {name: value for name, value in saved["buffers"].items() if name in model}
         # Rates go on as the schedule does.
         groups = self._optimizer.state_dict()["param_groups"]
         return model, saved["optimizer"] | {"param_groups": groups}
+
+    @contextlib.contextmanager
+    def _at_recovery(self) -> Iterator[None]:
+        """Put the weights from before the jump into the parameters for the block."""
+        self.snapshots.set_aside()
+        try:
+            self.snapshots.restore()
+            yield
+        finally:
+            self.snapshots.put_back()
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""
@@ -226,14 +237,17 @@ class Hands:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the average into the weights for the block, if there is one."""
-        if self.average is None:
+        """Put the average, or what a rollback would put, into the weights for the block."""
+        if self.average is None and self.recovery is None:
             yield
             return
+        place = self._at_recovery() if self.average is None else self.average.in_place()
+        self.shown = True
         try:
-            with self.average.in_place():
+            with place:
                 yield
         finally:
+            self.shown = False
             reshard(self._model)
             if self._versions is not None:
                 self.watch()
@@ -265,7 +279,9 @@ class Hands:
         """The bank of snapshots."""
         if self.bank is None:
             layers, room = self._structure.layers, self.room
-            self.bank = SnapshotBank(layers, room.snapshots, self._ranks, room.plan.kind)
+            self.bank = SnapshotBank(
+                layers, room.snapshots, self._ranks, room.plan.kind, compiled=room.plan.compiled
+            )
         return self.bank
 
     def _measure(self) -> None:
@@ -291,7 +307,10 @@ class Hands:
         bank = secants = average = recovery = None
         if state["bank"] is not None:
             kind: Kind = state["bank"].get("kind", "exact")
-            bank = SnapshotBank(self._structure.layers, snapshots, self._ranks, kind)
+            compiled = self.room.plan.compiled
+            bank = SnapshotBank(
+                self._structure.layers, snapshots, self._ranks, kind, compiled=compiled
+            )
             if not bank.takes(state["bank"]):
                 raise CheckpointError(
                     "state was saved with other layer groups: pass the same layer_groups to the "

@@ -9,19 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybridcore.memory import CODED, Kind
+from hybridcore.memory import CODED, COMPILED, Kind
 from hybridcore_torch.buckets import ExactBucket, Groups
 from hybridcore_torch.coded import CodedBucket
 from hybridcore_torch.ranks import Ranks, local
 
 logger = logging.getLogger(__name__)
-
-# Values of float32 on the CPU, 64 MiB, above which kernels are worth their compilation, three
-# seconds at most, and the 125 MB that numba takes. A million values are 4 ms faster in each cycle,
-# and 14 ms in 8 bits.
-LARGE = 2**24
-# The kinds that there are kernels for.
-COMPILED = ("exact", "int8")
 
 
 class SnapshotBank:
@@ -39,6 +32,8 @@ class SnapshotBank:
         How they are kept: in the parameters' own precision, in fewer bits, or exactly and in the
         host's memory. In fewer bits the weights are put where a snapshot is kept, as long as there
         is a point to come back to.
+    compiled : bool
+        Whether kernels work on those of float32 on the CPU, where the kind has some.
 
     Attributes
     ----------
@@ -57,6 +52,8 @@ class SnapshotBank:
         capacity: int,
         ranks: Ranks | None = None,
         kind: Kind = "exact",
+        *,
+        compiled: bool = False,
     ) -> None:
         self.capacity = capacity
         self.kind = kind
@@ -71,7 +68,7 @@ class SnapshotBank:
                 share = 1.0 if ranks is None else ranks.share(p)
                 same = kinds.setdefault((p.device, p.dtype, share), {})
                 same.setdefault(number, []).append(p)
-        self._buckets = [_bucket(same, kind) for same in kinds.values()]
+        self._buckets = [_bucket(same, kind, compiled) for same in kinds.values()]
         self._shares = [share for _, _, share in kinds]
 
     @property
@@ -241,17 +238,13 @@ class SnapshotBank:
             bucket.load_state_dict(saved, [*self._order, *own])
 
 
-def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:
-    parameters = [local(p) for group in groups.values() for p in group]
-    first = parameters[0]
-    if (
-        kind in COMPILED
-        and (first.device.type, first.dtype) == ("cpu", torch.float32)
-        and sum(p.numel() for p in parameters) > LARGE
-    ):
+def _bucket(groups: Groups, kind: Kind, compiled: bool) -> ExactBucket | CodedBucket:
+    first = local(next(iter(groups.values()))[0])
+    alike = (first.device.type, first.dtype) == ("cpu", torch.float32)
+    if compiled and kind in COMPILED and alike:
         # Not before: it loads numba, which may be missing or find no folder for its cache.
         try:
-            from hybridcore_torch import compiled
+            from hybridcore_torch.compiled import CompiledCodedBucket, CompiledExactBucket
         except (ImportError, RuntimeError) as error:
             logger.warning(
                 "snapshots do without kernels, which is slower: %s; install numba, or set "
@@ -260,6 +253,6 @@ def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:
             )
         else:
             if kind == "exact":
-                return compiled.CompiledExactBucket(groups)
-            return compiled.CompiledCodedBucket(groups, kind)
+                return CompiledExactBucket(groups)
+            return CompiledCodedBucket(groups, kind)
     return CodedBucket(groups, kind) if kind in CODED else ExactBucket(groups, kind == "host")

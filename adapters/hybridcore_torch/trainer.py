@@ -351,8 +351,7 @@ class HybridTrainer:
         return taken
 
     def _check_own_weights(self, call: str) -> None:
-        average = self._hands.average
-        if average is not None and average.shown:
+        if self._hands.shown:
             raise ProtocolError(
                 f"{call} inside averaged(): the model holds the average there, so leave the with "
                 "block first"

@@ -14,7 +14,6 @@ from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
 from hybridcore.secant import LEAST_PAIRS
 from hybridcore_torch.memory import size_of
 from hybridcore_torch.secants import affordable
-from hybridcore_torch.snapshots import COMPILED, LARGE
 
 # Where momentum is off unless asked for.
 WITH_MOMENTUM = ("sgd", "rmsprop")
@@ -26,8 +25,6 @@ DTYPES = {
 }
 # Parameters of the small tensor on which an optimizer shows what it keeps.
 _SIDE = 64
-# Bytes that numba takes with its kernels for snapshots (benchmarks/memory.py).
-_NUMBA = 125_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class Memory:
     snapshots : int
         The snapshots.
     average : int
-        The running average of the weights.
+        The running average of the weights, for as long as there is no `recovery`.
     recovery : int
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
@@ -74,11 +71,12 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at most, where batches differ."""
-        return self.plain + self.snapshots + self.average + self.recovery + self.numba
+        return self.plain + self.snapshots + max(self.average, self.recovery) + self.numba
 
     @property
     def same_batch(self) -> int:
         """Bytes at most, where every batch is the same: pairs take the place of snapshots."""
+        # The average is at the base of the pairs, before a trial and in its last step.
         taken = self.plain + self.average + self.recovery + self.secants + self.numba
         return max(self.total, taken)
 
@@ -134,7 +132,6 @@ def estimate(
     secants = (2 * pairs + 5) * max(4, size) * parameters + strengths + weights
     taken = Size(parameters, weights, kept * parameters, on_gpu=False)
     count = there.snapshots
-    compiled = count and kind == torch.float32 and parameters > LARGE and there.kind in COMPILED
     return Memory(
         weights=weights,
         gradients=weights,
@@ -144,7 +141,7 @@ def estimate(
         average=round(taken.average) if there.average else 0,
         recovery=round(recovery_bytes(there.kind, taken)) if count or pairs else 0,
         secants=secants if pairs else 0,
-        numba=_NUMBA if compiled else 0,
+        numba=round(there.numba),
         count=count,
         pairs=pairs,
     )

@@ -251,9 +251,10 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     assert not SnapshotBank([[0, 1], [2, 3]], 4, port, other).takes(state)
 
 
-@pytest.mark.parametrize(("copies", "average"), [(4.0, True), (3.0, False)])
-def test_all_copies_stay_within_the_setting_and_predict(copies, average):
-    model = regression()
+@pytest.mark.parametrize(("copies", "momentum", "average"), [(3.0, 0.9, True), (2.0, 0.0, False)])
+def test_all_copies_stay_within_the_setting_and_predict(copies, momentum, average):
+    model = regression(keras.optimizers.SGD(0.5, momentum))
+    model.optimizer.build(model.trainable_variables)
     weights_bytes = 4 * model.count_params()
     config = dataclasses.replace(BRISK, memory=f"{round(copies * weights_bytes)}B")
     hybrid = HybridCallback(config)
@@ -261,11 +262,13 @@ def test_all_copies_stay_within_the_setting_and_predict(copies, average):
     summary = hybrid.statistics()
     assert hybrid.hands.room.plan.kind == "int8"
     assert summary.snapshots == 4
-    assert summary.predicted_steps > 30
+    assert summary.predicted_steps > 20
     assert model.evaluate(*digits(), verbose=0) < 0.3
+    memory = summary.memory
+    taken = memory["snapshots"] + max(memory["average"], memory["recovery"])
     # A last block of 256 values and the model's own state are beside what is planned.
-    assert 0.7 * copies < sum(summary.memory.values()) / weights_bytes < copies + 0.4
-    assert (summary.memory["average"] > 0) == average
+    assert 0.7 * copies < taken / weights_bytes < copies + 0.4
+    assert (memory["average"] > 0) == average
     if not average:
         with pytest.raises(ConfigError, match="leaves none"):
             hybrid.averaged()
