@@ -145,7 +145,8 @@ class HybridTrainerConfig:
             raise _error("device", self.device, "'auto', 'cpu' or 'cuda'")
         if self.device == "cuda" and self.dynamics != "rssm":
             raise _error("device", self.device, "'auto' or 'cpu' unless dynamics is 'rssm'")
-        if not isinstance(self.memory, str) or not _MEMORY.fullmatch(self.memory):
+        asked = isinstance(self.memory, str) and _MEMORY.fullmatch(self.memory)
+        if not (asked and float(asked[1])):
             raise _error("memory", self.memory, "a size as '2GiB', or a number of copies as '4x'")
         if self.snapshot_kind not in get_args(SnapshotKind):
             raise _error(

@@ -188,6 +188,14 @@ class Room:
         """Plan for a model of this size."""
         before = self.plan
         self.plan = plan(self._config, size, host=self._host, kernels=self._kernels)
+        if before.snapshots and not self.plan.snapshots:
+            logger.warning(
+                "memory=%r has no room for %d snapshots of kind %r, so nothing is extrapolated: "
+                "allow more, or leave snapshot_kind='auto'",
+                self._config.memory,
+                FEWEST,
+                self.plan.kind,
+            )
         if before.average and not self.plan.average:
             logger.warning(
                 "memory=%r has no room for a running average beside %d snapshots of kind %r, so "

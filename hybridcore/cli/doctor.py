@@ -221,7 +221,7 @@ def _print_memory(
         ("the plain loop", "plain"),
         ("snapshots", "snapshots"),
         ("average", "average"),
-        ("optimizer's state, during a jump for the average", "recovery"),
+        ("optimizer's state, in its place during a jump", "recovery"),
         ("numba, once, where a CPU trains", "numba"),
         ("with hybridcore", "total"),
         ("secant pairs, where every batch is the same", "secants"),

@@ -27,7 +27,7 @@ BAD = {
     "outer_momentum": [0, 1, "yes", None],
     "averaging": [0, 1, "yes", None],
     "secant_pairs": [-1, 51, 2.0, True],
-    "memory": ["4", "x", "-1x", "4 x", "1.x", "2 GiB", "2gb", 4, None],
+    "memory": ["4", "x", "-1x", "0x", "0.0GiB", "4 x", "1.x", "2 GiB", "2gb", 4, None],
     "snapshot_kind": ["float32", "INT8", None, 8],
     "on_divergence": ["ignore", None, True],
 }

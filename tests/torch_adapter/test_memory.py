@@ -297,6 +297,14 @@ def test_memory_that_is_not_there_is_said():
     assert trainer.statistics().memory == dict.fromkeys(trainer.statistics().memory, 0)
 
 
+@pytest.mark.parametrize(("memory", "told"), [("64MiB", 1), ("9x", 0)])
+def test_that_there_is_no_room_for_snapshots_is_told_at_once(caplog, memory, told):
+    config = HybridTrainerConfig(memory=memory, snapshot_kind="host")
+    p = nn.Parameter(torch.empty(17_000_000))
+    HybridTrainer(nn.ParameterList([p]), torch.optim.AdamW([p]), config)
+    assert caplog.text.count("no room for 4 snapshots of kind 'host'") == told
+
+
 def test_peaks_are_in_the_statistics():
     trainer, closure, _ = noisy(config=BRISK)
     for _ in range(200):
