@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hybridcore import HybridTrainerConfig
-from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
+from hybridcore.memory import Size, beside_bytes, plan, snapshots_bytes
 from hybridcore_torch import HybridTrainer
 
 ROOT = Path(__file__).resolve().parent
@@ -67,8 +67,7 @@ def extra(parameters: float, ranks: int, shards: int, config: HybridTrainerConfi
     size = Size(own, 4 * own, 8 * own, on_gpu=True)
     there = plan(config, size)
     m = there.snapshots
-    beside = max(recovery_bytes(there.kind, size), there.average * size.average)
-    memory = snapshots_bytes(there.kind, m, size) + beside
+    memory = snapshots_bytes(there.kind, m, size) + beside_bytes(there, size)
     by_pass, by_decision = 3 * 8, 8 * (1 + GROUPS * m * m)
     full = config.min_full_steps
     if there.kind == "exact":
@@ -140,10 +139,7 @@ def measure(world: int, kind: str, width: int, steps: int) -> dict:
         found = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
     shards = world if kind == "fsdp" else 1
     told = extra(found["parameters"], world, shards, HybridTrainerConfig(**CONFIG))
-    peaks = found["memory"]
-    # One takes the other's place.
-    beside = max(peaks.pop("average"), peaks.pop("recovery"))
-    found["memory"] = sum(peaks.values()) + beside
+    found["memory"] = sum(found["memory"].values())
     row = {"kind": kind, "ranks": world, "measured": found, "formula": told._asdict()}
     print(json.dumps(row))
     return row

@@ -215,7 +215,7 @@ def memory() -> str:
     numba = {name: f"{taken / 1e6:.0f} MB" for name, taken in result["numba"].items()}
     lines += [
         "",
-        "For the kernels of a model above 64 MiB in float32 on the CPU numba takes "
+        "For the kernels of float32 on the CPU, by default from 24M parameters on, numba takes "
         f"{numba['cached_bytes']} beside the",
         f"copies, and {numba['compiled_bytes']} where it compiles them.",
         "",

@@ -13,8 +13,7 @@ class Averaging:
 
     The average follows the newest ``1 / (DECAY + 1)`` of the run, however long that is by now: the
     noise of single steps cancels, as it would under a decayed learning rate, and the beginning is
-    forgotten. It ends where a jump begins, whose rollback needs its room, and after that starts
-    over, uniformly, until it holds as much again.
+    forgotten. After a jump it starts over, uniformly, until it holds as much again.
 
     - *Predicts* the weights that a decayed rate would lead to.
     - *Pays* on mini-batches at a constant rate: plain's final held-out loss at 0.40 to 0.51 of its
@@ -40,9 +39,9 @@ class Averaging:
     def weight(self, taken: int) -> float:
         """Weight in [0, 1] of the weights after full step number `taken` of the phase; 0: none.
 
-        The first average begins with the first step, whatever its number.
+        A new average begins with the next step, whatever its number.
         """
-        if self.count and taken % INTERVAL:
+        if self.since and taken % INTERVAL:
             return 0.0
         polynomial = (DECAY + 1) / (self.count + 1 + DECAY)
         return max(polynomial, 1.0 / (self.since + 1))
@@ -58,7 +57,7 @@ class Averaging:
 
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` of the phase until the one that ends in an averaging."""
-        return (-taken - 1) % INTERVAL if self.count else 0
+        return (-taken - 1) % INTERVAL if self.since else 0
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts."""

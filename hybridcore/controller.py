@@ -249,7 +249,7 @@ class Controller:
             self.flight = yield from choose(self, self.gram)
             if self.flight is not None:
                 self.secant.unmark()
-                yield from self.save()
+                yield Directive(Action.SAVE)
                 self.note(
                     "jump",
                     arm=self.flight.jump.extrapolator,
@@ -300,11 +300,6 @@ class Controller:
         if weight and observation.applied:
             self.average.add()
         return observation
-
-    def save(self) -> Turn:
-        """Keep what a rollback needs; the average ends there, as its memory may be wanted."""
-        yield Directive(Action.SAVE)
-        self.average.restart()
 
     # -- state ------------------------------------------------------------------------------
 
@@ -368,6 +363,7 @@ class Controller:
         if event is Event.VALIDATED:
             # After a rollback the trend from before the jump holds again, so only here.
             self.dynamics.restart()
+            self.average.restart()
         logger.debug("%s: now %s", event.value, self.phase.name)
 
     def note(self, name: str, **figures: Any) -> None:

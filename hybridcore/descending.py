@@ -74,7 +74,7 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         surplus = math.inf
     elif stuck or surplus <= 0.0:
         controller.note("optimizer on trial")
-        yield from controller.save()
+        yield Directive(Action.SAVE)
         secant.compare()
         return
     if surplus >= controller.config.snapshot_interval:

@@ -6,6 +6,7 @@ An adapter measures the model and makes the copies; what is kept is decided here
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Plan:
         Bytes that secant pairs may take while there are any.
     compiled : bool
         Whether compiled kernels work on the snapshots.
+    in_turn : bool
+        Whether the average gives way to the copy of the optimizer's state during a jump.
     """
 
     kind: Kind
@@ -80,6 +83,7 @@ class Plan:
     average: bool
     pairs: float
     compiled: bool = False
+    in_turn: bool = False
 
     @property
     def numba(self) -> float:
@@ -105,13 +109,19 @@ def recovery_bytes(kind: Kind, size: Size) -> float:
     return size.state / 2 if kind in CODED and size.weights == 4 * size.parameters else size.state
 
 
+def beside_bytes(there: Plan, size: Size) -> float:
+    """Bytes of average and copy of the optimizer's state at most, where there are snapshots."""
+    average, recovery = there.average * size.average, recovery_bytes(there.kind, size)
+    return max(average, recovery) if there.in_turn else average + recovery
+
+
 def plan(
     config: HybridTrainerConfig, size: Size, *, host: bool = True, kernels: bool = True
 ) -> Plan:
     """Return the copies that fit into the settings' `memory`: all if they do, or else the best.
 
-    Snapshots come before the average, more exact ones before more of them, and on a large model
-    kernels before more of them too. There is no average while the optimizer's state is kept.
+    Snapshots come before the average, more exact ones before more of them, and where the average
+    has to give way in jumps there are fewer bits first; on a large model kernels come before that.
 
     Parameters
     ----------
@@ -133,16 +143,18 @@ def plan(
     counts = range(config.snapshots, FEWEST - 1, -1)
     in_float32 = size.weights == 4 * size.parameters and not size.on_gpu
     kernels = kernels and in_float32 and size.parameters > LARGE
-    for average in (True, False) if config.averaging else (False,):
-        shown = size.average if average else 0.0
-        pairs = limit - shown - size.weights - size.state
-        for kind in kinds:
-            beside = max(shown, recovery_bytes(kind, size))
-            for compiled in (True, False) if kernels and kind in COMPILED else (False,):
-                room = limit - beside - (NUMBA if compiled else 0.0)
-                for count in counts:
-                    if snapshots_bytes(kind, count, size) <= room:
-                        return Plan(kind, count, average, pairs, compiled)
+    for average, compiled, in_turn in itertools.product(
+        (True, False) if config.averaging else (False,),
+        (True, False) if kernels else (False,),
+        (False, True),
+    ):
+        numba = NUMBA if compiled else 0.0
+        pairs = limit - average * size.average - size.weights - size.state - numba
+        for kind, count in itertools.product(kinds, counts):
+            found = Plan(kind, count, average, pairs, compiled, in_turn)
+            held = snapshots_bytes(kind, count, size) + beside_bytes(found, size) + numba
+            if held <= limit and (kind in COMPILED or not compiled):
+                return found
     average = config.averaging and size.average <= limit
     return Plan(kinds[0], 0, average, limit - size.weights - size.state - average * size.average)
 

@@ -28,6 +28,7 @@ class WeightAverage:
         self._read = port.reader(lambda present: [wide(value) for value in present])
         self._towards = port.reader(_towards)
         self._values: list[Any] = []
+        self.shown = False
 
     @property
     def nbytes(self) -> int:
@@ -53,11 +54,13 @@ class WeightAverage:
         raw = [ops.copy(variable.value) for variable in self._variables]
         for variable, value in zip(self._variables, self._values, strict=True):
             variable.assign(ops.cast(value, variable.dtype))
+        self.shown = True
         try:
             yield
         finally:
             for variable, value in zip(self._variables, raw, strict=True):
                 variable.assign(value)
+            self.shown = False
 
     def state_dict(self) -> list[NDArray[Any]]:
         """Return the average as NumPy arrays."""

@@ -151,7 +151,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 f"memory={self.config.memory!r} leaves none: build the callback with more"
             )
         self._check_own_weights("averaged()")
-        return contextlib.nullcontext() if self._hands is None else self._hands.averaged()
+        average = None if self._hands is None else self._hands.average
+        return contextlib.nullcontext() if average is None else average.in_place()
 
     def finish(self, batch: tuple[Any, ...] | None = None) -> None:
         """End a jump, or a trial of the optimizer, that is under way: for after ``fit``.
@@ -391,7 +392,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._give_back()
 
     def _check_own_weights(self, call: str) -> None:
-        if self._hands is not None and self._hands.shown:
+        average = None if self._hands is None else self._hands.average
+        if average is not None and average.shown:
             raise ProtocolError(
                 f"{call} inside averaged(): the model holds the average there, so leave the with "
                 "block first"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
@@ -69,8 +68,6 @@ class Hands:
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out.
-    shown : bool
-        Whether the variables hold the average.
     """
 
     def __init__(
@@ -89,7 +86,6 @@ class Hands:
         self.room = Room(config, config.secant_pairs, host=False, kernels=False)
         self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
-        self.shown = False
         if layer_groups is not None and port.model.built:
             by_user(layer_groups, port.variables)
         self.restart()
@@ -157,8 +153,9 @@ class Hands:
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
-            # It begins anew after the jump, and what a rollback needs takes its room.
-            self.average = self.recovery = None
+            self.recovery = None
+            if self.room.plan.in_turn:
+                self.average = None
             self.snapshots.save()
             self.recovery = [self._thrifty(value) for value in port.keep()]
             self._measure()
@@ -176,30 +173,6 @@ class Hands:
                 self.bank.forget()
         if not pairs:
             self.secants, self._on_trial = None, False
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Put the average, or what a rollback would put, into the weights for the block."""
-        if self.average is None and self.recovery is None:
-            yield
-            return
-        place = self._at_recovery() if self.average is None else self.average.in_place()
-        self.shown = True
-        try:
-            with place:
-                yield
-        finally:
-            self.shown = False
-
-    @contextlib.contextmanager
-    def _at_recovery(self) -> Iterator[None]:
-        """Put the weights from before the jump into the variables for the block."""
-        self.snapshots.set_aside()
-        try:
-            self.snapshots.restore()
-            yield
-        finally:
-            self.snapshots.put_back()
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because something raised in it."""
@@ -309,7 +282,8 @@ class Hands:
         return self.snapshots.gram() if directive.gram else None
 
     def _add_to_average(self, weight: float) -> None:
-        if not (weight and self.room.average):
+        waits = self.room.plan.in_turn and self.recovery is not None
+        if not (weight and self.room.average) or waits:
             return
         new = self.average is None
         self.average = self.average or WeightAverage(self.port)

@@ -23,11 +23,14 @@ class WeightAverage:
     ----------
     values : list of Tensor
         The average.
+    shown : bool
+        True while the parameters hold it.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._parameters = [local(p) for p in parameters]
         self.values = [wide(p.detach()).clone() for p in self._parameters]
+        self.shown = False
 
     @property
     def nbytes(self) -> int:
@@ -48,10 +51,12 @@ class WeightAverage:
         """Put the average into the parameters, and what was there back at the end."""
         raw = [p.detach().clone() for p in self._parameters]
         self._put(self.values)
+        self.shown = True
         try:
             yield
         finally:
             self._put(raw)
+            self.shown = False
 
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:

@@ -61,8 +61,6 @@ class Hands:
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out or the step was interrupted.
-    shown : bool
-        Whether the parameters hold the average.
     """
 
     def __init__(
@@ -99,7 +97,6 @@ class Hands:
         )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         self._structure = structure
-        self.shown = False
         self.restart()
 
     def restart(self) -> None:
@@ -180,8 +177,8 @@ class Hands:
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
-            # It begins anew after the jump, and the optimizer's state takes its room.
-            self.average = None
+            if self.room.plan.in_turn:
+                self.average = None
             self.snapshots.save()
             self.recovery = RecoveryPoint(
                 self._model, self._optimizer, self._scaler, self.snapshots.kind
@@ -200,24 +197,18 @@ class Hands:
     def before_the_jump(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return copies of the states of model and optimizer that a rollback would restore."""
         assert self.recovery is not None
-        with self._at_recovery():
+        self.snapshots.set_aside()
+        try:
+            self.snapshots.restore()
             model = self._model.state_dict()
             model = type(model)((name, copy.deepcopy(value)) for name, value in model.items())
+        finally:
+            self.snapshots.put_back()
         saved = self.recovery.state_dict()
         model |= {name: value for name, value in saved["buffers"].items() if name in model}
         # Rates go on as the schedule does.
         groups = self._optimizer.state_dict()["param_groups"]
         return model, saved["optimizer"] | {"param_groups": groups}
-
-    @contextlib.contextmanager
-    def _at_recovery(self) -> Iterator[None]:
-        """Put the weights from before the jump into the parameters for the block."""
-        self.snapshots.set_aside()
-        try:
-            self.snapshots.restore()
-            yield
-        finally:
-            self.snapshots.put_back()
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because the user's code raised in it."""
@@ -237,17 +228,14 @@ class Hands:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Put the average, or what a rollback would put, into the weights for the block."""
-        if self.average is None and self.recovery is None:
+        """Put the average into the weights for the block, if there is one."""
+        if self.average is None:
             yield
             return
-        place = self._at_recovery() if self.average is None else self.average.in_place()
-        self.shown = True
         try:
-            with place:
+            with self.average.in_place():
                 yield
         finally:
-            self.shown = False
             reshard(self._model)
             if self._versions is not None:
                 self.watch()
@@ -419,7 +407,8 @@ class Hands:
         self._measure()
 
     def _add_to_average(self, weight: float) -> None:
-        if weight and self.room.average:
+        waits = self.room.plan.in_turn and self.recovery is not None
+        if weight and self.room.average and not waits:
             new = self.average is None
             (self.average or self.new_average()).add(weight)
             if new:

@@ -246,7 +246,8 @@ class HybridTrainer:
                 accuracy = evaluate(model)
                 torch.save(model.state_dict(), "model.pt")
 
-        During a jump these are the weights from before it; with ``enabled=False`` the run's own.
+        During a jump it is that from before it. With ``enabled=False`` the weights are the run's
+        own, and during a jump for which the average had to give way to the setting `memory`.
 
         Raises
         ------
@@ -351,7 +352,8 @@ class HybridTrainer:
         return taken
 
     def _check_own_weights(self, call: str) -> None:
-        if self._hands.shown:
+        average = self._hands.average
+        if average is not None and average.shown:
             raise ProtocolError(
                 f"{call} inside averaged(): the model holds the average there, so leave the with "
                 "block first"

@@ -221,7 +221,7 @@ def _print_memory(
         ("the plain loop", "plain"),
         ("snapshots", "snapshots"),
         ("average", "average"),
-        ("optimizer's state, in its place during a jump", "recovery"),
+        ("optimizer's state, kept during a jump", "recovery"),
         ("numba, once, where a CPU trains", "numba"),
         ("with hybridcore", "total"),
         ("secant pairs, where every batch is the same", "secants"),
@@ -233,6 +233,7 @@ def _print_memory(
     table.add_row(
         "kept", *(f"{m.count} snapshots, {m.kind}; {m.pairs} pairs" for m in memory.values())
     )
+    table.add_row("average during a jump", *("no" if m.in_turn else "yes" for m in memory.values()))
     for device in devices:
         fits = ("fits" if m.same_batch <= device["bytes"] else "too much" for m in memory.values())
         table.add_row(f"on {device['name']}, {_bytes(device['bytes'])}", *fits)

@@ -40,7 +40,7 @@ class Memory:
     snapshots : int
         The snapshots.
     average : int
-        The running average of the weights, for as long as there is no `recovery`.
+        The running average of the weights.
     recovery : int
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
@@ -49,6 +49,8 @@ class Memory:
         What compiled kernels for snapshots of many float32 values on the CPU take, once.
     count, pairs : int
         How many snapshots and pairs there is room for.
+    in_turn : bool
+        Whether there is no average while there is a `recovery`.
     """
 
     weights: int
@@ -62,6 +64,7 @@ class Memory:
     numba: int
     count: int
     pairs: int
+    in_turn: bool
 
     @property
     def plain(self) -> int:
@@ -71,12 +74,13 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at most, where batches differ."""
-        return self.plain + self.snapshots + max(self.average, self.recovery) + self.numba
+        both = self.average, self.recovery
+        beside = max(both) if self.in_turn else sum(both)
+        return self.plain + self.snapshots + beside + self.numba
 
     @property
     def same_batch(self) -> int:
         """Bytes at most, where every batch is the same: pairs take the place of snapshots."""
-        # The average is at the base of the pairs, before a trial and in its last step.
         taken = self.plain + self.average + self.recovery + self.secants + self.numba
         return max(self.total, taken)
 
@@ -144,6 +148,7 @@ def estimate(
         numba=round(there.numba),
         count=count,
         pairs=pairs,
+        in_turn=there.in_turn,
     )
 
 

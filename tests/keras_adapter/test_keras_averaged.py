@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from keras_problems import BRISK, digits, perceptron, regression, same, train, weights
+from keras_problems import digits, perceptron, same, weights
 
-from hybridcore import ConfigError, HybridTrainerConfig, Phase, ProtocolError
+from hybridcore import ConfigError, HybridTrainerConfig, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
 from hybridcore_keras import HybridCallback
 
@@ -58,25 +58,6 @@ def test_noise_is_less_at_the_average():
     raw = model.evaluate(x[1200:], y[1200:], verbose=0)
     with hybrid.averaged():
         assert model.evaluate(x[1200:], y[1200:], verbose=0) < raw
-
-
-def test_in_a_jump_it_gives_way_to_what_a_rollback_needs():
-    hybrid = HybridCallback(BRISK)
-    model, jumping = regression(), 0
-    for _ in range(160):
-        if hybrid.engine.phase not in (Phase.PREDICT, Phase.CORRECT):
-            before = weights(model)
-        train(model, 1, hybrid)
-        assert hybrid.hands.average is None or hybrid.hands.recovery is None
-        if hybrid.hands.recovery is not None:
-            jumping += 1
-            raw = weights(model)
-            with hybrid.averaged():
-                assert same(before, weights(model))
-                with pytest.raises(ProtocolError, match="leave the with"):
-                    hybrid.averaged()
-            assert same(raw, weights(model))
-    assert jumping > 20
 
 
 def test_it_waits_until_fit_has_returned():

@@ -251,8 +251,11 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     assert not SnapshotBank([[0, 1], [2, 3]], 4, port, other).takes(state)
 
 
-@pytest.mark.parametrize(("copies", "momentum", "average"), [(3.0, 0.9, True), (2.0, 0.0, False)])
-def test_all_copies_stay_within_the_setting_and_predict(copies, momentum, average):
+@pytest.mark.parametrize(
+    ("copies", "momentum", "average", "in_turn"),
+    [(3.4, 0.9, True, False), (3.0, 0.9, True, True), (2.0, 0.0, False, False)],
+)
+def test_all_copies_stay_within_the_setting_and_predict(copies, momentum, average, in_turn):
     model = regression(keras.optimizers.SGD(0.5, momentum))
     model.optimizer.build(model.trainable_variables)
     weights_bytes = 4 * model.count_params()
@@ -264,8 +267,9 @@ def test_all_copies_stay_within_the_setting_and_predict(copies, momentum, averag
     assert summary.snapshots == 4
     assert summary.predicted_steps > 20
     assert model.evaluate(*digits(), verbose=0) < 0.3
-    memory = summary.memory
-    taken = memory["snapshots"] + max(memory["average"], memory["recovery"])
+    memory, both = summary.memory, (summary.memory["average"], summary.memory["recovery"])
+    assert hybrid.hands.room.plan.in_turn == in_turn
+    taken = memory["snapshots"] + (max(both) if in_turn else sum(both))
     # A last block of 256 values and the model's own state are beside what is planned.
     assert 0.7 * copies < taken / weights_bytes < copies + 0.4
     assert (memory["average"] > 0) == average

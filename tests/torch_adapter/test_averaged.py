@@ -1,7 +1,5 @@
 """The running average of the weights, and the block that evaluates it."""
 
-import dataclasses
-
 import pytest
 import torch
 from problems import BRISK, noisy, regression, weights
@@ -75,26 +73,6 @@ def test_the_run_is_the_same_with_and_without():
                     pass
         runs.append(weights(trainer.model))
     assert all(map(torch.equal, *runs))
-
-
-def test_in_a_jump_it_gives_way_to_what_a_rollback_needs():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
-    jumping = 0
-    for _ in range(300):
-        if trainer.engine.phase not in (Phase.PREDICT, Phase.CORRECT):
-            before = weights(model)
-        trainer.step(closure)
-        hands, raw = trainer._hands, weights(model)
-        assert hands.average is None or hands.recovery is None
-        if hands.recovery is not None:
-            jumping += 1
-            with trainer.averaged():
-                assert all(map(torch.equal, before, weights(model)))
-                with pytest.raises(ProtocolError, match="leave the with block"):
-                    trainer.step(closure)
-            assert all(map(torch.equal, raw, weights(model)))
-    assert jumping > 50
 
 
 def test_an_error_inside_puts_the_weights_back():

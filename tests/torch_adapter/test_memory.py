@@ -14,7 +14,7 @@ from problems import BRISK, noisy, regression, weights
 from torch import nn
 
 from hybridcore import ConfigError, HybridTrainerConfig, Phase
-from hybridcore.memory import Size, plan, recovery_bytes, snapshots_bytes
+from hybridcore.memory import Size, beside_bytes, plan, snapshots_bytes
 from hybridcore_torch import HybridTrainer, codes
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
@@ -238,8 +238,8 @@ def adamw(parameters, bytes_each=4, on_gpu=False):
 def total(config, size):
     there = plan(config, size)
     snapshots = snapshots_bytes(there.kind, there.snapshots, size) if there.snapshots else 0
-    recovery = recovery_bytes(there.kind, size) if there.snapshots else 0
-    return there, snapshots + max(recovery, there.average * size.average) + there.numba
+    beside = beside_bytes(there, size) if there.snapshots else there.average * size.average
+    return there, snapshots + beside + there.numba
 
 
 @settings(max_examples=200, deadline=None)
@@ -265,16 +265,16 @@ def test_small_models_keep_everything_and_large_ones_four_copies():
     config = HybridTrainerConfig()
     there = plan(config, adamw(7 * MILLION))
     assert (there.kind, there.snapshots, there.average) == ("exact", 6, True)
-    for n, kept, compiled in (
-        (20 * MILLION, 6, False),
-        (25 * MILLION, 4, True),
-        (124 * MILLION, 6, True),
-        (1.1e9, 6, True),
-        (70e9, 6, True),
+    for n, kept, compiled, in_turn in (
+        (20 * MILLION, 4, False, False),
+        (25 * MILLION, 4, True, True),
+        (124 * MILLION, 6, True, True),
+        (1.1e9, 4, True, False),
+        (70e9, 4, True, False),
     ):
         there, taken = total(config, adamw(n))
         assert (there.kind, there.snapshots, there.average) == ("int8", kept, True)
-        assert there.compiled == compiled
+        assert (there.compiled, there.in_turn) == (compiled, in_turn)
         assert 3.2 * 4 * n < taken <= 4 * 4 * n
         saver, taken = total(HybridTrainerConfig.memory_saver(), adamw(n))
         assert (saver.snapshots, saver.average) == (0, True)
@@ -303,6 +303,28 @@ def test_that_there_is_no_room_for_snapshots_is_told_at_once(caplog, memory, tol
     p = nn.Parameter(torch.empty(17_000_000))
     HybridTrainer(nn.ParameterList([p]), torch.optim.AdamW([p]), config)
     assert caplog.text.count("no room for 4 snapshots of kind 'host'") == told
+
+
+def test_where_room_is_short_the_average_gives_way_to_what_a_jump_keeps():
+    model, optimizer, closure = regression()
+    size = sum(4 * p.numel() for p in model.parameters())
+    config = dataclasses.replace(BRISK, secant_pairs=0, memory=f"{3 * size}B")
+    trainer = HybridTrainer(model, optimizer, config)
+    hands, jumping, resting = trainer._hands, 0, 0
+    assert hands.room.plan.in_turn
+    for _ in range(300):
+        trainer.step(closure)
+        assert hands.average is None or hands.recovery is None
+        jumping += hands.recovery is not None
+        resting += hands.average is not None
+        raw = weights(model)
+        with trainer.averaged():
+            there = weights(model)
+        if hands.recovery is not None:
+            assert all(map(torch.equal, raw, there))
+        assert all(map(torch.equal, raw, weights(model)))
+    assert jumping > 50
+    assert resting > 50
 
 
 def test_peaks_are_in_the_statistics():
