@@ -25,7 +25,8 @@ FEWEST = 4
 SCALED = 256
 # Values of float32 on the CPU, 64 MiB, above which compiled kernels for snapshots are worth their
 # compilation, three seconds at most: a million values are 4 ms faster in each cycle, and 14 ms in 8
-# bits. Then the kinds that there are kernels for, and the bytes that numba takes beside the copies.
+# bits. Then the kinds that there are kernels for, and about the bytes that numba takes beside the
+# copies, from its cache: while it compiles it takes 40 MB more, once (benchmarks/memory.py).
 LARGE = 2**24
 COMPILED = ("exact", "int8")
 NUMBA = 120e6
@@ -148,11 +149,11 @@ def plan(
         (True, False) if kernels else (False,),
         (False, True),
     ):
-        numba = NUMBA if compiled else 0.0
-        pairs = limit - average * size.average - size.weights - size.state - numba
+        pairs = limit - average * size.average - size.weights - size.state
+        pairs -= NUMBA if compiled else 0.0
         for kind, count in itertools.product(kinds, counts):
             found = Plan(kind, count, average, pairs, compiled, in_turn)
-            held = snapshots_bytes(kind, count, size) + beside_bytes(found, size) + numba
+            held = snapshots_bytes(kind, count, size) + beside_bytes(found, size) + found.numba
             if held <= limit and (kind in COMPILED or not compiled):
                 return found
     average = config.averaging and size.average <= limit

@@ -155,6 +155,7 @@ class Hands:
         elif action is Action.SAVE:
             self.recovery = None
             if self.room.plan.in_turn:
+                # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
             self.recovery = [self._thrifty(value) for value in port.keep()]

@@ -178,6 +178,7 @@ class Hands:
             self.snapshots.save()
         elif action is Action.SAVE:
             if self.room.plan.in_turn:
+                # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
             self.recovery = RecoveryPoint(

@@ -255,14 +255,25 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     ("copies", "momentum", "average", "in_turn"),
     [(3.4, 0.9, True, False), (3.0, 0.9, True, True), (2.0, 0.0, False, False)],
 )
-def test_all_copies_stay_within_the_setting_and_predict(copies, momentum, average, in_turn):
+def test_all_copies_stay_within_the_setting_and_predict(
+    monkeypatch, copies, momentum, average, in_turn
+):
     model = regression(keras.optimizers.SGD(0.5, momentum))
     model.optimizer.build(model.trainable_variables)
     weights_bytes = 4 * model.count_params()
     config = dataclasses.replace(BRISK, memory=f"{round(copies * weights_bytes)}B")
     hybrid = HybridCallback(config)
-    train(model, 160, hybrid)
+    made = []
+
+    def begin(port):
+        made.append(hybrid.hands.recovery)
+        return WeightAverage(port)
+
+    monkeypatch.setattr("hybridcore_keras.hands.WeightAverage", begin)
+    train(model, 300, hybrid)
     summary = hybrid.statistics()
+    assert len(made) > 1 if in_turn else len(made) == average
+    assert made == [None] * len(made)
     assert hybrid.hands.room.plan.kind == "int8"
     assert summary.snapshots == 4
     assert summary.predicted_steps > 20
