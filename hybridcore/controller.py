@@ -72,7 +72,9 @@ class Controller:
         self.rule = DecisionRule(config, self.dynamics)
         self.pace = self.rule.pace
         self.monitor = DivergenceMonitor(config.divergence_sigma)
-        self.outer = OuterMomentum()
+        # A flight is as far as a jump goes without a probe.
+        flight = min(config.horizon, config.correction_interval - 1)
+        self.outer = OuterMomentum(config.min_full_steps, flight)
         self.secant = SecantDescent(pairs, config.min_full_steps, config.averaging)
         self.average = Averaging()
         self.counters, self.meter = counters, meter
@@ -121,7 +123,7 @@ class Controller:
         return finish_trial(self) if self.secant.holds_recovery else finish(self)
 
     def quiet_steps(self) -> int:
-        """Coming steps that are one full step and nothing else, whatever is seen in them."""
+        """Coming steps that are :attr:`quiet_step` and nothing else, whatever is seen in them."""
         until = self.secant.until_due(self.taken)
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
@@ -134,6 +136,11 @@ class Controller:
                 quiet = min(quiet, self.outer.until_due(self.taken))
         quiet = quiet if until is None else min(quiet, until)
         return min(quiet, self.average.until_due(self.taken)) if self.config.averaging else quiet
+
+    @property
+    def quiet_step(self) -> Directive:
+        """Full step that each of :meth:`quiet_steps` is."""
+        return self.outer.paying(FULL_STEP)
 
     def absorb(self, observation: Observation) -> None:
         """Take the figures of a full step into the statistics of its phase."""
@@ -261,8 +268,8 @@ class Controller:
                 yield from predict(self)
                 return
             self.gram = None
-        if self.outer.pending and (yield from push(self)):
-            return
+        if self.outer.pending:
+            yield from push(self)
         if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
@@ -295,6 +302,7 @@ class Controller:
     ) -> Generator[Directive, Observation, Observation]:
         """Take a full step, and average the weights where it is time to."""
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
+        directive = self.outer.paying(directive)
         observation = yield dataclasses.replace(directive, average=weight) if weight else directive
         self.absorb(observation)
         if weight and observation.applied:

@@ -61,7 +61,7 @@ class Engine:
         self._directive: Directive | None = None
         # State from before the first decision of the present step, while it may be abandoned.
         self._before: dict[str, Any] | None = None
-        self._quiet = self._controller.quiet_steps()
+        self._look_ahead()
         self._unread: list[Observation] = []
         self._times: list[tuple[Phase, float, float]] = []
 
@@ -71,7 +71,7 @@ class Engine:
         """Return the next directive; one that waits for its observation is returned again."""
         if self._directive is None:
             if self._quiet:
-                self._directive = FULL_STEP
+                self._directive = self._quiet_step
             else:
                 self._read()
                 self._turn = self._controller.turn()
@@ -107,7 +107,7 @@ class Engine:
         except StopIteration:
             self._turn = self._directive = self._before = None
             self._lower_floor()
-            self._quiet = self._controller.quiet_steps()
+            self._look_ahead()
         if self._controller.phase is not phase:
             self._before = None
 
@@ -160,7 +160,7 @@ class Engine:
         self._read()
         self.pairs = pairs
         self._controller.restart(pairs, snapshots)
-        self._quiet = self._controller.quiet_steps()
+        self._look_ahead()
 
     def count_plain(self, observation: Observation) -> None:
         """Count a step of a run with ``enabled=False``, about which there is nothing to decide."""
@@ -289,9 +289,13 @@ class Engine:
         self._unread.clear()
         self._times.clear()
         self._load(state)
-        self._quiet = self._controller.quiet_steps()
+        self._look_ahead()
 
     # -- bookkeeping ------------------------------------------------------------------------
+
+    def _look_ahead(self) -> None:
+        self._quiet = self._controller.quiet_steps()
+        self._quiet_step = self._controller.quiet_step
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -317,7 +321,7 @@ class Engine:
             # After each, or it would matter when they are read.
             self._lower_floor()
         if unread:
-            self._quiet = self._controller.quiet_steps()
+            self._look_ahead()
         for phase, seconds, overhead in self._times:
             self._counters.phase_steps[phase.name] += 1
             self._counters.phase_seconds[phase.name] += seconds

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridcore.allowance import Allowance
 from hybridcore.types import NAN, Action, Directive, Observation
 
 # How they were chosen is in the log of the proving ground.
@@ -19,10 +20,6 @@ SHARE = 0.8
 RATE = REACH * (1.0 - SHARE)
 # Weight of the newest outer point in the average, until the average is of about the last half.
 NEWEST = 0.2
-# Predicted steps that one at full strength stands for.
-STANDS_FOR = 2
-# Multiples of it, modulo 1, never come back to where they were.
-GOLDEN = 0.6180339887498949
 # Share of the highest learning rate that they have had to which it has to fall for them to end.
 ANNEALED = 0.15
 # Trust before an outer step has been weighed, and the least, at which they go on being weighed.
@@ -104,12 +101,9 @@ class OuterMomentum:
     the last 50 lies more than one difference above its lowest since the rate last rose: then it is
     not what training lowers, as that of a policy gradient.
 
-    It stands for `STANDS_FOR` steps of the loop, for fewer as it fades. After enough full steps
-    those of all outer steps since are predicted at once: their batches are left out, and the
-    weights stay where the outer steps have led. They are not validated, since one batch would say
-    nothing: what they are worth was measured beforehand, over whole runs (entry 66 of the log), and
-    was more on most work. How many full steps are enough varies, or of a loader that never shuffles
-    the batches left out might be the same in every epoch.
+    It stands for steps of the loop, and where the rate has fallen full steps may be taken at a
+    higher one, which pays for more: these are predicted (:class:`hybridcore.allowance.Allowance`),
+    those that the rate pays for also after it is annealed and outer steps have ended.
 
     - *Predicts* that what tens of steps have in common goes on.
     - *Pays* on mini-batches, most so at a constant rate and evaluated at the running average: a
@@ -121,9 +115,14 @@ class OuterMomentum:
       it still does, less since there is trust (entries 67 and 68) and, where the rate falls, a
       little more since it goes on until that is annealed (entry 70).
     - *Costs* twenty forward passes in the first ten outer steps and later two in 16 of them, and
-      saves one pass in six at full strength; two snapshots more, and the processor time of a move
-      every tenth step.
+      saves one pass in six at full strength, one in five where the rate falls; two snapshots more,
+      and the processor time of a move every tenth step.
     - *Source*: Defazio et al. 2024, equations 3 to 5; Douillard et al. 2023, algorithm 1.
+
+    Parameters
+    ----------
+    full_steps, most : int
+        Of the allowance.
 
     Attributes
     ----------
@@ -133,8 +132,8 @@ class OuterMomentum:
         Whether the next step begins with one.
     straight : bool
         Whether the path was so smooth in between that jumps should have it.
-    ahead : int
-        Predicted steps that are left of those under way.
+    allowance : Allowance
+        Steps that may be predicted.
     loss : float
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
     strength : float
@@ -142,17 +141,14 @@ class OuterMomentum:
         annealed, or has risen in the last `INTERVAL` full steps, and where a negative loss rises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, full_steps: int, most: int) -> None:
         self.active = False
         self.pending = False
         self.straight = False
-        self.ahead = 0
+        self.allowance = Allowance(INTERVAL, full_steps, most)
         self.loss = NAN
         self.strength = TRUST
         self._snapshots = 0
-        # Full steps since predicted ones, and steps that outer steps since then stand for.
-        self._full_steps = self._flights = 0
-        self._stands_for = 0.0
         self._highest = self._learning_rate = 0.0
         # Full steps since the rate last rose, up to LEVEL.
         self._level = LEVEL
@@ -182,11 +178,10 @@ class OuterMomentum:
             self._mean = self.loss
         if math.isfinite(self._lowest):
             self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
-        self._full_steps += 1
+        self.allowance.see()
         if self.active:
             self._highest = max(self._highest, learning_rate)
-        share = learning_rate / self._highest if self._highest > 0.0 else 1.0
-        left = max(0.0, (share - ANNEALED) / (1.0 - ANNEALED))
+        left = max(0.0, (self._share - ANNEALED) / (1.0 - ANNEALED))
         falls = self._mean - self._lowest <= RISEN * self._difference
         self.strength = self.trust * left if falls and self._level >= INTERVAL else 0.0
 
@@ -243,16 +238,23 @@ class OuterMomentum:
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
         self.active, self.straight, self._snapshots = True, False, 0
-        self._full_steps, self._stands_for = 0, 0.0
+        self.allowance.restart()
 
     def stop(self) -> None:
         """Take no more outer steps."""
         self.active = self.pending = False
-        self.ahead = 0
+        self.allowance.restart()
+        self.allowance.ahead = 0
 
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` until one that begins or ends with work for this."""
-        return 0 if self.pending else (-taken - 1) % INTERVAL
+        flight = self.allowance.until_due if self.active else None
+        until = 0 if self.pending else (-taken - 1) % INTERVAL
+        return until if flight is None else min(until, flight)
+
+    def is_due(self, taken: int) -> bool:
+        """Whether a snapshot may be taken after the full step that follows number `taken`."""
+        return (taken + 1) % INTERVAL == 0
 
     @property
     def full_step(self) -> Directive:
@@ -313,29 +315,22 @@ class OuterMomentum:
         self._since += 1
         self._last, self._pushed = self.strength, self._push
         self._snapshots += 1
-        self._stands_for += STANDS_FOR * self.strength
+        self.allowance.earn(self.strength, self.trust, self._share)
 
-    def go_ahead(self, full_steps: int, most: int) -> bool:
-        """Begin predicted steps, `most` at most; True if there are.
+    def coast(self) -> None:
+        """Take no more outer steps, and predict only what the rate pays for."""
+        if self.active:
+            self.allowance.earn(0.0, self.trust, self._share)
+            if not self.allowance.paid:
+                self.stop()
 
-        Parameters
-        ----------
-        full_steps : int
-            Least full steps between two flights of them; about half as many more are taken at most.
-        most : int
-            Predicted steps of a flight, at most.
-        """
-        wanted = (1.0 + 0.5 * (self._flights * GOLDEN % 1.0)) * full_steps
-        if self._full_steps >= wanted:
-            self.ahead = min(int(self._stands_for), most)
-            if self.ahead:
-                self._flights += 1
-                self._stands_for = min(self._stands_for - self.ahead, float(most))
-        return self.ahead > 0
+    def paying(self, directive: Directive) -> Directive:
+        """Return a full step at the rate that it is to be taken at."""
+        return self.allowance.full_step(directive, self._highest)
 
-    def settled(self) -> None:
-        """Take note that a full step has followed the predicted ones."""
-        self._full_steps = 0
+    @property
+    def _share(self) -> float:
+        return self._learning_rate / self._highest if self._highest > 0.0 else 1.0
 
     @property
     def _push(self) -> float:
@@ -349,7 +344,8 @@ class OuterMomentum:
             "pending": self.pending,
             "straight": self.straight,
             "snapshots": self._snapshots,
-            "ahead": [self.ahead, self._full_steps, self._flights, self._stands_for, self.loss],
+            "allowance": self.allowance.state(),
+            "loss": self.loss,
             "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
             "level": self._level,
@@ -362,10 +358,11 @@ class OuterMomentum:
         """Take back what :meth:`state_dict` returned."""
         self.active, self.pending = bool(state["active"]), bool(state["pending"])
         self.straight, self._snapshots = bool(state["straight"]), int(state["snapshots"])
-        # States from before they stood for predicted steps hold nothing of that.
-        *counts, stands_for, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
-        self.ahead, self._full_steps, self._flights = map(int, counts)
-        self._stands_for, self.loss = float(stands_for), float(loss)
+        # States from before the rate paid for predicted steps hold nothing of that, and those from
+        # before outer steps stood for any no loss either.
+        *allowance, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
+        self.allowance.load(state.get("allowance", [*allowance, 0.0]))
+        self.loss = float(state.get("loss", loss))
         strengths = np.atleast_1d(state.get("strength", TRUST)).tolist()
         self.strength, self._last = strengths[0], strengths[-1]
         rates = map(float, state.get("rates", (0.0, 0.0, 0.0)))

@@ -139,7 +139,12 @@ class PhaseController(Protocol):
         ...
 
     def quiet_steps(self) -> int:
-        """Coming steps that are one full step and nothing else, whatever is seen in them."""
+        """Coming steps that are :attr:`quiet_step` and nothing else, whatever is seen in them."""
+        ...
+
+    @property
+    def quiet_step(self) -> Directive:
+        """Full step that each of :meth:`quiet_steps` is."""
         ...
 
     def absorb(self, observation: Observation) -> None:

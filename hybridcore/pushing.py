@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybridcore.phases import Event, Phase, Turn, transition
-from hybridcore.types import Action, Directive, Observation
+from hybridcore.types import Action, Directive
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
@@ -18,9 +17,15 @@ _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 def rest(controller: Controller) -> Turn:
     """Take a full step while there is nothing to look at, and outer steps if that lasts."""
     outer = controller.outer
-    due = outer.until_due(controller.taken) == 0
+    due = outer.is_due(controller.taken)
+    bearable = controller.monitor.action().bearable
+    if bearable and not due and outer.active and outer.allowance.until_due == 0:
+        outer.allowance.begin()
+        controller.phase = transition(controller.phase, Event.JUMP_CHOSEN)
+        yield from go_ahead(controller)
+        return
     if due and outer.annealed:
-        outer.stop()
+        outer.coast()
     elif due and not outer.active and controller.has_rest:
         controller.bank = 0
         outer.begin()
@@ -29,7 +34,7 @@ def rest(controller: Controller) -> Turn:
         # The learning rate rises, or the loss does.
         outer.begin()
     pushes = outer.active and outer.strength > 0.0
-    if not (due and pushes and controller.monitor.action().bearable):
+    if not (due and pushes and bearable):
         yield from controller.step()
         return
     observation = yield from controller.step(outer.full_step)
@@ -37,26 +42,18 @@ def rest(controller: Controller) -> Turn:
         controller.pace.wait = controller.taken + controller.config.min_full_steps
 
 
-def push(controller: Controller) -> Generator[Directive, Observation, bool]:
-    """Take the outer step that is pending; True if predicted steps follow, the first one here."""
-    outer, config = controller.outer, controller.config
+def push(controller: Controller) -> Turn:
+    """Take the outer step that is pending."""
+    outer = controller.outer
     move = outer.step()
     if outer.to_be_weighed:
         here = (yield _OWN_PROBE).loss
         there = yield replace(_OWN_PROBE, coefficients=move.coefficients)
         outer.weigh(here, there.loss)
         if not outer.pending:
-            return False
+            return
     yield move
     outer.stepped()
-    # A segment is as far as a jump goes without a probe.
-    if not outer.go_ahead(
-        config.min_full_steps, min(config.horizon, config.correction_interval - 1)
-    ):
-        return False
-    controller.phase = transition(controller.phase, Event.JUMP_CHOSEN)
-    yield from go_ahead(controller)
-    return True
 
 
 def go_ahead(controller: Controller) -> Turn:
@@ -64,13 +61,13 @@ def go_ahead(controller: Controller) -> Turn:
     outer = controller.outer
     controller.forecast_loss = outer.loss
     yield Directive(Action.SKIP)
-    outer.ahead -= 1
-    if not outer.ahead:
+    outer.allowance.ahead -= 1
+    if not outer.allowance.ahead:
         controller.phase = transition(Phase.PREDICT, Event.HORIZON_REACHED)
 
 
 def settle(controller: Controller) -> Turn:
     """Take the full step that follows them, which is all that corrects them."""
     yield from controller.step()
-    controller.outer.settled()
+    controller.outer.allowance.settled()
     controller.phase = transition(Phase.CORRECT, Event.VALIDATED)

@@ -1,6 +1,7 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ class Directive:
         probe elsewhere comes back to it without a copy of its own.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
+    highest_rate : float
+        For ``FULL``: learning rate of the first group that a `learning_rate_scale` above 1 does not
+        go beyond, as the schedule may have risen.
     average : float
         For ``FULL`` and ``BASE``: weight in [0, 1] of the weights in their running average.
     pair : bool
@@ -87,11 +91,18 @@ class Directive:
     gram: bool = False
     exact: bool = False
     learning_rate_scale: float = 1.0
+    highest_rate: float = math.inf
     average: float = 0.0
     pair: bool = False
     fresh_pairs: bool = False
     own_batch: bool = False
     at_mark: bool = False
+
+    def scale_at(self, learning_rate: float) -> float:
+        """Factor on every learning rate, where that of the first group is `learning_rate`."""
+        if self.learning_rate_scale <= 1.0 or learning_rate <= 0.0:
+            return self.learning_rate_scale
+        return min(self.learning_rate_scale, max(1.0, self.highest_rate / learning_rate))
 
 
 class Observation(NamedTuple):

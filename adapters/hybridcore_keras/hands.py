@@ -248,8 +248,9 @@ class Hands:
     # -- passes -----------------------------------------------------------------------------
 
     def _full(self, directive: Directive) -> Observation:
-        port, scale, start = self.port, directive.learning_rate_scale, perf_counter()
-        self.logs, figures = port.gradient() if directive.pair else port.full(scale)
+        port, start = self.port, perf_counter()
+        rates = directive.learning_rate_scale, directive.highest_rate
+        self.logs, figures = port.gradient() if directive.pair else port.full(*rates)
         observation = _seen(figures, start)
         if not observation.applied:
             port.skip(1)
@@ -262,7 +263,7 @@ class Hands:
                 # The weights are those from before the trial, and the gradients of others.
                 port.count()
                 return observation
-            port.apply(scale)
+            port.apply(*rates)
         return observation._replace(gram=self._spare(lambda: self._copy(directive)))
 
     def _spare(self, copy: Callable[[], Copy]) -> Copy | None:

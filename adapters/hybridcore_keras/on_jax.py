@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -89,13 +90,13 @@ class JAXPort:
         metrics = list(old[_METRICS])
         for place in places:
             metrics[place] = jnp.zeros_like(metrics[place])
-        self.rates.offset, self.rates.scale = extras
+        self.rates.offset, (self.rates.scale, self.rates.highest) = extras
         self._told = None
         try:
             with self.rates.inside():
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
         finally:
-            self.rates.offset, self.rates.scale = self.skipped, 1.0
+            self._settle_rates()
         check_reports_loss(self.model, logs)
         logs, new = dict(logs), list(new)
         new[_METRICS] = list(new[_METRICS])
@@ -198,15 +199,21 @@ class JAXPort:
             self._batches = batches
         return len(self._batches)
 
-    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
-        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
+    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures.
+
+        A `scale` above 1 takes no rate beyond `highest`.
+        """
         iterator = self._iterator if self._batches is None else iter(self._batches)
-        logs, state = self._function((*self._state, self._extras(scale)), iterator)
+        logs, state = self._function((*self._state, self._extras(scale, highest)), iterator)
         self._state = list(state[:4])
         return logs, _figures(logs)
 
-    def _extras(self, scale: float) -> tuple[Any, Any]:
-        return jnp.asarray(self.skipped, jnp.int32), jnp.asarray(scale, jnp.float32)
+    def _extras(self, scale: float, highest: float) -> tuple[Any, Any]:
+        return jnp.asarray(self.skipped, jnp.int32), jnp.asarray((scale, highest), jnp.float32)
+
+    def _settle_rates(self) -> None:
+        self.rates.offset, self.rates.scale, self.rates.highest = self.skipped, 1.0, math.inf
 
     def _jitted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         eager = self.model.run_eagerly or not self.model.jit_compile
@@ -218,27 +225,27 @@ class JAXPort:
         assert self._batches is not None
         if self._gradient_function is None:
             self._gradient_function = self._jitted(self._gradient_step)
-        state = (*self._state, self._extras(1.0))
+        state = (*self._state, self._extras(1.0, math.inf))
         logs, state = self._gradient_function(state, self._batches[0])
         self._state = list(state[:4])
         self.gradients = list(logs.pop(_GRADIENTS))
         return logs, _figures(logs)
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, highest: float = math.inf) -> None:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
         if self._applier is None:
             self._applier = self._jitted(self._applied)
         parts = self._state[_OPTIMIZER], self.gradients, self._state[_WEIGHTS]
-        weights, variables = self._applier(*parts, self._extras(scale))
+        weights, variables = self._applier(*parts, self._extras(scale, highest))
         self._state[_WEIGHTS], self._state[_OPTIMIZER] = list(weights), list(variables)
 
     def _applied(self, variables: Any, gradients: Any, weights: Any, extras: Any) -> Any:
-        self.rates.offset, self.rates.scale = extras
+        self.rates.offset, (self.rates.scale, self.rates.highest) = extras
         try:
             with self.rates.inside():
                 return self._plain_apply(variables, gradients, weights)
         finally:
-            self.rates.offset, self.rates.scale = self.skipped, 1.0
+            self._settle_rates()
 
     def count(self) -> None:
         """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -68,9 +69,12 @@ class TensorFlowPort(StatefulPort):
             self._batches = batches
         return len(self._batches)
 
-    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
-        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
-        self._set_rates(scale)
+    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures.
+
+        A `scale` above 1 takes no rate beyond `highest`.
+        """
+        self._set_rates(scale, highest)
         iterator = self._iterator if self._batches is None else self._iterator_again()
         logs = self._function(iterator)
         if self._traced is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +28,12 @@ class TorchPort(StatefulPort):
         """Return 1: the batch is here."""
         return 1
 
-    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
-        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
-        self._set_rates(scale)
+    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures.
+
+        A `scale` above 1 takes no rate beyond `highest`.
+        """
+        self._set_rates(scale, highest)
         logs = self._function(self._batches)
         return logs, self._figures(logs)
 

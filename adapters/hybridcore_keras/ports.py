@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -69,15 +70,18 @@ class Port(Protocol):
         """
         ...
 
-    def full(self, scale: float) -> tuple[dict[str, Any], Figures]:
-        """Run Keras's own train function with rates times `scale`; its logs and our figures."""
+    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+        """Run Keras's own train function with rates times `scale`; its logs and our figures.
+
+        A `scale` above 1 takes no rate beyond `highest`.
+        """
         ...
 
     def gradient(self) -> tuple[dict[str, Any], Figures]:
         """Do what :meth:`full` does but for the step itself, and keep the gradients."""
         ...
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, highest: float = math.inf) -> None:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
         ...
 

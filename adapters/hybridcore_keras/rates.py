@@ -1,11 +1,13 @@
-"""Learning rates: where the schedule stands, and the factor of a settling step."""
+"""Learning rates: where the schedule stands, and the factor on it in a step."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
+from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
 
@@ -27,6 +29,8 @@ class Rates:
         Batches that the optimizer does not count: predicted or left out.
     scale : float variable or tensor
         Factor on every learning rate inside a step.
+    highest : float variable or tensor
+        Rate beyond which a factor above 1 does not go.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -35,6 +39,7 @@ class Rates:
         self._inside = False
         self.offset: Any = 0
         self.scale: Any = 1.0
+        self.highest: Any = math.inf
 
     def install(self) -> None:
         """Take over the optimizer's look-up."""
@@ -62,4 +67,6 @@ class Rates:
 
     def _current(self) -> Any:
         rate = self.unscaled()
-        return rate * self.scale if self._inside else rate
+        if not self._inside:
+            return rate
+        return ops.minimum(rate * self.scale, ops.maximum(rate, self.highest))

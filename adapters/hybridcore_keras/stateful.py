@@ -19,6 +19,11 @@ FIGURES = "hybrid_figures"
 _GRADIENTS = "hybrid_gradients"
 
 
+def _held(value: float, dtype: str) -> Any:
+    """Return a variable that a compiled step reads, and no replica changes."""
+    return keras.Variable(value, trainable=False, dtype=dtype, aggregation="only_first_replica")
+
+
 class StatefulPort:
     """What the ports of TensorFlow and torch share; see :class:`hybridcore_keras.ports.Port`.
 
@@ -32,18 +37,14 @@ class StatefulPort:
         self.optimizer = model.optimizer
         self.skipped = 0
         self.rates = Rates(self.optimizer)
-        self.rates.scale = keras.Variable(
-            1.0, trainable=False, dtype="float32", aggregation="only_first_replica"
-        )
-        self.rates.offset = keras.Variable(
-            0, trainable=False, dtype="int", aggregation="only_first_replica"
-        )
+        self.rates.scale = _held(1.0, "float32")
+        self.rates.highest = _held(math.inf, "float32")
+        self.rates.offset = _held(0, "int")
         self._plain_step = model.train_step
         self._plain_apply = self.optimizer.apply
         self._plain_function: Any = None
         self._function: Any = None
-        self._scale = 1.0
-        self._offset = 0
+        self._scale, self._highest, self._offset = 1.0, math.inf, 0
         self.gradients: list[Any] = []
         self._applier: Any = None
         self._probing = False
@@ -220,12 +221,16 @@ class StatefulPort:
             self.abandon()
             self.remove()
 
-    def _set_rates(self, scale: float) -> None:
+    def _set_rates(self, scale: float, highest: float) -> None:
         # Between the two lines an interrupt may come.
         if scale != self._scale:
             self._scale = math.nan
             self.rates.scale.assign(scale)
             self._scale = scale
+        if highest != self._highest:
+            self._highest = math.nan
+            self.rates.highest.assign(highest)
+            self._highest = highest
         if self.skipped != self._offset:
             self._offset = -1
             self.rates.offset.assign(self.skipped)
@@ -235,7 +240,7 @@ class StatefulPort:
         """Count `batches` for the schedule without training on them."""
         self.skipped += batches
         # At once, because other callbacks may look at the learning rate.
-        self._set_rates(self._scale)
+        self._set_rates(self._scale, self._highest)
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""
@@ -253,7 +258,7 @@ class StatefulPort:
 
     def _pass(self, function: Any, data: Any) -> tuple[dict[str, Any], Figures]:
         """Run `function`, built to keep gradients, on `data`."""
-        self._set_rates(1.0)
+        self._set_rates(1.0, math.inf)
         self._keeping = True
         try:
             logs = dict(function(data))
@@ -262,9 +267,9 @@ class StatefulPort:
         self.gradients = list(logs.pop(_GRADIENTS))
         return logs, self._figures(logs)
 
-    def apply(self, scale: float) -> None:
+    def apply(self, scale: float, highest: float = math.inf) -> None:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
-        self._set_rates(scale)
+        self._set_rates(scale, highest)
         if self._applier is None:
             variables = self.variables
 

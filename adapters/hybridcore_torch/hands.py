@@ -353,7 +353,7 @@ class Hands:
             self._kept = buffers.keep(self.stepper.modules)
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
         observation = self.stepper.full(
-            closure, directive.learning_rate_scale, keep=keep, update=update
+            closure, directive.scale_at(self.stepper.learning_rate), keep=keep, update=update
         )
         self._taking = False
         if not observation.applied:

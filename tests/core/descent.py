@@ -22,7 +22,7 @@ class Descent:
         self.noise, self.floor, self.seconds = noise, floor, seconds
         self.engine = Engine(config)
         self.bank, self.saved, self.log = [], None, []
-        self.penalty = 0.0
+        self.penalty, self.rate = 0.0, 0.5
 
     def loss(self, x):
         return 0.5 * float(x @ (self.curvature * x)) + self.floor
@@ -36,10 +36,10 @@ class Descent:
         action, gram = directive.action, None
         if action is Action.FULL:
             if bad:
-                return Observation(loss=math.nan, learning_rate=0.5, applied=False)
+                return Observation(loss=math.nan, learning_rate=self.rate, applied=False)
             loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
             gradient = self.curvature * self.x + self.noise * self.random.normal(size=60)
-            self.x = self.x - 0.5 * directive.learning_rate_scale * gradient
+            self.x = self.x - self.rate * directive.scale_at(self.rate) * gradient
             if directive.snapshot:
                 older = [] if directive.fresh_bank else self.bank
                 self.bank = [*older[1 - self.engine.config.snapshots :], self.x]
@@ -48,7 +48,7 @@ class Descent:
                 gram = (moved @ moved.T)[None]
             loss += self.penalty if self.engine.phase is Phase.CORRECT else 0.0
             norm = float(np.linalg.norm(gradient))
-            return Observation(loss, norm, 0.5, self.seconds, gram)
+            return Observation(loss, norm, self.rate, self.seconds, gram)
         if action is Action.PROBE:
             x = self.x
             if directive.coefficients is not None:
@@ -88,6 +88,7 @@ class Watched(Descent):
         self.directives = []
         self.held = 0
         self.last_phase, self.begun = None, False
+        self.highest_rate = self.rate
 
     def carry_out(self, directive, bad=False):
         self.directives.append(directive)
@@ -108,7 +109,14 @@ class Watched(Descent):
         settling = action is Action.FULL and self.engine.phase is Phase.CORRECT
         outer = self.engine.controller.outer.active
         settling = settling and not outer
-        assert directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
+        self.highest_rate = max(self.highest_rate, self.rate)
+        scale = directive.scale_at(self.rate)
+        if outer and action is Action.FULL:
+            # It pays for predicted steps, and is no bolder than the loop has been.
+            assert 1.0 <= scale < 1.5
+            assert scale * self.rate <= self.highest_rate * (1.0 + 1e-12)
+        else:
+            assert scale == directive.learning_rate_scale == (SETTLE_RATE if settling else 1.0)
         if self.engine.phase is not self.last_phase:
             # Outer steps go on where they were after the predicted steps that they stand for.
             self.last_phase, self.begun = self.engine.phase, self.begun and outer

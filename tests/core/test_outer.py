@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
+from hybridcore.allowance import STANDS_FOR
 from hybridcore.outer import (
     CHECK,
     INTERVAL,
@@ -18,7 +19,6 @@ from hybridcore.outer import (
     REACH,
     SELDOM,
     SHARE,
-    STANDS_FOR,
     WEIGHED,
     OuterMomentum,
 )
@@ -34,7 +34,7 @@ def trusting(monkeypatch):
 
 def trusted(trust=1.0):
     """Outer momentum that is sure of its `trust`."""
-    outer = OuterMomentum()
+    outer = OuterMomentum(50, 14)
     sure = {"weighed": [10, 0], "trust": [0.05 * (1.0 - trust), 0.0, 1.0, 1.0]}
     outer.load_state_dict(outer.state_dict() | sure)
     assert outer.trust == pytest.approx(trust, abs=1e-12)
@@ -151,7 +151,7 @@ def test_a_steady_displacement_is_never_continued_further_than_they_reach():
 
 
 def test_they_wait_while_the_rate_rises():
-    outer = OuterMomentum()
+    outer = OuterMomentum(50, 14)
     outer.begin()
     # From zero too, but not for rounding.
     level = [0.3] * (INTERVAL - 1)
@@ -208,7 +208,7 @@ def test_noise_is_averaged_down():
 
 
 def test_a_state_resumes_exactly():
-    first, second = OuterMomentum(), OuterMomentum()
+    first, second = OuterMomentum(50, 14), OuterMomentum(50, 14)
     first.begin()
     for count in range(12):
         for outer in (first, second):
@@ -321,14 +321,12 @@ def test_no_batch_of_an_epoch_is_left_out_for_good(batches, trusting):
     assert used.min() > 0.65 * 100
 
 
-def test_they_stand_for_fewer_as_they_fade(trusting):
+def test_they_stand_for_fewer_as_they_fade(trusting, monkeypatch):
+    monkeypatch.setattr("hybridcore.allowance.PAID", 0.0)
     descent = Watched(NOISY, noise=0.3)
     descent.run(500)
     outer, counters = descent.engine.controller.outer, descent.engine.counters
-    carry_out, at_first = descent.carry_out, counters.predicted_steps
-    descent.carry_out = lambda directive, bad: carry_out(directive, bad)._replace(
-        learning_rate=0.18125
-    )
+    at_first, descent.rate = counters.predicted_steps, 0.18125
     descent.run(480)
     assert 0.9 < outer.trust <= 1.0
     assert outer.strength == pytest.approx(0.25 * outer.trust)
@@ -451,7 +449,7 @@ def test_other_parameters_end_them():
     ("turn", "straight"), [(0.0, True), (0.6, True), (0.7, False), (2.0, False)]
 )
 def test_a_straight_path_ends_them(turn, straight):
-    outer, random = OuterMomentum(), np.random.default_rng(0)
+    outer, random = OuterMomentum(50, 14), np.random.default_rng(0)
     outer.begin()
     older = random.normal(size=20)
     across = random.normal(size=20)
@@ -476,7 +474,7 @@ def test_a_straight_path_ends_them(turn, straight):
 
 
 def test_the_path_is_held_against_itself_now_and_then():
-    outer = OuterMomentum()
+    outer = OuterMomentum(50, 14)
     outer.begin()
     checked = []
     # The first snapshot only marks where the path begins.

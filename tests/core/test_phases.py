@@ -81,6 +81,8 @@ class OnlyFull:
     def turn(self):
         self.absorb((yield Directive(Action.FULL)))
 
+    quiet_step = Directive(Action.FULL)
+
     def quiet_steps(self):
         return 3 - self.seen % 4
 

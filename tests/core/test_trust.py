@@ -16,7 +16,7 @@ NOISY = HybridTrainerConfig(warmup_steps=20)
 
 def weighing(rises, difference):
     """Trust after each of the `rises`, at losses that differ by `difference` from step to step."""
-    outer, trusts = OuterMomentum(), []
+    outer, trusts = OuterMomentum(50, 14), []
     outer.load_state_dict(outer.state_dict() | {"trust": [0.0, 0.0, 1.0, difference]})
     for rise in rises:
         outer.weigh(2.0, 2.0 + rise)
@@ -66,7 +66,7 @@ def test_rises_that_differ_say_little():
 
 
 def test_rises_are_in_mean_differences_that_no_spike_spoils():
-    outer, last, expected = OuterMomentum(), None, 0.0
+    outer, last, expected = OuterMomentum(50, 14), None, 0.0
     random = np.random.default_rng(0)
     for step in range(300):
         loss = 2.0 + random.normal() + 1e4 * (step == 290)
@@ -82,7 +82,7 @@ def test_rises_are_in_mean_differences_that_no_spike_spoils():
 
 
 def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
-    outer, asked = OuterMomentum(), []
+    outer, asked = OuterMomentum(50, 14), []
     for number in range(100):
         if number % 7 == 0:
             outer.begin()
@@ -143,7 +143,7 @@ def test_trust_is_what_they_do_to_the_loss():
 
 def strengths(losses, rates=0.1, negative=True):
     """Strength after each of the `losses`, of which one before was `negative`."""
-    outer, found = OuterMomentum(), []
+    outer, found = OuterMomentum(50, 14), []
     outer.begin()
     for loss, rate in zip(losses, np.broadcast_to(rates, len(losses)), strict=True):
         outer.see(Observation(float(loss), learning_rate=float(rate)))
@@ -177,7 +177,7 @@ def test_noise_and_spikes_are_no_rise(seed, at, spike):
 
 
 def test_what_a_loss_has_risen_by_is_part_of_the_state():
-    outer, other = OuterMomentum(), OuterMomentum()
+    outer, other = OuterMomentum(50, 14), OuterMomentum(50, 14)
     outer.begin()
     noise = np.random.default_rng(0).normal(size=3000)
     for step, loss in enumerate(np.linspace(0.0, 4.0, 3000) + noise):

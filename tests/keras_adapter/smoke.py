@@ -60,6 +60,20 @@ for config in (None, HybridTrainerConfig(enabled=False), HybridTrainerConfig(war
 assert all(np.array_equal(a, b) for a, b in zip(finals[0], finals[1], strict=True))
 assert all(np.allclose(a, b, 1e-3, 1e-5) for a, b in zip(finals[0], finals[2], strict=True))
 
+# A factor on the rate that ends at the highest one is plain fit at that rate.
+plain, model = (build(keras.optimizers.SGD(0.1)) for _ in range(2))
+fit(plain, epochs=1)
+plain.optimizer.learning_rate = 0.2
+fit(plain, epochs=3)
+hybrid = HybridCallback(HybridTrainerConfig(warmup_steps=999))
+fit(model, hybrid, epochs=1)
+carry_out, bold = hybrid.hands.carry_out, {"learning_rate_scale": 5.0, "highest_rate": 0.2}
+hybrid.hands.carry_out = lambda directive: carry_out(dataclasses.replace(directive, **bold))
+fit(model, hybrid, epochs=3)
+found, expected = model.get_weights(), plain.get_weights()
+assert all(np.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, expected, strict=True))
+assert abs(float(keras.ops.convert_to_numpy(model.optimizer.learning_rate)) - 0.1) < 1e-7
+
 # A bad batch costs itself.
 model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
 hybrid = HybridCallback(BRISK)

@@ -1,0 +1,118 @@
+"""Steps of the loop that may be left out, as outer steps or the learning rate make up for them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hybridcore.types import Directive
+
+# How they were chosen is in the log of the proving ground.
+# Predicted steps that an outer step at full strength stands for.
+STANDS_FOR = 2.0
+# Predicted steps that as many full ones as lie between two of them pay for, at full trust.
+PAID = 4.0
+# Flights are further apart than they have to be by so much at most.
+SPREAD = 0.25
+# Neither its multiples by squares, modulo 1, nor their sums come back to a pattern.
+GOLDEN = 0.6180339887498949
+
+
+class Allowance:
+    """Predicted steps beside outer momentum: what earns them, and when they are taken.
+
+    Two things earn them. An outer step stands for `STANDS_FOR` steps of the loop, times its
+    strength. And where the learning rate has fallen, full steps are taken at a higher one, up to
+    the highest that there was: ``n`` of them at ``1 + p / n`` times the rate are as long a path as
+    ``n + p`` of the loop's own. Where outer steps raise the loss of a batch, so do long ones of the
+    optimizer: ``p`` falls with the trust in the former, from `PAID` to none at 1/2. And no more is
+    earned than flights have place for.
+
+    What was earned is taken in flights: after enough full steps their batches are left out, and
+    the weights stay where they are. How many full steps are enough varies, or of a loader that
+    never shuffles the batches left out might be the same in every epoch. They are not validated,
+    since one batch would say nothing: what they are worth was measured beforehand, over whole runs
+    (entries 66 and 71 of the log), and was more on most work.
+
+    Parameters
+    ----------
+    interval : int
+        Full steps ``n`` between two outer steps.
+    full_steps : int
+        Least full steps between two flights; up to a quarter more are taken.
+    most : int
+        Predicted steps of a flight, at most.
+
+    Attributes
+    ----------
+    ahead : int
+        Predicted steps that are left of the flight under way.
+    paid : float
+        Predicted steps ``p`` that the coming `interval` full steps pay for by their rate.
+    """
+
+    def __init__(self, interval: int, full_steps: int, most: int) -> None:
+        self._interval, self._apart, self._most = interval, full_steps, most
+        self.ahead = self._flights = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was earned."""
+        self.paid = self._earned = 0.0
+        self._full_steps = 0
+
+    def see(self) -> None:
+        """Count a full step."""
+        self._full_steps += 1
+
+    def earn(self, strength: float, trust: float, share: float) -> None:
+        """Settle what the coming `interval` full steps earn, and at which rate they are taken.
+
+        Parameters
+        ----------
+        strength : float
+            Strength in [0, 1] of the outer step before them, 0 if there was none.
+        trust : float
+            What outer steps have turned out to be worth, in [0, 1].
+        share : float
+            Learning rate, as a share in [0, 1] of the highest.
+        """
+        earned = STANDS_FOR * strength
+        room = self._interval * (1.0 / share - 1.0) if share > 0.0 else math.inf
+        places = self._interval * self._most / ((1.0 + SPREAD / 2.0) * self._apart)
+        self.paid = max(0.0, min(PAID * (2.0 * trust - 1.0), room, places - earned))
+        self._earned += earned + self.paid
+
+    def full_step(self, directive: Directive, highest_rate: float) -> Directive:
+        """Return a full step at the rate that pays, `highest_rate` at most."""
+        if not self.paid:
+            return directive
+        scale = 1.0 + self.paid / self._interval
+        return replace(directive, learning_rate_scale=scale, highest_rate=highest_rate)
+
+    @property
+    def until_due(self) -> int | None:
+        """Full steps until a flight may begin; None if nothing is earned."""
+        if self._earned < 1.0:
+            return None
+        spread = SPREAD * (self._flights**2 * GOLDEN % 1.0)
+        return max(0, math.ceil((1.0 + spread) * self._apart) - self._full_steps)
+
+    def begin(self) -> None:
+        """Begin the flight that is due."""
+        self.ahead = min(int(self._earned), self._most)
+        self._earned = min(self._earned - self.ahead, float(self._most))
+        self._flights += 1
+
+    def settled(self) -> None:
+        """Take note that a full step has followed the flight."""
+        self._full_steps = 0
+
+    def state(self) -> list[float]:
+        """Return the whole state as plain numbers."""
+        return [self.ahead, self._full_steps, self._flights, self._earned, self.paid]
+
+    def load(self, state: list[float]) -> None:
+        """Take back what :meth:`state` returned."""
+        *counts, self._earned, self.paid = state
+        self.ahead, self._full_steps, self._flights = map(int, counts)
