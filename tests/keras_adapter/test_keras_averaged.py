@@ -12,9 +12,9 @@ from hybridcore_keras import HybridCallback
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-def noisy(hybrid, *callbacks, epochs=4):
+def noisy(hybrid, *callbacks, epochs=4, rate=1e-2, seed=0):
     x, y = digits()
-    model = perceptron()
+    model = perceptron(keras.optimizers.Adam(rate), seed)
     model.fit(
         x[:1200], y[:1200], batch_size=16, epochs=epochs, verbose=0, callbacks=[hybrid, *callbacks]
     )
@@ -52,12 +52,15 @@ def test_it_is_the_polynomial_mean_of_what_fit_went_through():
 
 
 def test_noise_is_less_at_the_average():
-    x, y = digits()
-    hybrid = HybridCallback()
-    model = noisy(hybrid, epochs=8)
-    raw = model.evaluate(x[1200:], y[1200:], verbose=0)
-    with hybrid.averaged():
-        assert model.evaluate(x[1200:], y[1200:], verbose=0) < raw
+    """On three seeds, at a rate that is high enough for noise to be most of what is left."""
+    (x, y), raw, averaged = digits(), [], []
+    for seed in range(3):
+        hybrid = HybridCallback()
+        model = noisy(hybrid, epochs=8, rate=3e-2, seed=seed)
+        raw.append(model.evaluate(x[1200:], y[1200:], verbose=0))
+        with hybrid.averaged():
+            averaged.append(model.evaluate(x[1200:], y[1200:], verbose=0))
+    assert np.mean(averaged) < 0.95 * np.mean(raw)
 
 
 def test_it_waits_until_fit_has_returned():
