@@ -92,8 +92,8 @@ class Allowance:
 
     @property
     def until_due(self) -> int | None:
-        """Full steps until a flight may begin; None if nothing is earned."""
-        if self._earned < 1.0:
+        """Full steps until a flight may begin; None if nothing is earned, or none is allowed."""
+        if min(self._earned, self._most) < 1.0:
             return None
         spread = SPREAD * (self._flights**2 * GOLDEN % 1.0)
         return max(0, math.ceil((1.0 + spread) * self._apart) - self._full_steps)

@@ -25,8 +25,11 @@ def rest(controller: Controller) -> Turn:
         yield from go_ahead(controller)
         return
     if due and outer.annealed:
-        outer.coast()
-    elif due and not outer.active and controller.has_rest:
+        observation = yield from controller.step()
+        if observation.applied:
+            outer.coast()
+        return
+    if due and not outer.active and controller.has_rest:
         controller.bank = 0
         outer.begin()
         controller.note("outer momentum")

@@ -46,7 +46,7 @@ def lived(stages, interval=10, full_steps=50, most=14):
     return scales, flights
 
 
-@given(STAGES, st.integers(4, 80), st.integers(1, 80))
+@given(STAGES, st.integers(4, 80), st.integers(0, 80))
 def test_what_is_left_out_was_stood_for_or_paid(stages, full_steps, most):
     scales, flights = lived(stages, full_steps=full_steps, most=most)
     paid = sum(scale - 1.0 for scale, _ in scales)
@@ -59,7 +59,7 @@ def test_what_is_left_out_was_stood_for_or_paid(stages, full_steps, most):
         assert scale * share <= 1.0 + 1e-12
 
 
-@given(STAGES, st.integers(4, 80), st.integers(1, 80))
+@given(STAGES, st.integers(4, 80), st.integers(0, 80))
 def test_flights_are_as_long_and_as_far_apart_as_is_allowed(stages, full_steps, most):
     _, flights = lived(stages, full_steps=full_steps, most=most)
     for since, count in flights:
@@ -222,3 +222,28 @@ def test_flights_wait_for_a_calm_loss(trusting, monkeypatch):
     assert all(phase is Phase.FULL for phase in phases[15:])
     monkeypatch.undo()
     assert Phase.PREDICT in [phase for phase, _ in itertools.groupby(descent.run(200))]
+
+
+@pytest.mark.parametrize("settings", [{"correction_interval": 1}, {"correction_interval": 2}])
+def test_as_long_as_a_flight_may_be(settings, trusting):
+    descent = Watched(HybridTrainerConfig(warmup_steps=20, **settings), noise=0.3)
+    phases = descent.run(600)
+    descent.rate = 0.05
+    phases += descent.run(600)
+    lengths = {len(list(g)) for phase, g in itertools.groupby(phases) if phase is Phase.PREDICT}
+    assert lengths == ({1} if settings["correction_interval"] == 2 else set())
+
+
+def test_what_is_abandoned_or_bad_earns_nothing(trusting):
+    descent, _, _ = fallen(100, lambda k: 0.05)
+    controller, allowance = descent.engine.controller, descent.engine.controller.outer.allowance
+    while not controller.outer.is_due(controller.taken) or controller.phase is not Phase.FULL:
+        descent.step()
+    before = allowance.state()
+    for _ in range(5):
+        descent.engine.next()
+        descent.engine.abandon()
+        descent.step(bad=True)
+    assert allowance.state() == before
+    descent.step()
+    assert allowance.state()[3] == pytest.approx(before[3] + allowance.paid)
