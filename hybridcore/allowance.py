@@ -22,11 +22,11 @@ class Allowance:
     """Predicted steps beside outer momentum: what earns them, and when they are taken.
 
     Two things earn them. An outer step stands for `STANDS_FOR` steps of the loop, times its
-    strength. And where the learning rate has fallen, full steps are taken at a higher one, up to
-    the highest that there was: ``n`` of them at ``1 + p / n`` times the rate are as long a path as
-    ``n + p`` of the loop's own. Where outer steps raise the loss of a batch, so do long ones of the
-    optimizer: ``p`` falls with the trust in the former, from `PAID` to none at 1/2. And no more is
-    earned than flights have place for.
+    strength. And where the learning rate has fallen, in every parameter group, full steps are taken
+    at a higher one, up to the highest that there was: ``n`` of them at ``1 + p / n`` times the rate
+    are as long a path as ``n + p`` of the loop's own. Where outer steps raise the loss of a batch,
+    so do long ones of the optimizer: ``p`` falls with the trust in the former, from `PAID` to none
+    at 1/2. And no more is paid for than flights have place for.
 
     What was earned is taken in flights: after enough full steps their batches are left out, and
     the weights stay where they are. How many full steps are enough varies, or of a loader that
@@ -54,6 +54,10 @@ class Allowance:
     def __init__(self, interval: int, full_steps: int, most: int) -> None:
         self._interval, self._apart, self._most = interval, full_steps, most
         self.ahead = self._flights = 0
+        # Learning rates of the groups: now, the highest, and what may be gone up to.
+        self._rates: tuple[float, ...] = ()
+        self._highest: tuple[float, ...] = ()
+        self._limits: tuple[float, ...] = ()
         self.restart()
 
     def restart(self) -> None:
@@ -61,11 +65,16 @@ class Allowance:
         self.paid = self._earned = 0.0
         self._full_steps = 0
 
-    def see(self) -> None:
-        """Count a full step."""
+    def see(self, rates: tuple[float, ...], *, counts: bool) -> None:
+        """Take in a full step at learning `rates` of the groups, which `counts` for the highest."""
         self._full_steps += 1
+        self._rates = rates
+        if len(rates) != len(self._highest):
+            self._highest = rates
+        elif counts:
+            self._highest = tuple(map(max, self._highest, rates))
 
-    def earn(self, strength: float, trust: float, share: float) -> None:
+    def earn(self, strength: float, trust: float) -> None:
         """Settle what the coming `interval` full steps earn, and at which rate they are taken.
 
         Parameters
@@ -74,24 +83,27 @@ class Allowance:
             Strength in [0, 1] of the outer step before them, 0 if there was none.
         trust : float
             What outer steps have turned out to be worth, in [0, 1].
-        share : float
-            Learning rate, as a share in [0, 1] of the highest.
         """
         earned = STANDS_FOR * strength
+        pairs = zip(self._rates, self._highest, strict=True)
+        # A group that is not trained has all room.
+        share = max((rate / highest for rate, highest in pairs if highest > 0.0), default=1.0)
         room = self._interval * (1.0 / share - 1.0) if share > 0.0 else math.inf
-        places = self._interval * self._most / ((1.0 + SPREAD / 2.0) * self._apart)
+        # The full step that follows a flight does not count for the next.
+        places = self._interval * self._most / ((1.0 + SPREAD / 2.0) * self._apart + 1.0)
         self.paid = max(0.0, min(PAID * (2.0 * trust - 1.0), room, places - earned))
         self._earned += earned + self.paid
+        self._limits = self._highest
 
-    def full_step(self, directive: Directive, highest_rate: float) -> Directive:
-        """Return a full step at the rate that pays, `highest_rate` at most."""
+    def full_step(self, directive: Directive) -> Directive:
+        """Return a full step at the rate that pays, which is the same until more is earned."""
         if not self.paid:
             return directive
         scale = 1.0 + self.paid / self._interval
-        return replace(directive, learning_rate_scale=scale, highest_rate=highest_rate)
+        return replace(directive, learning_rate_scale=scale, highest_rates=self._limits)
 
     @property
-    def until_due(self) -> int | None:
+    def until_flight(self) -> int | None:
         """Full steps until a flight may begin; None if nothing is earned, or none is allowed."""
         if min(self._earned, self._most) < 1.0:
             return None
@@ -108,11 +120,19 @@ class Allowance:
         """Take note that a full step has followed the flight."""
         self._full_steps = 0
 
-    def state(self) -> list[float]:
+    def state_dict(self) -> dict[str, list[float]]:
         """Return the whole state as plain numbers."""
-        return [self.ahead, self._full_steps, self._flights, self._earned, self.paid]
+        return {
+            "counts": [self.ahead, self._full_steps, self._flights],
+            "earned": [self._earned, self.paid],
+            "rates": list(self._rates),
+            "highest": list(self._highest),
+            "limits": list(self._limits),
+        }
 
-    def load(self, state: list[float]) -> None:
-        """Take back what :meth:`state` returned."""
-        *counts, self._earned, self.paid = state
-        self.ahead, self._full_steps, self._flights = map(int, counts)
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.ahead, self._full_steps, self._flights = map(int, state["counts"])
+        self._earned, self.paid = map(float, state["earned"])
+        self._rates, self._highest = tuple(state["rates"]), tuple(state["highest"])
+        self._limits = tuple(state["limits"])

@@ -80,9 +80,9 @@ class HybridTrainerConfig:
         Move the weights on by a momentum over the displacements of ten full steps, where loss or
         path are too irregular for a jump, and predict the steps that this stands for: after
         `min_full_steps` or somewhat more, up to `horizon` and fewer than `correction_interval`.
-        Not while the learning rate rises, nor once it has fallen to 0.15 of its highest. Where it
-        has fallen, full steps are taken at a rate up to a quarter higher, but not above the highest
-        that there was, and as many more are predicted as this makes up for.
+        Not while the learning rate rises, nor once it has fallen to 0.15 of its highest. Where
+        those of all parameter groups have fallen, full steps are taken at higher ones, but not
+        above the highest that there were, and as many more are predicted as this makes up for.
     secant_pairs : int
         Most pairs of displacement and change of gradient, 0 to 50, two copies of the trainable
         parameters each, by which quasi-Newton steps are taken while every batch is the same; with

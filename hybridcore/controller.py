@@ -195,8 +195,8 @@ class Controller:
     def needs_batch(self) -> bool:
         """False if the next step needs none, as it will neither train nor probe.
 
-        Steps that outer steps stand for take one and leave it out, as batches differ there: if it
-        were not drawn from the loader, the end of each epoch would be missed instead.
+        Steps that outer steps or the rate make up for take one and leave it out, as batches differ
+        there: if it were not drawn from the loader, the end of each epoch would be missed instead.
         """
         if self.phase is not Phase.PREDICT or self.outer.active:
             return True
@@ -257,6 +257,7 @@ class Controller:
             if self.flight is not None:
                 self.secant.unmark()
                 yield Directive(Action.SAVE)
+                self.outer.stop()
                 self.note(
                     "jump",
                     arm=self.flight.jump.extrapolator,
@@ -270,7 +271,8 @@ class Controller:
             self.gram = None
         if self.outer.pending:
             yield from push(self)
-        if self.outer.active and self.pace.until_snapshot(self.taken) == 0:
+        looks = self.pace.until_snapshot(self.taken) == 0
+        if looks and self.outer.active and not self.outer.annealed:
             self.pace.put_off()
         if self.pace.until_snapshot(self.taken) > 0:
             yield from rest(self)

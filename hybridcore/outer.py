@@ -56,6 +56,11 @@ def newest_weight(number: int) -> float:
     return min(NEWEST, 2.0 / (number + 2.0))
 
 
+def is_due(taken: int) -> bool:
+    """Whether the full step after number `taken` is one of those that may end in a snapshot."""
+    return (taken + 1) % INTERVAL == 0
+
+
 class OuterMomentum:
     """Primal averaging over the displacements of `INTERVAL` full steps each.
 
@@ -178,7 +183,7 @@ class OuterMomentum:
             self._mean = self.loss
         if math.isfinite(self._lowest):
             self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
-        self.allowance.see()
+        self.allowance.see((learning_rate, *observation.other_rates), counts=self.active)
         if self.active:
             self._highest = max(self._highest, learning_rate)
         left = max(0.0, (self._share - ANNEALED) / (1.0 - ANNEALED))
@@ -248,13 +253,9 @@ class OuterMomentum:
 
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` until one that begins or ends with work for this."""
-        flight = self.allowance.until_due if self.active else None
+        flight = self.allowance.until_flight if self.active else None
         until = 0 if self.pending else (-taken - 1) % INTERVAL
         return until if flight is None else min(until, flight)
-
-    def is_due(self, taken: int) -> bool:
-        """Whether a snapshot may be taken after the full step that follows number `taken`."""
-        return (taken + 1) % INTERVAL == 0
 
     @property
     def full_step(self) -> Directive:
@@ -315,18 +316,23 @@ class OuterMomentum:
         self._since += 1
         self._last, self._pushed = self.strength, self._push
         self._snapshots += 1
-        self.allowance.earn(self.strength, self.trust, self._share)
+        self.allowance.earn(self.strength, self.trust)
 
     def coast(self) -> None:
         """Take no more outer steps, and predict only what the rate pays for."""
-        if self.active:
-            self.allowance.earn(0.0, self.trust, self._share)
-            if not self.allowance.paid:
-                self.stop()
+        if not self.active:
+            return
+        if self._level < INTERVAL:
+            # It rises.
+            self.allowance.restart()
+            return
+        self.allowance.earn(0.0, self.trust)
+        if not self.allowance.paid:
+            self.stop()
 
     def paying(self, directive: Directive) -> Directive:
         """Return a full step at the rate that it is to be taken at."""
-        return self.allowance.full_step(directive, self._highest)
+        return self.allowance.full_step(directive)
 
     @property
     def _share(self) -> float:
@@ -344,7 +350,7 @@ class OuterMomentum:
             "pending": self.pending,
             "straight": self.straight,
             "snapshots": self._snapshots,
-            "allowance": self.allowance.state(),
+            "allowance": self.allowance.state_dict(),
             "loss": self.loss,
             "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
@@ -358,15 +364,22 @@ class OuterMomentum:
         """Take back what :meth:`state_dict` returned."""
         self.active, self.pending = bool(state["active"]), bool(state["pending"])
         self.straight, self._snapshots = bool(state["straight"]), int(state["snapshots"])
-        # States from before the rate paid for predicted steps hold nothing of that, and those from
-        # before outer steps stood for any no loss either.
-        *allowance, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
-        self.allowance.load(state.get("allowance", [*allowance, 0.0]))
-        self.loss = float(state.get("loss", loss))
         strengths = np.atleast_1d(state.get("strength", TRUST)).tolist()
         self.strength, self._last = strengths[0], strengths[-1]
         rates = map(float, state.get("rates", (0.0, 0.0, 0.0)))
         self._highest, self._learning_rate, self._pushed = rates
+        # States from before the rate paid for predicted steps hold nothing of that, and those from
+        # before outer steps stood for any no loss either.
+        *counts, earned, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
+        before = {
+            "counts": counts,
+            "earned": [earned, 0.0],
+            "rates": [self._learning_rate],
+            "highest": [self._highest],
+            "limits": [],
+        }
+        self.allowance.load_state_dict(state.get("allowance", before))
+        self.loss = float(state.get("loss", loss))
         if "trust" not in state:
             # What was kept by another reach is no momentum now, and had all trust.
             self._pushed, self.strength = 0.0, TRUST * self.strength

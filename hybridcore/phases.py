@@ -29,7 +29,7 @@ class Phase(enum.Enum):
                 now and then: snapshot
                 while a jump is out of reach: every tenth step, move on by outer momentum, as far
                     as probes say that the loss of a batch bears it; now and then predict the steps
-                    that this stands for, without a probe
+                    that this stands for, or a higher rate pays for, without a probe
                 while every batch is the same: quasi-Newton steps
             until the horizon is reached:           # PREDICT
                 at the start of a segment: move the weights

@@ -1,10 +1,11 @@
-"""Turns of outer momentum: in FULL its steps, in PREDICT and CORRECT what they stand for."""
+"""Turns of outer momentum: in FULL its steps, in PREDICT and CORRECT what is left out for them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hybridcore.outer import is_due
 from hybridcore.phases import Event, Phase, Turn, transition
 from hybridcore.types import Action, Directive
 
@@ -17,9 +18,9 @@ _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 def rest(controller: Controller) -> Turn:
     """Take a full step while there is nothing to look at, and outer steps if that lasts."""
     outer = controller.outer
-    due = outer.is_due(controller.taken)
+    due = is_due(controller.taken)
     bearable = controller.monitor.action().bearable
-    if bearable and not due and outer.active and outer.allowance.until_due == 0:
+    if bearable and not due and outer.active and outer.allowance.until_flight == 0:
         outer.allowance.begin()
         controller.phase = transition(controller.phase, Event.JUMP_CHOSEN)
         yield from go_ahead(controller)
@@ -60,7 +61,7 @@ def push(controller: Controller) -> Turn:
 
 
 def go_ahead(controller: Controller) -> Turn:
-    """Take a predicted step that the outer steps before it stand for."""
+    """Take a predicted step that outer steps, or the rate, have made up for."""
     outer = controller.outer
     controller.forecast_loss = outer.loss
     yield Directive(Action.SKIP)

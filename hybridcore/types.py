@@ -1,7 +1,6 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
 import enum
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,9 +67,9 @@ class Directive:
         probe elsewhere comes back to it without a copy of its own.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
-    highest_rate : float
-        For ``FULL``: learning rate of the first group that a `learning_rate_scale` above 1 does not
-        go beyond, as the schedule may have risen.
+    highest_rates : tuple of float
+        For ``FULL``: learning rates of the parameter groups that a `learning_rate_scale` above 1
+        does not go beyond, as a schedule may have risen; empty where there is no such limit.
     average : float
         For ``FULL`` and ``BASE``: weight in [0, 1] of the weights in their running average.
     pair : bool
@@ -91,18 +90,21 @@ class Directive:
     gram: bool = False
     exact: bool = False
     learning_rate_scale: float = 1.0
-    highest_rate: float = math.inf
+    highest_rates: tuple[float, ...] = ()
     average: float = 0.0
     pair: bool = False
     fresh_pairs: bool = False
     own_batch: bool = False
     at_mark: bool = False
 
-    def scale_at(self, learning_rate: float) -> float:
-        """Factor on every learning rate, where that of the first group is `learning_rate`."""
-        if self.learning_rate_scale <= 1.0 or learning_rate <= 0.0:
-            return self.learning_rate_scale
-        return min(self.learning_rate_scale, max(1.0, self.highest_rate / learning_rate))
+    def scale_at(self, learning_rates: tuple[float, ...]) -> float:
+        """Factor on every learning rate, where those of the groups are `learning_rates`."""
+        scale = self.learning_rate_scale
+        if scale > 1.0:
+            pairs = zip(self.highest_rates, learning_rates, strict=False)
+            room = min((highest / rate for highest, rate in pairs if rate > 0.0), default=scale)
+            scale = min(scale, max(1.0, room))
+        return scale
 
 
 class Observation(NamedTuple):
@@ -130,6 +132,8 @@ class Observation(NamedTuple):
     overflow : bool
         It was not applied because gradients overflowed under a loss scale, which is lower now: a
         batch lost, but no sign of divergence.
+    other_rates : tuple of float
+        Learning rates of the other parameter groups.
     """
 
     loss: float = NAN
@@ -141,6 +145,7 @@ class Observation(NamedTuple):
     objective: float = NAN
     secants: Secants | None = None
     overflow: bool = False
+    other_rates: tuple[float, ...] = ()
 
 
 class StepResult(NamedTuple):

@@ -249,7 +249,7 @@ class Hands:
 
     def _full(self, directive: Directive) -> Observation:
         port, start = self.port, perf_counter()
-        rates = directive.learning_rate_scale, directive.highest_rate
+        rates = directive.learning_rate_scale, *directive.highest_rates
         self.logs, figures = port.gradient() if directive.pair else port.full(*rates)
         observation = _seen(figures, start)
         if not observation.applied:

@@ -352,9 +352,7 @@ class Hands:
             # A trial point that is taken back must not stay in running statistics.
             self._kept = buffers.keep(self.stepper.modules)
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
-        observation = self.stepper.full(
-            closure, directive.scale_at(self.stepper.learning_rate), keep=keep, update=update
-        )
+        observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         self._taking = False
         if not observation.applied:
             return observation

@@ -23,6 +23,7 @@ logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
 Keep = Callable[[], object]
+Scale = Callable[[tuple[float, ...]], float]
 
 
 class Stepper:
@@ -72,7 +73,11 @@ class Stepper:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the first parameter group."""
-        return float(self._optimizer.param_groups[0]["lr"])
+        return self._learning_rates[0]
+
+    @property
+    def _learning_rates(self) -> tuple[float, ...]:
+        return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
 
     def advance_schedule(self) -> None:
         """Let the scheduler, if there is one, take a step."""
@@ -108,7 +113,7 @@ class Stepper:
         return Observation(loss.item(), norm, self.learning_rate, perf_counter() - start)
 
     def full(
-        self, closure: Closures, scale: float, *, keep: Keep | None = None, update: bool = True
+        self, closure: Closures, scale: Scale, *, keep: Keep | None = None, update: bool = True
     ) -> Observation:
         """Take the step unless loss or gradients are not finite; the schedule advances anyway.
 
@@ -116,8 +121,8 @@ class Stepper:
         ----------
         closure : callable or sequence of callables
             Computes the loss; several, that of one part of the batch each.
-        scale : float
-            Factor on every learning rate, for this step only.
+        scale : callable
+            ``scale(rates)`` returns the factor on every learning rate, for this step only.
         keep : callable, optional
             Called where weights and gradients, not yet clipped, belong together.
         update : bool
@@ -126,7 +131,7 @@ class Stepper:
         kept = buffers.keep(self.modules)
         start = perf_counter()
         self._drop_gradients()
-        rate, norm, overflow = self.learning_rate, NAN, False
+        rates, norm, overflow = self._learning_rates, NAN, False
         self._watching = 0.0
         try:
             loss = self._gradients(closure, guarded=not self.late)
@@ -141,7 +146,7 @@ class Stepper:
         if gone_through:
             if math.isfinite(norm):
                 if update:
-                    self._update_scaled(scale)
+                    self._update_scaled(scale(rates))
             else:
                 # All of them, or a norm that is not finite would stay so for every later batch.
                 for parameter in self._clipped():
@@ -157,7 +162,13 @@ class Stepper:
             # A bad batch has been through the running statistics of normalisation layers.
             buffers.put_back(kept)
         seconds = perf_counter() - start - self._watching
-        return Observation(value, norm, rate, seconds, applied=applied, overflow=overflow)
+        rate, *others = rates
+        return Observation(
+            *(value, norm, rate, seconds),
+            applied=applied,
+            overflow=overflow,
+            other_rates=tuple(others),
+        )
 
     def follow(self) -> None:
         """Let the optimizer see the gradients at a rate of zero, so that its moments stay fresh.

@@ -39,7 +39,7 @@ class Descent:
                 return Observation(loss=math.nan, learning_rate=self.rate, applied=False)
             loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
             gradient = self.curvature * self.x + self.noise * self.random.normal(size=60)
-            self.x = self.x - self.rate * directive.scale_at(self.rate) * gradient
+            self.x = self.x - self.rate * directive.scale_at((self.rate,)) * gradient
             if directive.snapshot:
                 older = [] if directive.fresh_bank else self.bank
                 self.bank = [*older[1 - self.engine.config.snapshots :], self.x]
@@ -110,7 +110,7 @@ class Watched(Descent):
         outer = self.engine.controller.outer.active
         settling = settling and not outer
         self.highest_rate = max(self.highest_rate, self.rate)
-        scale = directive.scale_at(self.rate)
+        scale = directive.scale_at((self.rate,))
         if outer and action is Action.FULL:
             # It pays for predicted steps, and is no bolder than the loop has been.
             assert 1.0 <= scale < 1.5

@@ -67,7 +67,7 @@ plain.optimizer.learning_rate = 0.2
 fit(plain, epochs=3)
 hybrid = HybridCallback(HybridTrainerConfig(warmup_steps=999))
 fit(model, hybrid, epochs=1)
-carry_out, bold = hybrid.hands.carry_out, {"learning_rate_scale": 5.0, "highest_rate": 0.2}
+carry_out, bold = hybrid.hands.carry_out, {"learning_rate_scale": 5.0, "highest_rates": (0.2,)}
 hybrid.hands.carry_out = lambda directive: carry_out(dataclasses.replace(directive, **bold))
 fit(model, hybrid, epochs=3)
 found, expected = model.get_weights(), plain.get_weights()

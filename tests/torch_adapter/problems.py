@@ -26,16 +26,20 @@ def regression(seed=0, learning_rate=1e-2):
     return model, optimizer, lambda: F.cross_entropy(model(x), y)
 
 
-def noisy(seed=0, config=None, rate=1e-2, steps=None):
+def noisy(seed=0, config=None, rate=1e-2, steps=None, groups=1, schedule=None):
     """A network on mini-batches of digits: trainer, closure of a random batch, held-out loss.
 
-    With `steps`, the rate falls to zero over so many.
+    With `steps`, the rate falls to zero over so many; with `schedule`, by these factors.
     """
     x, y = digits()
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = steps and torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam([{"params": parameters[i::groups]} for i in range(groups)], rate)
+    if schedule is not None:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    elif steps is not None:
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     generator, drawn = torch.Generator().manual_seed(seed), []
 
     def closure():

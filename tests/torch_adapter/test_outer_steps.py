@@ -86,6 +86,30 @@ def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, monkeypatch):
     assert predicted > 0.13 * 1600
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_no_group_is_taken_beyond_its_highest_rate(alike, monkeypatch):
+    """Under warm restarts, where the second group follows the first and where it stays."""
+    monkeypatch.setattr("hybridcore.outer.UNBEARABLE", 1e9)
+    first = lambda step: 1.0 - 0.9 * (step % 97) / 97  # noqa: E731
+    trainer, closure, _ = noisy(
+        groups=2, schedule=[first, first if alike else lambda step: 1.0], rate=2e-2
+    )
+    optimizer, taken = trainer.optimizer, []
+    rates = lambda: [group["lr"] for group in optimizer.param_groups]  # noqa: E731
+    optimizer.register_step_pre_hook(lambda *_: taken.append(rates()))
+    highest, scales = [0.0, 0.0], []
+    for _ in range(900):
+        scheduled = rates()
+        taken.clear()
+        trainer.step(closure)
+        highest = [max(pair) for pair in zip(highest, scheduled, strict=True)]
+        for found in taken:
+            scales += [now / own for now, own in zip(found, scheduled, strict=True)]
+            assert all(r <= most * (1 + 1e-12) for r, most in zip(found, highest, strict=True))
+    assert min(scales) == pytest.approx(1.0)
+    assert max(scales) > 1.2 if alike else max(scales) == 1.0
+
+
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
 def test_they_are_weighed_where_they_lead_without_a_copy(kind):
     trainer, closure, _ = noisy(config=HybridTrainerConfig(snapshot_kind=kind))
