@@ -27,11 +27,11 @@ from hybridcore.jumping import choose, correct, finish, predict
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
-from hybridcore.phases import Event, Phase, Turn, transition
+from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
 from hybridcore.pushing import go_ahead, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
-from hybridcore.types import NAN, Action, Directive, Observation
+from hybridcore.types import NAN, Action, Directive, Observation, Turn
 
 logger = logging.getLogger("hybridcore")
 

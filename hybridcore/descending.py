@@ -6,10 +6,10 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from hybridcore.phases import Event, Phase, Turn
+from hybridcore.phases import Event, Phase
 from hybridcore.search import beside_mark, usable
 from hybridcore.secant import Stage
-from hybridcore.types import NAN, Action, Directive, Observation
+from hybridcore.types import NAN, Action, Directive, Observation, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller

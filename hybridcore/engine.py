@@ -26,8 +26,8 @@ from hybridcore.errors import ProtocolError
 from hybridcore.floor import Floor
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
-from hybridcore.phases import Phase, PhaseController, Turn
-from hybridcore.types import STEPS, Action, Directive, Observation
+from hybridcore.phases import Phase, PhaseController
+from hybridcore.types import STEPS, Action, Directive, Observation, Turn
 
 
 class Engine:

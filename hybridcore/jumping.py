@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.divergence import RecoveryAction
-from hybridcore.phases import Event, Phase, Turn
+from hybridcore.phases import Event, Phase
 from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import AVERAGED_SNAPSHOTS, beside_mark, probe_average, usable
-from hybridcore.types import NAN, Action, Directive, Observation
+from hybridcore.types import NAN, Action, Directive, Observation, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridcore.errors import TransitionError
 
 if TYPE_CHECKING:
-    from hybridcore.types import Directive, Observation
-
-Turn: TypeAlias = Generator["Directive", "Observation", None]
+    from hybridcore.types import Directive, Observation, Turn
 
 
 class Phase(enum.Enum):

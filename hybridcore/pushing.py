@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybridcore.outer import is_due
-from hybridcore.phases import Event, Phase, Turn, transition
-from hybridcore.types import Action, Directive
+from hybridcore.phases import Event, Phase, transition
+from hybridcore.types import Action, Directive, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller

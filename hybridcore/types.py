@@ -1,8 +1,9 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
 import enum
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,6 +147,9 @@ class Observation(NamedTuple):
     secants: Secants | None = None
     overflow: bool = False
     other_rates: tuple[float, ...] = ()
+
+
+Turn: TypeAlias = Generator[Directive, Observation, None]
 
 
 class StepResult(NamedTuple):
