@@ -28,7 +28,8 @@ class Allowance:
     so do long ones of the optimizer: ``p`` falls with the trust in the former, from `PAID` to none
     at 1/2. And no more is paid for than flights have place for.
 
-    What was earned is taken in flights: after enough full steps their batches are left out, and
+    Each full step pays once it has been taken, by the factor that it was taken at. What was earned
+    is taken in flights: after enough full steps their batches are left out, and
     the weights stay where they are. How many full steps are enough varies, or of a loader that
     never shuffles the batches left out might be the same in every epoch. They are not validated,
     since one batch would say nothing: what they are worth was measured beforehand, over whole runs
@@ -62,20 +63,36 @@ class Allowance:
 
     def restart(self) -> None:
         """Forget what was earned."""
-        self.paid = self._earned = 0.0
+        self.paid = self._earned = self._unsettled = 0.0
         self._full_steps = 0
 
-    def see(self, rates: tuple[float, ...], *, counts: bool) -> None:
-        """Take in a full step at learning `rates` of the groups, which `counts` for the highest."""
+    def pause(self) -> None:
+        """Let no full step pay until the next call of :meth:`earn`."""
+        self.paid = 0.0
+
+    def see(self, rates: tuple[float, ...], *, scale: float, counts: bool) -> None:
+        """Take in a full step.
+
+        Parameters
+        ----------
+        rates : tuple of float
+            Learning rates of the groups.
+        scale : float
+            Factor on them that the step was taken at.
+        counts : bool
+            Whether they count for the highest.
+        """
         self._full_steps += 1
+        # Settled with the next call of `earn`, or it would matter when full steps are read.
+        self._unsettled += max(0.0, scale - 1.0)
         self._rates = rates
         if len(rates) != len(self._highest):
-            self._highest = rates
-        elif counts:
+            self._highest = (0.0,) * len(rates)
+        if counts:
             self._highest = tuple(map(max, self._highest, rates))
 
     def earn(self, strength: float, trust: float) -> None:
-        """Settle what the coming `interval` full steps earn, and at which rate they are taken.
+        """Settle what was earned, and at which rate the coming `interval` full steps are taken.
 
         Parameters
         ----------
@@ -92,7 +109,8 @@ class Allowance:
         # The full step that follows a flight does not count for the next.
         places = self._interval * self._most / ((1.0 + SPREAD / 2.0) * self._apart + 1.0)
         self.paid = max(0.0, min(PAID * (2.0 * trust - 1.0), room, places - earned))
-        self._earned += earned + self.paid
+        self._earned += earned + self._unsettled
+        self._unsettled = 0.0
         self._limits = self._highest
 
     def full_step(self, directive: Directive) -> Directive:
@@ -124,7 +142,7 @@ class Allowance:
         """Return the whole state as plain numbers."""
         return {
             "counts": [self.ahead, self._full_steps, self._flights],
-            "earned": [self._earned, self.paid],
+            "earned": [self._earned, self.paid, self._unsettled],
             "rates": list(self._rates),
             "highest": list(self._highest),
             "limits": list(self._limits),
@@ -133,6 +151,6 @@ class Allowance:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.ahead, self._full_steps, self._flights = map(int, state["counts"])
-        self._earned, self.paid = map(float, state["earned"])
+        self._earned, self.paid, self._unsettled = map(float, state["earned"])
         self._rates, self._highest = tuple(state["rates"]), tuple(state["highest"])
         self._limits = tuple(state["limits"])

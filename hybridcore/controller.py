@@ -31,14 +31,12 @@ from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
 from hybridcore.pushing import go_ahead, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
-from hybridcore.types import NAN, Action, Directive, Observation, Turn
+from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation, Turn
 
 logger = logging.getLogger("hybridcore")
 
 TOLERANCE = math.log(1.2)
 REGULAR_SNAPSHOTS = 3
-
-FULL_STEP = Directive(Action.FULL)
 
 
 class Controller:
@@ -142,8 +140,8 @@ class Controller:
         """Full step that each of :meth:`quiet_steps` is."""
         return self.outer.paying(FULL_STEP)
 
-    def absorb(self, observation: Observation) -> None:
-        """Take the figures of a full step into the statistics of its phase."""
+    def absorb(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
+        """Take in the figures of a full step that `directive` asked for."""
         self.forecast_loss = NAN
         level = self.monitor.level
         if not observation.applied:
@@ -165,7 +163,7 @@ class Controller:
         if self.phase is not Phase.CORRECT or self.outer.active:
             self.secant.see(observation)
             self.dynamics.observe(observation)
-            self.outer.see(observation)
+            self.outer.see(observation, directive)
             self.rates.append(observation.learning_rate)
 
     @property
@@ -306,7 +304,7 @@ class Controller:
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
         directive = self.outer.paying(directive)
         observation = yield dataclasses.replace(directive, average=weight) if weight else directive
-        self.absorb(observation)
+        self.absorb(observation, directive)
         if weight and observation.applied:
             self.average.add()
         return observation

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from typing import Any
 
 from hybridcore.config import HybridTrainerConfig
-from hybridcore.controller import FULL_STEP, Controller
+from hybridcore.controller import Controller
 from hybridcore.errors import ProtocolError
 from hybridcore.floor import Floor
 from hybridcore.meter import Meter
 from hybridcore.metrics import Counters, TrainingStatistics
 from hybridcore.phases import Phase, PhaseController
-from hybridcore.types import STEPS, Action, Directive, Observation, Turn
+from hybridcore.types import FULL_STEP, STEPS, Action, Directive, Observation, Turn
 
 
 class Engine:
@@ -317,7 +317,7 @@ class Engine:
         unread, self._unread = self._unread, []
         for observation in unread:
             self._account(FULL_STEP, observation)
-            self._controller.absorb(self._above_floor(observation))
+            self._controller.absorb(self._above_floor(observation), self._quiet_step)
             # After each, or it would matter when they are read.
             self._lower_floor()
         if unread:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.allowance import Allowance
-from hybridcore.types import NAN, Action, Directive, Observation
+from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation
 
 # How they were chosen is in the log of the proving ground.
 INTERVAL = 10
@@ -168,8 +168,8 @@ class OuterMomentum:
         # negative.
         self._mean, self._lowest = NAN, math.inf
 
-    def see(self, observation: Observation) -> None:
-        """Take in the loss and the learning rate of a full step."""
+    def see(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
+        """Take in the loss and the learning rate of a full step, as `directive` asked for it."""
         loss, learning_rate = observation.loss, observation.learning_rate
         known = math.isfinite(self.loss)
         risen = known and learning_rate > self._learning_rate * (1.0 + ROUNDING)
@@ -183,7 +183,8 @@ class OuterMomentum:
             self._mean = self.loss
         if math.isfinite(self._lowest):
             self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
-        self.allowance.see((learning_rate, *observation.other_rates), counts=self.active)
+        rates = (learning_rate, *observation.other_rates)
+        self.allowance.see(rates, scale=directive.scale_at(rates), counts=self.active)
         if self.active:
             self._highest = max(self._highest, learning_rate)
         left = max(0.0, (self._share - ANNEALED) / (1.0 - ANNEALED))
@@ -242,8 +243,10 @@ class OuterMomentum:
 
     def begin(self) -> None:
         """Begin without momentum, from the next snapshot on."""
+        if not self.active:
+            self.allowance.restart()
+        self.allowance.pause()
         self.active, self.straight, self._snapshots = True, False, 0
-        self.allowance.restart()
 
     def stop(self) -> None:
         """Take no more outer steps."""
@@ -324,7 +327,7 @@ class OuterMomentum:
             return
         if self._level < INTERVAL:
             # It rises.
-            self.allowance.restart()
+            self.allowance.pause()
             return
         self.allowance.earn(0.0, self.trust)
         if not self.allowance.paid:
@@ -373,7 +376,7 @@ class OuterMomentum:
         *counts, earned, loss = state.get("ahead", (0, 0, 0, 0.0, NAN))
         before = {
             "counts": counts,
-            "earned": [earned, 0.0],
+            "earned": [earned, 0.0, 0.0],
             "rates": [self._learning_rate],
             "highest": [self._highest],
             "limits": [],

@@ -144,8 +144,8 @@ class PhaseController(Protocol):
         """Full step that each of :meth:`quiet_steps` is."""
         ...
 
-    def absorb(self, observation: Observation) -> None:
-        """Take in what was seen in such a step."""
+    def absorb(self, observation: Observation, directive: Directive) -> None:
+        """Take in what was seen in such a step, which `directive` asked for."""
         ...
 
     @property

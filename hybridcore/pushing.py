@@ -29,6 +29,8 @@ def rest(controller: Controller) -> Turn:
         observation = yield from controller.step()
         if observation.applied:
             outer.coast()
+            if not bearable:
+                outer.allowance.pause()
         return
     if due and not outer.active and controller.has_rest:
         controller.bank = 0
@@ -37,6 +39,8 @@ def rest(controller: Controller) -> Turn:
     elif due and outer.active and outer.strength == 0.0:
         # The learning rate rises, or the loss does.
         outer.begin()
+    if due and not bearable:
+        outer.allowance.pause()
     pushes = outer.active and outer.strength > 0.0
     if not (due and pushes and bearable):
         yield from controller.step()

@@ -1,6 +1,7 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
 import enum
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -101,11 +102,15 @@ class Directive:
     def scale_at(self, learning_rates: tuple[float, ...]) -> float:
         """Factor on every learning rate, where those of the groups are `learning_rates`."""
         scale = self.learning_rate_scale
-        if scale > 1.0:
-            pairs = zip(self.highest_rates, learning_rates, strict=False)
+        if scale > 1.0 and self.highest_rates:
+            # A group that was added since has been no higher than it is.
+            pairs = itertools.zip_longest(self.highest_rates, learning_rates, fillvalue=0.0)
             room = min((highest / rate for highest, rate in pairs if rate > 0.0), default=scale)
             scale = min(scale, max(1.0, room))
         return scale
+
+
+FULL_STEP = Directive(Action.FULL)
 
 
 class Observation(NamedTuple):

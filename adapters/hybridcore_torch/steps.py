@@ -109,8 +109,9 @@ class Stepper:
         self._update()
         if self._scaler is not None:
             self._scaler.update()
+        rate = self.learning_rate
         self.advance_schedule()
-        return Observation(loss.item(), norm, self.learning_rate, perf_counter() - start)
+        return Observation(loss.item(), norm, rate, perf_counter() - start)
 
     def full(
         self, closure: Closures, scale: Scale, *, keep: Keep | None = None, update: bool = True
@@ -131,7 +132,7 @@ class Stepper:
         kept = buffers.keep(self.modules)
         start = perf_counter()
         self._drop_gradients()
-        rates, norm, overflow = self._learning_rates, NAN, False
+        norm, overflow = NAN, False
         self._watching = 0.0
         try:
             loss = self._gradients(closure, guarded=not self.late)
@@ -143,6 +144,7 @@ class Stepper:
         except BaseException:
             buffers.put_back(kept)
             raise
+        rates = self._learning_rates
         if gone_through:
             if math.isfinite(norm):
                 if update:
@@ -291,12 +293,28 @@ class Stepper:
         if scale == 1.0:
             self._update()
             return
-        groups = self._optimizer.param_groups
-        rates = [group["lr"] for group in groups]
+        # Empty unless the rates are scaled: a step of a subclass calls the hooks twice.
+        own: list[tuple[dict[str, Any], Any]] = []
+
+        def change(*_: object) -> None:
+            if not own:
+                own.extend((group, group["lr"]) for group in self._optimizer.param_groups)
+                for group, rate in own:
+                    group["lr"] = rate * scale
+
+        def put_back(*_: object) -> None:
+            while own:
+                group, rate = own.pop()
+                group["lr"] = rate
+
+        # After the user's hooks before the step, and before those after it: a schedule that is
+        # stepped in one of them sees its own rates.
+        before = self._optimizer.register_step_pre_hook(change)
+        after = self._optimizer.register_step_post_hook(put_back)
+        self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
         try:
-            for group in groups:
-                group["lr"] = group["lr"] * scale
             self._update()
         finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
+            put_back()
+            before.remove()
+            after.remove()

@@ -79,14 +79,14 @@ class OnlyFull:
         self.divergence_level = "NORMAL"
 
     def turn(self):
-        self.absorb((yield Directive(Action.FULL)))
+        self.absorb((yield self.quiet_step), self.quiet_step)
 
     quiet_step = Directive(Action.FULL)
 
     def quiet_steps(self):
         return 3 - self.seen % 4
 
-    def absorb(self, observation):
+    def absorb(self, observation, directive):
         self.seen += 1
 
     def restart(self, pairs, snapshots=None):

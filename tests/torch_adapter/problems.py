@@ -26,7 +26,9 @@ def regression(seed=0, learning_rate=1e-2):
     return model, optimizer, lambda: F.cross_entropy(model(x), y)
 
 
-def noisy(seed=0, config=None, rate=1e-2, steps=None, groups=1, schedule=None):
+def noisy(
+    seed=0, config=None, rate=1e-2, steps=None, groups=1, schedule=None, optimizer=torch.optim.Adam
+):
     """A network on mini-batches of digits: trainer, closure of a random batch, held-out loss.
 
     With `steps`, the rate falls to zero over so many; with `schedule`, by these factors.
@@ -35,7 +37,7 @@ def noisy(seed=0, config=None, rate=1e-2, steps=None, groups=1, schedule=None):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     parameters = list(model.parameters())
-    optimizer = torch.optim.Adam([{"params": parameters[i::groups]} for i in range(groups)], rate)
+    optimizer = optimizer([{"params": parameters[i::groups]} for i in range(groups)], rate)
     if schedule is not None:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     elif steps is not None:

@@ -1,11 +1,27 @@
 """Outer steps on real mini-batches, against the loop that a user would write for them."""
 
+import warnings
+
 import pytest
 import torch
 from problems import noisy, weights
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
+
+
+class Adam(torch.optim.Adam):
+    """Remembers the rates that its steps are taken at, which its hooks do not see."""
+
+    def step(self, closure=None):
+        self.taken = [float(group["lr"]) for group in self.param_groups]
+        return super().step(closure)
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    """Outer steps that go on being trusted, whatever they do to the loss."""
+    monkeypatch.setattr("hybridcore.outer.UNBEARABLE", 1e9)
 
 
 @pytest.mark.parametrize("averaging", [True, False])
@@ -58,19 +74,17 @@ def test_the_weights_move_by_the_outer_step_before_the_batch(averaging):
 
 
 @pytest.mark.parametrize("tensor", [False, True])
-def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, monkeypatch):
-    monkeypatch.setattr("hybridcore.outer.UNBEARABLE", 1e9)
-    trainer, closure, _ = noisy(steps=1600)
+def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, trusting):
+    trainer, closure, _ = noisy(steps=1600, optimizer=Adam)
     (group,) = trainer.optimizer.param_groups
     if tensor:
         group["lr"] = torch.tensor(group["lr"])
-    taken = []
-    trainer.optimizer.register_step_pre_hook(lambda *_: taken.append(float(group["lr"])))
     scales, highest = [], 0.0
     for _ in range(1600):
         scheduled, held = float(group["lr"]), group["lr"]
-        taken.clear()
+        trainer.optimizer.taken = []
         result = trainer.step(closure)
+        taken = trainer.optimizer.taken
         assert not tensor or group["lr"] is held
         assert len(taken) == (not result.was_predicted)
         highest = max(highest, scheduled)
@@ -87,27 +101,96 @@ def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, monkeypatch):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-def test_no_group_is_taken_beyond_its_highest_rate(alike, monkeypatch):
+def test_no_group_is_taken_beyond_its_highest_rate(alike, trusting):
     """Under warm restarts, where the second group follows the first and where it stays."""
-    monkeypatch.setattr("hybridcore.outer.UNBEARABLE", 1e9)
     first = lambda step: 1.0 - 0.9 * (step % 97) / 97  # noqa: E731
     trainer, closure, _ = noisy(
-        groups=2, schedule=[first, first if alike else lambda step: 1.0], rate=2e-2
+        groups=2,
+        schedule=[first, first if alike else lambda step: 1.0],
+        rate=2e-2,
+        optimizer=Adam,
     )
-    optimizer, taken = trainer.optimizer, []
-    rates = lambda: [group["lr"] for group in optimizer.param_groups]  # noqa: E731
-    optimizer.register_step_pre_hook(lambda *_: taken.append(rates()))
+    optimizer = trainer.optimizer
     highest, scales = [0.0, 0.0], []
     for _ in range(900):
-        scheduled = rates()
-        taken.clear()
+        scheduled = [group["lr"] for group in optimizer.param_groups]
+        optimizer.taken = []
         trainer.step(closure)
         highest = [max(pair) for pair in zip(highest, scheduled, strict=True)]
-        for found in taken:
-            scales += [now / own for now, own in zip(found, scheduled, strict=True)]
-            assert all(r <= most * (1 + 1e-12) for r, most in zip(found, highest, strict=True))
+        if optimizer.taken:
+            taken = list(zip(optimizer.taken, scheduled, highest, strict=True))
+            scales += [rate / own for rate, own, _ in taken]
+            assert all(rate <= most * (1.0 + 1e-12) for rate, _, most in taken)
     assert min(scales) == pytest.approx(1.0)
     assert max(scales) > 1.2 if alike else max(scales) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "before"), [(torch.optim.Adam, False), (torch.optim.Adam, True), (Adam, False)]
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_schedule_that_hooks_step_sees_and_sets_its_own_rates(relative, before, kind, trusting):
+    """One step of it for each update: two where an optimizer's step calls that of its parent."""
+    trainer, closure, _ = noisy(optimizer=kind)
+    optimizer = trainer.optimizer
+    if relative:
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.999**k)
+    (group,) = optimizer.param_groups
+    updates = []
+
+    def scheduled(*_):
+        schedule.step()
+        updates.append(group["lr"])
+
+    hook = optimizer.register_step_pre_hook if before else optimizer.register_step_post_hook
+    hook(scheduled)
+    with warnings.catch_warnings():
+        # torch: that a schedule is stepped before its optimizer.
+        warnings.simplefilter("ignore")
+        for _ in range(900):
+            trainer.step(closure)
+            assert group["lr"] == schedule.get_last_lr()[0]
+    assert updates == pytest.approx([1e-2 * 0.999**k for k in range(1, len(updates) + 1)])
+    assert trainer.engine.controller.outer.allowance.paid > 0.5
+    assert not optimizer._optimizer_step_pre_hooks or before
+    assert len(optimizer._optimizer_step_post_hooks) == (not before)
+
+
+def test_a_rate_that_the_closure_sets_is_not_gone_beyond_either(trusting):
+    trainer, closure, _ = noisy(optimizer=Adam)
+    (group,) = trainer.optimizer.param_groups
+    scales = []
+    for step in range(900):
+        rate = 1e-2 * (1.0 - 0.9 * (step % 97) / 97)
+
+        def setting():
+            group["lr"] = rate  # noqa: B023
+            return closure()
+
+        trainer.optimizer.taken = []
+        result = trainer.step(setting)
+        if trainer.optimizer.taken:
+            (taken,) = trainer.optimizer.taken
+            assert result.metrics["learning_rate"] == rate
+            assert taken <= 1e-2 * (1.0 + 1e-12)
+            scales.append(taken / rate)
+    assert max(scales) > 1.1
+
+
+def test_a_group_that_has_just_been_added_is_taken_at_its_own_rate(trusting):
+    trainer, closure, _ = noisy(steps=1000, optimizer=Adam)
+    optimizer, late = trainer.optimizer, torch.nn.Parameter(torch.zeros(()))
+    for _ in range(600):
+        trainer.step(closure)
+    while not trainer.engine._quiet or trainer.engine._quiet_step.learning_rate_scale == 1.0:
+        trainer.step(closure)
+    optimizer.add_param_group({"params": [late], "lr": 1e-3})
+    for _ in range(30):
+        optimizer.taken, own = [], optimizer.param_groups[1]["lr"]
+        trainer.step(lambda: closure() + 0.0 * late)
+        assert optimizer.taken[1:] in ([], [own])
 
 
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
