@@ -275,7 +275,7 @@ class HybridTrainer:
 
     def _step(self, closure: Closures | None) -> StepResult:
         start = perf_counter()
-        engine = self.engine
+        engine, rate = self.engine, self._hands.stepper.learning_rate
         if not self.config.enabled:
             assert closure is not None
             observation = self._hands.stepper.plain(closure)
@@ -307,7 +307,8 @@ class HybridTrainer:
             engine.confidence,
             None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
             1e3 * seconds,
-            {"learning_rate": self._hands.stepper.learning_rate},
+            # A closure may set it, and after the step the schedule has.
+            {"learning_rate": rate if predicted else observation.learning_rate},
             engine.take_events(),
         )
         for callback in self.callbacks:

@@ -86,6 +86,7 @@ def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, trusting):
         result = trainer.step(closure)
         taken = trainer.optimizer.taken
         assert not tensor or group["lr"] is held
+        assert result.metrics["learning_rate"] == scheduled
         assert len(taken) == (not result.was_predicted)
         highest = max(highest, scheduled)
         if taken and scheduled:
