@@ -18,8 +18,8 @@ class TensorFlowPort(StatefulPort):
     """See :class:`hybridcore_keras.ports.Port`.
 
     A full step passes ``fit``'s iterator on, so that Keras takes the batch inside its graph. Where
-    a probe or an outer step came first, Keras gets the batch itself, for which it traces its step
-    once more. Another iterator would need no trace, but 12 ms each time for a thread of its own.
+    a probe or an outer step came first, Keras gets the batch itself: an iterator made from it would
+    take 12 ms each time, for a thread of its own.
     """
 
     def __init__(self, model: Any) -> None:

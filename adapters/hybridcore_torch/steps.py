@@ -106,10 +106,10 @@ class Stepper:
             if self._scaler is not None:
                 self._scaler.unscale_(self._optimizer)
             norm = self._clip(self._max_grad_norm)
+        rate = self.learning_rate
         self._update()
         if self._scaler is not None:
             self._scaler.update()
-        rate = self.learning_rate
         self.advance_schedule()
         return Observation(loss.item(), norm, rate, perf_counter() - start)
 
@@ -293,28 +293,23 @@ class Stepper:
         if scale == 1.0:
             self._update()
             return
-        # Empty unless the rates are scaled: a step of a subclass calls the hooks twice.
-        own: list[tuple[dict[str, Any], Any]] = []
-
-        def change(*_: object) -> None:
-            if not own:
-                own.extend((group, group["lr"]) for group in self._optimizer.param_groups)
-                for group, rate in own:
-                    group["lr"] = rate * scale
-
-        def put_back(*_: object) -> None:
-            while own:
-                group, rate = own.pop()
-                group["lr"] = rate
-
-        # After the user's hooks before the step, and before those after it: a schedule that is
-        # stepped in one of them sees its own rates.
-        before = self._optimizer.register_step_pre_hook(change)
-        after = self._optimizer.register_step_post_hook(put_back)
-        self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
+        own = [(group, group["lr"]) for group in self._optimizer.param_groups]
+        scaled = [rate * scale for _, rate in own]
         try:
+            for (group, _), rate in zip(own, scaled, strict=True):
+                group["lr"] = rate
             self._update()
         finally:
-            put_back()
-            before.remove()
-            after.remove()
+            for (group, rate), changed in zip(own, scaled, strict=True):
+                group["lr"] = _unscaled(group["lr"], rate, changed, scale)
+
+
+def _unscaled(found: Any, own: Any, scaled: Any, scale: float) -> Any:
+    """Learning rate to go on with, where `found` is what a step at `scaled` has left.
+
+    A schedule that is stepped in a hook of the optimizer's step has set it, from the rate that it
+    found there or from a record of its own.
+    """
+    if found is scaled or found == scaled:
+        return own
+    return found if abs(found - own) <= abs(found - scaled) else found / scale

@@ -4,6 +4,7 @@ import datetime
 import faulthandler
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,8 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
     finally:
         KEPT.append((model, dist.group.WORLD))
         dist.destroy_process_group()
+    # Threads of torch's that are there while the interpreter ends have aborted a process.
+    os._exit(0)
 
 
 def astray(model, x, y, rank):
