@@ -29,11 +29,11 @@ class Allowance:
     at 1/2. And no more is paid for than flights have place for.
 
     Each full step pays once it has been taken, by the factor that it was taken at. What was earned
-    is taken in flights: after enough full steps their batches are left out, and
-    the weights stay where they are. How many full steps are enough varies, or of a loader that
-    never shuffles the batches left out might be the same in every epoch. They are not validated,
-    since one batch would say nothing: what they are worth was measured beforehand, over whole runs
-    (entries 66 and 71 of the log), and was more on most work.
+    is taken in flights: after enough full steps their batches are left out, and the weights stay
+    where they are. How many full steps are enough varies, or of a loader that never shuffles the
+    batches left out might be the same in every epoch. They are not validated, since one batch would
+    say nothing: what they are worth was measured beforehand, over whole runs (entries 66 and 71 of
+    the log), and was more on most work.
 
     Parameters
     ----------

@@ -138,7 +138,7 @@ class Controller:
     @property
     def quiet_step(self) -> Directive:
         """Full step that each of :meth:`quiet_steps` is."""
-        return self.outer.paying(FULL_STEP)
+        return self.outer.allowance.full_step(FULL_STEP)
 
     def absorb(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the figures of a full step that `directive` asked for."""
@@ -302,7 +302,7 @@ class Controller:
     ) -> Generator[Directive, Observation, Observation]:
         """Take a full step, and average the weights where it is time to."""
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
-        directive = self.outer.paying(directive)
+        directive = self.outer.allowance.full_step(directive)
         observation = yield dataclasses.replace(directive, average=weight) if weight else directive
         self.absorb(observation, directive)
         if weight and observation.applied:

@@ -333,10 +333,6 @@ class OuterMomentum:
         if not self.allowance.paid:
             self.stop()
 
-    def paying(self, directive: Directive) -> Directive:
-        """Return a full step at the rate that it is to be taken at."""
-        return self.allowance.full_step(directive)
-
     @property
     def _share(self) -> float:
         return self._learning_rate / self._highest if self._highest > 0.0 else 1.0

@@ -19,7 +19,7 @@ class TensorFlowPort(StatefulPort):
 
     A full step passes ``fit``'s iterator on, so that Keras takes the batch inside its graph. Where
     a probe or an outer step came first, Keras gets the batch itself: an iterator made from it would
-    take 12 ms each time, for a thread of its own.
+    take longer than most steps, for a thread of its own.
     """
 
     def __init__(self, model: Any) -> None:

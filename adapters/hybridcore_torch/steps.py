@@ -312,4 +312,7 @@ def _unscaled(found: Any, own: Any, scaled: Any, scale: float) -> Any:
     """
     if found is scaled or found == scaled:
         return own
+    # Nothing but a record of its own takes it away from zero.
+    if not scale:
+        return found
     return found if abs(found - own) <= abs(found - scaled) else found / scale

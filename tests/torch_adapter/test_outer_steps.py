@@ -156,6 +156,18 @@ def test_a_schedule_that_hooks_step_goes_on(relative, before, kind, trusting):
     assert trainer.engine.controller.outer.allowance.paid > 0.5
 
 
+def test_a_schedule_that_drops_the_rate_in_a_step_at_none_has_dropped_it():
+    trainer, closure, _ = noisy()
+    optimizer = trainer.optimizer
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.1 if k else 1.0)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    closure().backward()
+    before = weights(trainer.model)
+    trainer._hands.stepper.follow()
+    assert all(map(torch.equal, weights(trainer.model), before))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
 def test_a_rate_that_the_closure_sets_is_not_gone_beyond_either(trusting):
     trainer, closure, _ = noisy(optimizer=Adam)
     (group,) = trainer.optimizer.param_groups
