@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from hybridcore.types import Directive
 
@@ -118,7 +117,7 @@ class Allowance:
         if not self.paid:
             return directive
         scale = 1.0 + self.paid / self._interval
-        return replace(directive, learning_rate_scale=scale, highest_rates=self._limits)
+        return directive._replace(learning_rate_scale=scale, highest_rates=self._limits)
 
     @property
     def until_flight(self) -> int | None:

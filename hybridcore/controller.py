@@ -303,7 +303,7 @@ class Controller:
         """Take a full step, and average the weights where it is time to."""
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
         directive = self.outer.allowance.full_step(directive)
-        observation = yield dataclasses.replace(directive, average=weight) if weight else directive
+        observation = yield directive._replace(average=weight) if weight else directive
         self.absorb(observation, directive)
         if weight and observation.applied:
             self.average.add()

@@ -29,15 +29,21 @@ class Floor:
     def __init__(self) -> None:
         self.value = 0.0
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        # Losses until none of them is negative any more: on a short step a search for one counts.
+        self._negative = 0
 
     def see(self, loss: float) -> None:
         """Take in the finite loss of a step that computed gradients."""
         self._losses.append(loss)
+        if loss < 0.0:
+            self._negative = WINDOW
+        elif self._negative:
+            self._negative -= 1
 
     @property
     def is_near(self) -> bool:
         """Whether losses come so close to it that it should be lowered."""
-        if min(self._losses, default=0.0) >= 0.0:
+        if not self._negative:
             return False
         low, size = self._low, self._size
         near = low < 0.0 and low - self.value < LEAST_DEPTH * size
@@ -64,4 +70,7 @@ class Floor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.value = float(state["value"])
-        self._losses = deque(state["losses"], maxlen=WINDOW)
+        self._losses.clear()
+        self._negative = 0
+        for loss in state["losses"]:
+            self.see(loss)

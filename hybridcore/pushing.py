@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hybridcore.outer import is_due
@@ -56,7 +55,7 @@ def push(controller: Controller) -> Turn:
     move = outer.step()
     if outer.to_be_weighed:
         here = (yield _OWN_PROBE).loss
-        there = yield replace(_OWN_PROBE, coefficients=move.coefficients)
+        there = yield _OWN_PROBE._replace(coefficients=move.coefficients)
         outer.weigh(here, there.loss)
         if not outer.pending:
             return

@@ -1,9 +1,8 @@
 """What crosses the boundary between the core and an adapter, and what a user gets back."""
 
 import enum
-import itertools
 from collections.abc import Generator
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,8 +32,7 @@ class Action(enum.Enum):
 STEPS = (Action.FULL, Action.GRADIENT, Action.SKIP)
 
 
-@dataclass(frozen=True, slots=True)
-class Directive:
+class Directive(NamedTuple):
     """One order of the engine to an adapter, answered by one :class:`Observation`.
 
     Attributes
@@ -42,7 +40,8 @@ class Directive:
     action : Action
         - ``FULL``: forward, backward, optimizer, schedule. Report loss, gradient norm, learning
           rate, seconds, and with `gram` the Gram matrices.
-        - ``SKIP``: advance the schedule, nothing else.
+        - ``SKIP``: advance the schedule, nothing else. Report the learning rate before, if a result
+          of the step shows it.
         - ``PROBE``: loss without gradients at `coefficients` of the bank (None: where the weights
           are), weights and buffers as before afterwards. Report loss and seconds.
         - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step.
@@ -104,9 +103,10 @@ class Directive:
         scale = self.learning_rate_scale
         if scale > 1.0 and self.highest_rates:
             # A group that was added since has been no higher than it is.
-            pairs = itertools.zip_longest(self.highest_rates, learning_rates, fillvalue=0.0)
-            room = min((highest / rate for highest, rate in pairs if rate > 0.0), default=scale)
-            scale = min(scale, max(1.0, room))
+            for highest, rate in zip_longest(self.highest_rates, learning_rates, fillvalue=0.0):
+                if rate > 0.0:
+                    scale = min(scale, highest / rate)
+            scale = max(1.0, scale)
         return scale
 
 

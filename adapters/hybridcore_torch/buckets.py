@@ -46,6 +46,8 @@ class ExactBucket:
         self._dtype, self._device = first.dtype, first.device
         self._link = _Link(first.new_empty(sum(self._sizes))) if host and first.is_cuda else None
         self.rows: dict[int, torch.Tensor] = {}
+        # Views of them in the shapes of the parameters, which take longer to make than to copy.
+        self._views: dict[int, list[torch.Tensor]] = {}
         # Number and columns of each group.
         self.spans: list[tuple[int, int, int]] = []
         start = 0
@@ -68,26 +70,26 @@ class ExactBucket:
     def store(self, row: int, *, exact: bool = False) -> None:
         """Make `row` a copy of the parameters, which is always `exact` here."""
         if row not in self.rows:
-            self.rows[row] = self._new_row()
+            self._hold(row, self._new_row())
         if self._link is None:
-            self._copy_into(self.rows[row])
+            self._copy_into(row)
         else:
             self._link.wait()
             torch._foreach_copy_(self._split(self._link.staged), self.parameters)
             self._link.send(self.rows[row])
 
-    def _copy_into(self, row: torch.Tensor) -> None:
-        torch._foreach_copy_(self._split(row), self.parameters)
+    def _copy_into(self, row: int) -> None:
+        torch._foreach_copy_(self._views[row], self.parameters)
 
     def load(self, row: int) -> None:
         """Put the parameters where `row` is."""
         self._wait()
-        torch._foreach_copy_(self.parameters, self._split(self.rows[row]))
+        torch._foreach_copy_(self.parameters, self._views[row])
 
     def holds(self, row: int) -> bool:
         """Whether the parameters are where `row` is, bit for bit."""
         self._wait()
-        pairs = zip(self.parameters, self._split(self.rows[row]), strict=True)
+        pairs = zip(self.parameters, self._views[row], strict=True)
         return all(torch.equal(p, kept.to(p.device)) for p, kept in pairs)
 
     def keep(self, row: int) -> None:
@@ -97,12 +99,13 @@ class ExactBucket:
     def copy(self, row: int, to: int) -> None:
         """Make `to`, which is of no snapshot, a copy of `row`."""
         self._wait()
-        self.rows[to] = self.rows[row].clone()
+        self._hold(to, self.rows[row].clone())
 
     def drop(self, kept: set[int]) -> None:
         """Free all rows but those in `kept`."""
         self._wait()
-        self.rows = {row: values for row, values in self.rows.items() if row in kept}
+        for row in set(self.rows) - kept:
+            del self.rows[row], self._views[row]
 
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
@@ -126,7 +129,7 @@ class ExactBucket:
         """Put the parameters at the newest row plus weighted displacements from it.
 
         `weights` is (groups, m), or (1, m) where they are the same for all groups. The point is
-        left in the row `into`, which may be one of `order`.
+        left in the row `into`, which may be the first of `order`.
         """
         self._wait()
         if self.size > _SMALL or self._link is not None:
@@ -134,19 +137,20 @@ class ExactBucket:
             if into is not None:
                 self.store(into)
             return
-        if into is not None and into not in order:
-            if into not in self.rows:
-                self.rows[into] = self._new_row()
-            point = wide(self.rows[into])
-        else:
-            point = torch.empty_like(wide(self.rows[order[-1]]))
+        if into is not None and into not in self.rows:
+            self._hold(into, self._new_row())
+        # The first row is read first, so that the point may take its place.
+        point = wide(self.rows[order[-1] if into is None else into])
+        if into is None:
+            point = torch.empty_like(point)
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
             for columns in self._blocks(start, stop):
                 self._write(order, weights[group], columns, point[columns])
-        torch._foreach_copy_(self.parameters, self._split(point))
         if into is not None:
             self.rows[into].copy_(point)
+        views = self._split(point) if into is None else self._views[into]
+        torch._foreach_copy_(self.parameters, views)
 
     def _move_by_parts(self, order: Sequence[int], weights: NDArray[np.float64]) -> None:
         """Move without a copy of all of it: the same arithmetic, parameter by parameter."""
@@ -196,7 +200,7 @@ class ExactBucket:
     def load_state_dict(self, state: torch.Tensor, rows: Sequence[int]) -> None:
         """Take back those `rows` of what :meth:`state_dict` returned."""
         for row in rows:
-            self.rows[row] = self._new_row().copy_(state[row])
+            self._hold(row, self._new_row().copy_(state[row]))
 
     def takes(self, state: object, rows: int) -> bool:
         """Whether `state` is of a bucket like this one, with so many rows."""
@@ -206,6 +210,9 @@ class ExactBucket:
         if self._link is None:
             return torch.empty(self.size, dtype=self._dtype, device=self._device)
         return torch.empty(self.size, dtype=self._dtype, pin_memory=True)
+
+    def _hold(self, row: int, values: torch.Tensor) -> None:
+        self.rows[row], self._views[row] = values, self._split(values)
 
     def _part(self, row: int, columns: slice) -> torch.Tensor:
         return self.rows[row][columns].to(self._device, non_blocking=True)

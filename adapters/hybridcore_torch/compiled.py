@@ -21,10 +21,10 @@ class CompiledExactBucket(ExactBucket):
 
     _longest = _LONGEST
 
-    def _copy_into(self, row: torch.Tensor) -> None:
+    def _copy_into(self, row: int) -> None:
         if all(p.is_contiguous() for p in self.parameters):
             # As fast as memory, which copying each of them is not.
-            torch.cat([p.view(-1) for p in self.parameters], out=row)
+            torch.cat([p.view(-1) for p in self.parameters], out=self.rows[row])
         else:
             super()._copy_into(row)
 

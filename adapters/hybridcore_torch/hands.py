@@ -156,9 +156,11 @@ class Hands:
         if action is Action.BASE:
             return self._base(directive)
         if action is Action.SKIP:
+            rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
             self._on_trial = False
-        elif action is Action.MOVE:
+            return Observation(learning_rate=rate)
+        if action is Action.MOVE:
             assert directive.coefficients is not None
             # Within a jump it can be done again, from the same snapshots.
             self._moving = directive.snapshot

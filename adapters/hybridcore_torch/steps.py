@@ -73,7 +73,7 @@ class Stepper:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the first parameter group."""
-        return self._learning_rates[0]
+        return float(self._optimizer.param_groups[0]["lr"])
 
     @property
     def _learning_rates(self) -> tuple[float, ...]:

@@ -43,11 +43,11 @@ class _Taken(NamedTuple):
     """What carrying out a turn of the engine came to."""
 
     phase: Phase
-    predicted: bool = False
+    predicted: bool
     # Of the turn's step, None where it took none.
-    observation: Observation | None = None
+    observation: Observation | None
     # Of passes, which are no overhead.
-    seconds: float = 0.0
+    seconds: float
 
 
 # Changes of the weights by the loop after which it is told what may be the reason.
@@ -275,7 +275,7 @@ class HybridTrainer:
 
     def _step(self, closure: Closures | None) -> StepResult:
         start = perf_counter()
-        engine, rate = self.engine, self._hands.stepper.learning_rate
+        engine = self.engine
         if not self.config.enabled:
             assert closure is not None
             observation = self._hands.stepper.plain(closure)
@@ -289,10 +289,9 @@ class HybridTrainer:
             if touches or self._hands.disturbed():
                 self._check_structure()
                 touches = engine.touches_weights
-            taken = self._take_turn(closure)
-            phase, predicted, working = taken.phase, taken.predicted, taken.seconds
-            assert taken.observation is not None
-            observation = taken.observation
+            phase, predicted, of_step, working = self._take_turn(closure)
+            assert of_step is not None
+            observation = of_step
             if touches:
                 self._hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
             else:
@@ -307,8 +306,7 @@ class HybridTrainer:
             engine.confidence,
             None if math.isnan(observation.gradient_norm) else observation.gradient_norm,
             1e3 * seconds,
-            # A closure may set it, and after the step the schedule has.
-            {"learning_rate": rate if predicted else observation.learning_rate},
+            {"learning_rate": observation.learning_rate},
             engine.take_events(),
         )
         for callback in self.callbacks:
@@ -321,10 +319,11 @@ class HybridTrainer:
 
     def _take_turn(self, closure: Closures | None, *, a_step: bool = True) -> _Taken:
         """Carry out what the engine asks for until its turn, which is `a_step`, is over."""
-        engine, hands, taken = self.engine, self._hands, _Taken(self.engine.phase)
+        engine, hands = self.engine, self._hands
+        phase, predicted, of_step, working = engine.phase, False, None, 0.0
         with_graph = torch.is_grad_enabled()
         try:
-            while (a_step and taken.observation is None) or not engine.step_done:
+            while (a_step and of_step is None) or not engine.step_done:
                 directive = engine.next()
                 try:
                     seen = hands.carry_out(directive, closure)
@@ -333,14 +332,14 @@ class HybridTrainer:
                         raise
                 else:
                     if directive.action in STEPS:
+                        phase, of_step = engine.phase, seen
                         predicted = directive.action is Action.SKIP
-                        taken = _Taken(engine.phase, predicted, seen, taken.seconds)
-                    taken = taken._replace(seconds=taken.seconds + seen.seconds)
+                    working += seen.seconds
                     engine.observe(seen)
                 if hands.torn:
                     engine.abandon()
                     self._start_over()
-                    if a_step and closure is None and taken.observation is None:
+                    if a_step and closure is None and of_step is None:
                         raise NeedsBatchError
         except BaseException:
             # An interrupt can fall between entering and leaving a block of torch's own.
@@ -350,7 +349,7 @@ class HybridTrainer:
             if hands.torn:
                 self._start_over()
             raise
-        return taken
+        return _Taken(phase, predicted, of_step, working)
 
     def _check_own_weights(self, call: str) -> None:
         average = self._hands.average

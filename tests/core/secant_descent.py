@@ -1,7 +1,6 @@
 """A real descent in NumPy whose adapter keeps secant pairs too, in a list of vectors."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -244,5 +243,5 @@ def go_on(descent, steps):
 
 
 def same(first, second):
-    plain = [dataclasses.replace(d, coefficients=None) for d in (first, second)]
+    plain = [d._replace(coefficients=None) for d in (first, second)]
     return plain[0] == plain[1] and np.array_equal(first.coefficients, second.coefficients)

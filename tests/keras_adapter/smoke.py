@@ -68,7 +68,7 @@ fit(plain, epochs=3)
 hybrid = HybridCallback(HybridTrainerConfig(warmup_steps=999))
 fit(model, hybrid, epochs=1)
 carry_out, bold = hybrid.hands.carry_out, {"learning_rate_scale": 5.0, "highest_rates": (0.2,)}
-hybrid.hands.carry_out = lambda directive: carry_out(dataclasses.replace(directive, **bold))
+hybrid.hands.carry_out = lambda directive: carry_out(directive._replace(**bold))
 fit(model, hybrid, epochs=3)
 found, expected = model.get_weights(), plain.get_weights()
 assert all(np.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, expected, strict=True))
