@@ -15,7 +15,8 @@ run's score is what a user would keep: the lowest smoothed training loss where e
 whole, the held-out loss at the end elsewhere, at the weights that the method ships.
 
 The cost to a target is where the line through (log cost, log score) of a method's budgets, of one
-seed, first reaches it. A speed-up is the baseline's cost at its full budget over that; a method
-that does not get there at its largest budget counts as its largest cost, which flatters it, and is
-marked. Quartiles are over seeds. One thread.
+seed, first reaches it. A speed-up is the baseline's cost to its own final score over that. A method
+that leaves passes out gets longer budgets, until it has spent as many as the others; one that does
+not get there counts as the largest cost of either, which flatters it, and is marked. So is the best
+rate where it is at an end of the grid. Quartiles are over seeds. One thread.
 """

@@ -22,12 +22,16 @@ def draw(ground: Ground, path: Path) -> None:
         for index, method in enumerate(PEERS):
             offset = 0.13 * (index - (len(PEERS) - 1) / 2)
             rows, middles, errors = [], [], []
+            hollow_x, hollow_y = [], []
             for row, name in enumerate(names):
                 spread = ground.speedup(name, method, baseline)
                 if spread is None:
                     continue
                 rows.append(row + offset)
                 middles.append(spread.middle)
+                if spread.sign:
+                    hollow_x.append(spread.middle)
+                    hollow_y.append(row + offset)
                 errors.append((spread.middle - spread.low, spread.high - spread.middle))
             if rows:
                 panel.errorbar(
@@ -39,6 +43,8 @@ def draw(ground: Ground, path: Path) -> None:
                     label=METHODS[method].title,
                     linewidth=1,
                 )
+                # Hollow where the speed-up is only known to be above or below what is shown.
+                panel.plot(hollow_x, hollow_y, "o", color="white", markersize=3, zorder=5)
         panel.axvline(1.0, color="grey", linewidth=1)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")

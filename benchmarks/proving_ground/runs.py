@@ -34,19 +34,26 @@ class Plan:
         Seeds, from 0.
     budgets : tuple of float
         Multiples of a workload's steps; 1 must be among them.
+    more : tuple of float
+        Further ones, for a method that leaves passes out: until it has spent as many as others.
     shrink : float
-        Factor on the steps of every workload.
+        Factor on the steps of every workload but `whole`.
+    whole : str
+        Name of a workload that keeps its steps, or "".
     rates : int
         Learning rates of the grid that are tried, from the middle outwards.
     """
 
     seeds: int = 5
     budgets: tuple[float, ...] = BUDGETS
+    more: tuple[float, ...] = (2.0, 2.8)
     shrink: float = 1.0
-    rates: int = 4
+    whole: str = ""
+    rates: int = 5
 
 
-QUICK = Plan(seeds=1, budgets=(0.5, 1.0), shrink=0.03, rates=1)
+# Something is predicted in one of them, after the warm-up.
+QUICK = Plan(seeds=1, budgets=(0.5, 1.0), more=(), shrink=0.03, whole="logistic", rates=1)
 
 
 def train(
@@ -95,7 +102,7 @@ class Record:
         self.path = folder / f"{workload}-{method}-{seed}.json"
         self.content: dict[str, Any] = {
             **environment(),
-            "command": "python -m benchmarks.proving_ground run",
+            "command": "python -m benchmarks.proving_ground run --all",
             "workload": workload,
             "method": method,
             "seed": seed,
@@ -121,6 +128,11 @@ class Record:
         os.replace(temporary, self.path)
 
 
+def cost(trial: Trial) -> float:
+    """Work of a run in full steps, counted from outside."""
+    return float(trial["backward"] + trial["forward_cost"] * trial["forward_alone"])
+
+
 def best(trials: list[Trial]) -> Trial:
     """Trial with the lowest score; one that ended in no number at all is the worst."""
     return min(trials, key=lambda t: math.inf if t["score"] is None else t["score"])
@@ -134,9 +146,10 @@ def sized(workload: Workload, plan: Plan) -> Workload:
             workload.learning_rates.index(rate) - len(workload.learning_rates) // 2
         ),
     )
+    shrunk = max(20, round(workload.steps * plan.shrink))
     return replace(
         workload,
-        steps=max(20, round(workload.steps * plan.shrink)),
+        steps=workload.steps if workload.name == plan.whole else shrunk,
         learning_rates=tuple(sorted(middle[: plan.rates])),
     )
 
@@ -159,10 +172,13 @@ def run(
             tuned = _tuning(workload, method, folder, price, say)
             choice = best(list(tuned))
             for seed in range(plan.seeds):
-                for budget in plan.budgets:
+                spent = 0.0
+                for budget in (*plan.budgets, *plan.more):
+                    if budget in plan.more and spent >= plan.budgets[-1] * workload.steps:
+                        break
                     steps = round(budget * workload.steps)
                     settings = (choice["rate"], choice["variant"], steps)
-                    _trial(workload, method, *settings, seed, folder, price, say)
+                    spent = cost(_trial(workload, method, *settings, seed, folder, price, say))
 
 
 def _tuning(

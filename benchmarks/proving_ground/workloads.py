@@ -318,21 +318,39 @@ def _noisy(
 GROUND = {
     workload.name: workload
     for workload in (
-        replace(WORKLOADS["siren"], learning_rates=(1e-3, 2e-3, 4e-3, 8e-3), steps=1000),
-        replace(WORKLOADS["burgers"], learning_rates=(3e-3, 1e-2, 2e-2, 4e-2), steps=1200),
-        _smooth("logistic", "Logistic regression, digits", _logistic, (0.1, 0.3, 1.0, 3.0), 600),
+        replace(WORKLOADS["siren"], learning_rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), steps=1000),
+        replace(WORKLOADS["burgers"], learning_rates=(3e-3, 1e-2, 2e-2, 4e-2, 8e-2), steps=1200),
         _smooth(
-            "flights-whole", "MLP, flights, full batch", _flights_whole, (3e-3, 1e-2, 3e-2), 800
+            "logistic", "Logistic regression, digits", _logistic, (0.3, 1.0, 3.0, 10.0, 30.0), 600
         ),
-        _smooth("head", "Linear head on frozen features", _head, (0.01, 0.03, 0.1, 0.3), 600),
+        _smooth(
+            "flights-whole",
+            "MLP, flights, full batch",
+            _flights_whole,
+            (3e-3, 1e-2, 3e-2, 0.1, 0.3),
+            800,
+        ),
+        _smooth("head", "Linear head on frozen features", _head, (0.01, 0.03, 0.1, 0.3, 1.0), 600),
         replace(
             WORKLOADS["fashion" if FASHION.is_dir() else "digits"],
-            learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+            learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
             schedule="constant",
         ),
-        _noisy("cnn", "CNN, images", _convolutional, (4e-3, 8e-3, 1.6e-2), 1200),
-        _noisy("gpt", "Byte-level GPT, source code", _language, (1.5e-3, 3e-3, 6e-3), 600),
-        _noisy("gru", "GRU, weather", _recurrent, (2e-3, 5e-3, 1e-2), 800),
-        _noisy("flights", "MLP, flights, batches of 128", _flights_parts, (3e-3, 1e-2, 3e-2), 1500),
+        _noisy("cnn", "CNN, images", _convolutional, (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), 1200),
+        _noisy(
+            "gpt",
+            "Byte-level GPT, source code",
+            _language,
+            (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
+            600,
+        ),
+        _noisy("gru", "GRU, weather", _recurrent, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), 800),
+        _noisy(
+            "flights",
+            "MLP, flights, batches of 128",
+            _flights_parts,
+            (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+            1500,
+        ),
     )
 }
