@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 
 from hybridcore_torch.ranks import local
 
-# Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
-_SMALL = 2**20
-
 Groups = dict[int, list[torch.nn.Parameter]]
 
 
@@ -38,6 +35,8 @@ class ExactBucket:
     # Columns that are worked on at a time: few enough for the displacements to stay in the cache,
     # and enough for the calls not to count.
     _longest = 65536
+    # Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
+    _small = 2**20
 
     def __init__(self, groups: Groups, host: bool = False) -> None:
         self.parameters = [local(p) for group in groups.values() for p in group]
@@ -132,7 +131,7 @@ class ExactBucket:
         left in the row `into`, which may be the first of `order`.
         """
         self._wait()
-        if self.size > _SMALL or self._link is not None:
+        if self.size > self._small or self._link is not None:
             self._move_by_parts(order, weights)
             if into is not None:
                 self.store(into)

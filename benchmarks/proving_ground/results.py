@@ -66,9 +66,12 @@ def cost_to_target(points: Iterable[Point], target: float) -> Reached:
 
 
 def score_at(points: Iterable[Point], cost: float) -> float:
-    """Score on the line through (log cost, log score) at `cost`, within the costs of the points."""
-    costs, scores = zip(*sorted(points), strict=True)
-    return float(np.exp(np.interp(np.log(cost), np.log(costs), np.log(scores))))
+    """Score on the line through (log cost, log score) at `cost`, NaN beyond the points."""
+    known = [point for point in sorted(points) if math.isfinite(point.score)]
+    if not known:
+        return math.nan
+    costs, scores = np.log(known).T
+    return float(np.exp(np.interp(np.log(cost), costs, scores, left=math.nan, right=math.nan)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,9 @@ class Spread:
     @classmethod
     def of(cls, ratios: list[Ratio]) -> Spread:
         """Quartiles of what is counted, and whether the median may be another."""
-        low, middle, high = np.percentile([ratio.value for ratio in ratios], (25, 50, 75)).tolist()
+        values = [ratio.value for ratio in ratios]
+        middle = statistics.median(values)
+        low, high = np.percentile(values, (25, 75)).tolist()
         below = statistics.median(0.0 if r.at_most else r.value for r in ratios) < middle
         above = statistics.median(math.inf if r.at_least else r.value for r in ratios) > middle
         sign = {(True, True): "~", (True, False): "<", (False, True): ">"}.get((below, above), "")
@@ -140,9 +145,9 @@ class Ground:
 
     def edge(self, workload: str, method: str) -> str:
         """Which end of the rates that were tried the best one is, "" where it is inside."""
-        rates = [trial["rate"] for trial in self._tuning(workload, method)]
+        rates = sorted({trial["rate"] for trial in self._tuning(workload, method)})
         rate, _ = self.chosen(workload, method)
-        return {max(rates): "highest", min(rates): "lowest"}.get(rate, "")
+        return {rates[-1]: "highest", rates[0]: "lowest"}.get(rate, "") if len(rates) > 1 else ""
 
     def _tuning(self, workload: str, method: str) -> list[Trial]:
         trials = self._trials[workload, METHODS[method].trial_of or method, 0]
@@ -152,7 +157,7 @@ class Ground:
     def runs(self, workload: str, method: str, seed: int) -> list[Trial]:
         """Runs of the best trial at all budgets, shortest first; no number is infinitely bad."""
         chosen = self.chosen(workload, method)
-        trials = self._trials[workload, method, seed]
+        trials = self._trials.get((workload, method, seed), [])
         own = [
             t | {"score": math.inf if t["score"] is None else t["score"]}
             for t in trials
@@ -202,10 +207,11 @@ class Ground:
         ratios = []
         for seed in self.seeds(workload, "hybridcore"):
             own = self.full(workload, "hybridcore", seed)
-            if own is None or (workload, "tuned", seed) not in self._trials:
+            if own is None:
                 continue
             less = score_at(_points(self.runs(workload, "tuned", seed)), cost(own))
-            ratios.append(Ratio(max(own["score"], LEAST) / less))
+            if math.isfinite(own["score"] / less):
+                ratios.append(Ratio(max(own["score"], LEAST) / less))
         return Spread.of(ratios) if ratios else None
 
     def processor_ratio(self, workload: str) -> Spread | None:

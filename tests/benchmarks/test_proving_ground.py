@@ -243,6 +243,21 @@ def test_less_training_is_the_tuned_loop_at_the_same_cost(tmp_path):
     # 400 steps cost 280, for which the tuned loop gets to 1 / 7.
     spread = Ground(tmp_path).beside_less_training("logistic")
     assert spread.middle == pytest.approx(0.05 * 7.0)
+    # Neither what ended in no number nor a cost beyond all runs says what less training comes to.
+    record(tmp_path, "tuned", 0, [0.4, None, 0.1, 0.05])
+    assert Ground(tmp_path).beside_less_training("logistic").middle < 0.5
+    record(tmp_path, "tuned", 0, [None] * 4)
+    assert Ground(tmp_path).beside_less_training("logistic") is None
+    record(tmp_path, "hybridcore", 0, [0.2, 0.1, 0.05, 0.02], passes=0.1)
+    record(tmp_path, "tuned", 0, [40.0 / cost for cost in COSTS])
+    assert Ground(tmp_path).beside_less_training("logistic") is None
+
+
+def test_a_folder_of_a_stopped_run_has_tables(tmp_path):
+    for method, seeds in (("tuned", 1), ("hybridcore", 2), ("twin", 3)):
+        for seed in range(seeds):
+            record(tmp_path, method, seed, [40.0 / cost for cost in COSTS])
+    assert "1.00 (1.00 to 1.00)" in results.tables(Ground(tmp_path))
 
 
 def test_a_best_rate_at_an_end_of_the_grid_is_told(tmp_path):
@@ -261,6 +276,8 @@ def test_a_best_rate_at_an_end_of_the_grid_is_told(tmp_path):
         "highest",
         "lowest",
     ]
+    record(tmp_path, "lookahead", 0, [1.0] * 4)
+    assert Ground(tmp_path).edge("logistic", "lookahead") == ""
     text = results.tables(ground)
     assert "highest rate that was tried: Logistic regression, digits (EMA)." in text
     assert "lowest rate that was tried: Logistic regression, digits (Nesterov outer step)." in text

@@ -97,8 +97,13 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind, compiled):
     bank.restore()
     assert np.array_equal(flat(), kept[-1])
     bank.forget()
+    # In the place of the oldest, which counts too.
+    there = np.array([0.3, -0.4, -0.2, 1.3])
+    bank.move(there[None], take=True)
+    np.testing.assert_allclose(flat(), there @ kept, atol=tolerance)
     bank.move(np.array([[-1.0, 2.0]]), take=True)
-    np.testing.assert_allclose(flat(), 2 * kept[-1] - kept[-2], atol=tolerance)
+    twice = 2 * (there @ kept) - kept[-1]
+    np.testing.assert_allclose(flat(), twice, atol=3 * tolerance)
     state = bank.state_dict()
     again = SnapshotBank([group, other], 4, kind=kind, compiled=compiled)
     assert again.takes(state)
