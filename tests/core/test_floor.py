@@ -84,6 +84,18 @@ def test_points_far_off_do_not_lower_it(huge, start, times):
     assert -values[-1] < 10.0 * 6.0
 
 
+def test_what_is_near_when_it_is_saved_is_near_when_it_comes_back():
+    floor, other = Floor(), Floor()
+    for loss in (3.0, 1.0, -1.0, -2.0, -3.0, 0.5):
+        floor.see(loss)
+    assert floor.is_near
+    other.load_state_dict(floor.state_dict())
+    assert other.is_near
+    assert other.lower() == floor.lower() > 0.0
+    other.load_state_dict(Floor().state_dict())
+    assert not other.is_near
+
+
 def test_its_state_comes_back():
     floor, other = Floor(), Floor()
     losses = np.random.default_rng(3).normal(size=200) * 0.1 - 0.01 * np.arange(200)
