@@ -117,7 +117,7 @@ class Cycle:
         self.x = torch.randn(64, 2500)
         self.count = 6 if kind == "exact" else 4
         groups = [[p] for p in parameters]
-        self.bank = SnapshotBank(groups, self.count, kind=kind, compiled=True)
+        self.bank = SnapshotBank(groups, self.count, kind=kind)
         coefficients = np.zeros((4, self.count))
         coefficients[:, -2:] = -1.0, 2.0
         self.coefficients = coefficients

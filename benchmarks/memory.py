@@ -6,9 +6,8 @@
 Each row is a process of its own that trains so many parameters by AdamW on a smooth loss, along
 which there are jumps; what it takes at its peak is held against the plain loop's. The resident set
 is measured (on Linux) with every tensor in pages of its own, so that what a heap keeps to itself
-plays no part. What libraries take once, whatever the model, is there before the run begins; that of
-numba, which only large models on a CPU have, is measured beside it: loaded from its cache, and
-where the kernels for snapshots are compiled.
+plays no part, and from where torch has taken a step, as what libraries take does not grow with a
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +44,9 @@ def train(parameters: int, settings: dict | None) -> dict:
 
     np.linalg.eigh(np.eye(300))
     torch.set_num_threads(1)
-    load_numba()
+    p = nn.Parameter(torch.ones(1000))
+    p.sum().backward()
+    torch.optim.AdamW([p], 1e-3, foreach=False).step()
     before = high_water()
     parts = 16
     model = nn.ParameterList([torch.linspace(-1.0, 1.0, parameters // parts) for _ in range(parts)])
@@ -72,40 +72,18 @@ def train(parameters: int, settings: dict | None) -> dict:
     }
 
 
-def load_numba() -> dict:
-    """Use every kernel for snapshots once; return what that takes beside what torch does."""
-    import torch
-    from torch import nn
-
-    from hybridcore.memory import COMPILED
-    from hybridcore_torch.snapshots import SnapshotBank
-
-    p = nn.Parameter(torch.ones(1000))
-    p.sum().backward()
-    torch.optim.AdamW([p], 1e-3, foreach=False).step()
-    for compiled in (False, True):
-        before = high_water()
-        for kind in COMPILED:
-            bank = SnapshotBank([[p]], 4, kind=kind, compiled=compiled)
-            for taken in range(4):
-                bank.take(fresh=taken == 0, exact=taken == 3)
-            bank.gram()
-            bank.move(np.array([[0.5, 0.5, -1.0, 1.0]]))
-    return {"peak_bytes": high_water() - before}
-
-
 def high_water() -> int:
     """Bytes of the largest resident set so far."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
-def measure(parameters: int, settings: dict | None, **environment: str) -> dict:
-    """Measure in a process of its own; with no parameters, what numba takes."""
+def measure(parameters: int, settings: dict | None) -> dict:
+    """Train in a process of its own."""
     fixed = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, __file__, "--one", json.dumps([parameters, settings])],
-        env=os.environ | fixed | environment,
+        env=os.environ | fixed,
         stdout=subprocess.PIPE,
         check=True,
     )
@@ -119,18 +97,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one is not None:
         parameters, settings = json.loads(arguments.one)
-        print(json.dumps(train(parameters, settings) if parameters else load_numba()))
+        print(json.dumps(train(parameters, settings)))
         return
     from hybridcore import HybridTrainerConfig
     from hybridcore.cli.memory import estimate
 
     parameters = TOY if arguments.toy else PARAMETERS
     weights = 4 * parameters
-    with tempfile.TemporaryDirectory() as empty:
-        compiled = measure(0, None, NUMBA_CACHE_DIR=empty)["peak_bytes"]
-    # The second time they are in the cache.
-    cached = [measure(0, None)["peak_bytes"] for _ in range(2)][1]
-    print(f"numba takes {cached / 1e6:.0f} MB, and {compiled / 1e6:.0f} MB where it compiles")
     plain = measure(parameters, None)["peak_bytes"]
     rows = []
     for name, settings in SETTINGS.items():
@@ -138,7 +111,7 @@ def main() -> None:
             parameters, "adamw", "float32", HybridTrainerConfig(secant_pairs=0, **settings)
         )
         found = measure(parameters, settings)
-        extra, expected = found["peak_bytes"] - plain, told.total - told.plain - told.numba
+        extra, expected = found["peak_bytes"] - plain, told.total - told.plain
         rows.append(
             {
                 "settings": name,
@@ -154,13 +127,7 @@ def main() -> None:
             f"{extra / weights:5.2f}; {found['predicted_steps']} steps predicted"
         )
     if not arguments.toy:
-        numba = {"cached_bytes": cached, "compiled_bytes": compiled}
-        result = {
-            "parameters": parameters,
-            "plain_peak_bytes": plain,
-            "numba": numba,
-            "rows": rows,
-        }
+        result = {"parameters": parameters, "plain_peak_bytes": plain, "rows": rows}
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -212,16 +212,7 @@ def memory() -> str:
             f"| `{row['settings']}` | {kept} | {row['estimated_copies']:.2f} "
             f"| {row['measured_copies']:.2f} | {row['measured_peak_by_estimated']:.2f} |"
         )
-    numba = {name: f"{taken / 1e6:.0f} MB" for name, taken in result["numba"].items()}
-    lines += [
-        "",
-        "For the kernels of float32 on the CPU, by default from 24M parameters on, numba takes "
-        f"{numba['cached_bytes']} beside the",
-        f"copies, and {numba['compiled_bytes']} where it compiles them.",
-        "",
-        "Recorded by `python benchmarks/memory.py`.",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "Recorded by `python benchmarks/memory.py`."])
 
 
 def drills() -> str:

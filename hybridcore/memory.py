@@ -23,13 +23,6 @@ CODED = ("bfloat16", "int8")
 FEWEST = 4
 # Values that share a scale in 8 bits: 4 bytes for so many, which leaves a row at 0.254 of float32.
 SCALED = 256
-# Values of float32 on the CPU, 64 MiB, above which compiled kernels for snapshots are worth their
-# compilation, three seconds at most: a million values are 4 ms faster in each cycle, and 14 ms in 8
-# bits. Then the kinds that there are kernels for, and about the bytes that numba takes beside the
-# copies, from its cache: while it compiles it takes 40 MB more, once (benchmarks/memory.py).
-LARGE = 2**24
-COMPILED = ("exact", "int8")
-NUMBA = 120e6
 
 
 class Size(NamedTuple):
@@ -73,8 +66,6 @@ class Plan:
         Whether there is a running average.
     pairs : float
         Bytes that secant pairs may take while there are any.
-    compiled : bool
-        Whether compiled kernels work on the snapshots.
     in_turn : bool
         Whether the average gives way to the copy of the optimizer's state during a jump.
     """
@@ -83,13 +74,7 @@ class Plan:
     snapshots: int
     average: bool
     pairs: float
-    compiled: bool = False
     in_turn: bool = False
-
-    @property
-    def numba(self) -> float:
-        """Bytes that numba takes for the kernels."""
-        return NUMBA if self.compiled else 0.0
 
 
 def snapshots_bytes(kind: Kind, snapshots: int, size: Size) -> float:
@@ -116,13 +101,11 @@ def beside_bytes(there: Plan, size: Size) -> float:
     return max(average, recovery) if there.in_turn else average + recovery
 
 
-def plan(
-    config: HybridTrainerConfig, size: Size, *, host: bool = True, kernels: bool = True
-) -> Plan:
+def plan(config: HybridTrainerConfig, size: Size, *, host: bool = True) -> Plan:
     """Return the copies that fit into the settings' `memory`: all if they do, or else the best.
 
     Snapshots come before the average, more exact ones before more of them, and where the average
-    has to give way in jumps there are fewer bits first; on a large model kernels come before that.
+    has to give way in jumps there are fewer bits first.
 
     Parameters
     ----------
@@ -132,8 +115,6 @@ def plan(
         The model.
     host : bool
         Whether the adapter can keep copies in the memory of a GPU's host.
-    kernels : bool
-        Whether it has compiled kernels for snapshots.
     """
     limit = config.memory_limit(4.0 * size.parameters)
     kinds: Sequence[Kind] = ("exact", "int8")
@@ -142,19 +123,13 @@ def plan(
     if config.snapshot_kind != "auto":
         kinds = (config.snapshot_kind,)
     counts = range(config.snapshots, FEWEST - 1, -1)
-    in_float32 = size.weights == 4 * size.parameters and not size.on_gpu
-    kernels = kernels and in_float32 and size.parameters > LARGE
-    for average, compiled, in_turn in itertools.product(
-        (True, False) if config.averaging else (False,),
-        (True, False) if kernels else (False,),
-        (False, True),
+    for average, in_turn in itertools.product(
+        (True, False) if config.averaging else (False,), (False, True)
     ):
         pairs = limit - average * size.average - size.weights - size.state
-        pairs -= NUMBA if compiled else 0.0
         for kind, count in itertools.product(kinds, counts):
-            found = Plan(kind, count, average, pairs, compiled, in_turn)
-            held = snapshots_bytes(kind, count, size) + beside_bytes(found, size) + found.numba
-            if held <= limit and (kind in COMPILED or not compiled):
+            found = Plan(kind, count, average, pairs, in_turn)
+            if snapshots_bytes(kind, count, size) + beside_bytes(found, size) <= limit:
                 return found
     average = config.averaging and size.average <= limit
     return Plan(kinds[0], 0, average, limit - size.weights - size.state - average * size.average)
@@ -171,7 +146,7 @@ class Room:
         Settings.
     pairs : int
         Secant pairs that are wanted.
-    host, kernels : bool
+    host : bool
         As for :func:`plan`.
 
     Attributes
@@ -185,10 +160,8 @@ class Room:
         ``plan.pairs`` is the adapter's to say, who knows what one takes.
     """
 
-    def __init__(
-        self, config: HybridTrainerConfig, pairs: int, *, host: bool = True, kernels: bool = True
-    ) -> None:
-        self._config, self._host, self._kernels = config, host, kernels
+    def __init__(self, config: HybridTrainerConfig, pairs: int, *, host: bool = True) -> None:
+        self._config, self._host = config, host
         self.snapshots, self.pairs, self._average = config.snapshots, pairs, True
         self.plan = Plan("exact", config.snapshots, config.averaging, 0.0)
 
@@ -200,7 +173,7 @@ class Room:
     def measure(self, size: Size) -> None:
         """Plan for a model of this size."""
         before = self.plan
-        self.plan = plan(self._config, size, host=self._host, kernels=self._kernels)
+        self.plan = plan(self._config, size, host=self._host)
         if before.snapshots and not self.plan.snapshots:
             logger.warning(
                 "memory=%r has no room for %d snapshots of kind %r, so nothing is extrapolated: "

@@ -83,7 +83,7 @@ class Hands:
         self._tried = probe is None
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
-        self.room = Room(config, config.secant_pairs, host=False, kernels=False)
+        self.room = Room(config, config.secant_pairs, host=False)
         self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         if layer_groups is not None and port.model.built:

@@ -41,10 +41,11 @@ class Block:
 
 
 class CodedBucket:
-    """Parameters of one device and dtype: the base, an exact row, and displacements from it.
+    """Parameters of one device and dtype: the base, an exact row, and displacements of the others.
 
-    What is lost is relative to how far the weights have moved, and not to the weights. Of sharded
-    parameters it is the part on this rank.
+    Displacements are from the origin, which is where the first row was. What is lost of them is
+    relative to how far the weights have moved, and not to the weights. Of sharded parameters it is
+    the part on this rank.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class CodedBucket:
     """
 
     # Values that are worked on at a time, a multiple of what shares a scale.
-    _longest = 256 * codes.BLOCK
+    _longest = 1024 * codes.BLOCK
 
     def __init__(self, groups: Groups, kind: str) -> None:
         self.parameters = [local(p) for group in groups.values() for p in group]
@@ -75,8 +76,11 @@ class CodedBucket:
                     base, coded = base + size, coded + codes.padded(size)
             self.spans.append((group, begin, base))
         self.size, self._coded_size = base, coded
+        self._widest = max(codes.padded(block.size) for block in self._blocks)
+        # The row that is exact, and that whose displacement is none.
         self._base: torch.Tensor | None = None
         self._at: int | None = None
+        self._origin: int | None = None
         self._codes: dict[int, codes.Codes] = {}
         # Memory of rows that were forgotten, for those to come.
         self._free: list[codes.Codes] = []
@@ -94,52 +98,62 @@ class CodedBucket:
 
     def store(self, row: int, *, exact: bool = False) -> None:
         """Make `row` a copy of the parameters; with `exact`, or if it is the base, the base."""
-        if self._at is None or self._at == row or exact:
-            self._rebase(row)
+        alone = self._at is None or (self._at == row and not self._codes)
+        if alone or row == self._origin:
+            self._begin(row)
             return
         if row not in self._codes:
             self._codes[row] = self._empty()
+        exact = exact or row == self._at
+        room = self._room(2)
         for block in self._blocks:
-            self._encode(row, block)
+            self._encode(row, block, room)
+            if exact:
+                self._in_base(block).copy_(block.read())
+        self._at = row if exact else self._at
 
-    def _encode(self, row: int, block: Block) -> None:
-        """Write where the parameters are, as displacements from the base, to `row`."""
-        moved = block.read() - wide(self._in_base(block))
-        codes.encode(moved, self._coded(row, block))
-
-    def _rebase(self, row: int) -> None:
-        """Make `row` the base, where the parameters are, and the others displacements from it."""
+    def _begin(self, row: int) -> None:
+        """Make `row` base and origin, where the parameters are; the others are seen from there."""
         if self._base is None:
             self._base = torch.zeros(self.size, dtype=self._dtype, device=self._device)
-        self._codes.pop(row, None)
-        if self._at is not None and self._at != row:
-            self._codes[self._at] = self._empty()
+        room = self._room(2)
         for block in self._blocks:
-            self._rebase_block(block)
-        self._at = row
+            if self._codes:
+                away = self._away(block, room)
+                for other in self._codes:
+                    moved = self._moved(other, block, room[1]).sub_(away)
+                    codes.encode(moved, self._coded(other, block))
+            self._in_base(block).copy_(block.read())
+        self._at = self._origin = row
 
-    def _rebase_block(self, block: Block) -> None:
-        base, live = self._in_base(block), block.read()
-        moved = wide(base) - live if self._codes else live
-        for other in self._codes:
-            kept = self._coded(other, block)
-            codes.encode(codes.decode(kept, block.size).add_(moved), kept)
-        base.copy_(live)
+    def _encode(self, row: int, block: Block, room: torch.Tensor) -> None:
+        """Write how far the parameters are from the origin to `row`."""
+        codes.encode(self._away(block, room), self._coded(row, block))
+
+    def _away(self, block: Block, room: torch.Tensor) -> torch.Tensor:
+        """Displacement of the parameters from the origin, in the first of two rows of `room`."""
+        base = wide(self._in_base(block))
+        away = torch.sub(block.read(), base, out=room[0, : block.size])
+        if self._at is not None and self._at != self._origin:
+            away.add_(self._moved(self._at, block, room[1]))
+        return away
 
     def forget(self) -> None:
         """Do without all snapshots: the next one is the base."""
         self._free += self._codes.values()
-        self._codes, self._at = {}, None
+        self._codes, self._at, self._origin = {}, None, None
 
     def load(self, row: int) -> None:
         """Put the parameters where `row` is."""
+        room = self._room(2)
         for block in self._blocks:
-            block.write(self._point(row, block))
+            block.write(self._point(row, block, room))
 
     def holds(self, row: int) -> bool:
         """Whether the parameters are what :meth:`load` of `row` would give, bit for bit."""
+        room = self._room(2)
         return all(
-            torch.equal(block.read(), wide(self._point(row, block).to(self._dtype)))
+            torch.equal(block.read(), wide(self._point(row, block, room).to(self._dtype)))
             for block in self._blocks
         )
 
@@ -153,31 +167,40 @@ class CodedBucket:
     def copy(self, row: int, to: int) -> None:
         """Make `to`, which is of no snapshot, a copy of `row`."""
         kept = torch.zeros(self.size, dtype=self._dtype, device=self._device)
+        room = self._room(2)
         for block in self._blocks:
-            self._part(kept, block).copy_(self._point(row, block))
+            self._part(kept, block).copy_(self._point(row, block, room))
         self._spare[to] = kept
 
     def drop(self, kept: set[int]) -> None:
         """Free all rows but those in `kept`."""
+        if self._at not in kept:
+            # Rows are not known without it.
+            self.forget()
+            self._base = None
         self._free = []
-        self._codes = {row: values for row, values in self._codes.items() if row in kept}
         self._spare = {row: values for row, values in self._spare.items() if row in kept}
-        if self._at not in kept and not self._codes:
-            self._base = self._at = None
 
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
         out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
+        room = self._room(len(order))
         for block in self._blocks:
             if start <= block.base < stop:
-                self._add_products(order, block, out)
-        return out
+                self._add_products(order, block, room, out)
+        return out + out.tril(-1).T
 
-    def _add_products(self, order: Sequence[int], block: Block, out: torch.Tensor) -> None:
+    def _add_products(
+        self, order: Sequence[int], block: Block, room: torch.Tensor, out: torch.Tensor
+    ) -> None:
         *older, newest = order
-        origin = self._moved(newest, block)
-        moved = torch.stack([self._moved(row, block) - origin for row in older])
-        out[:-1, :-1] += moved @ moved.T
+        away = self._moved(newest, block, room[-1])
+        for row, moved in zip(older, room, strict=False):
+            self._moved(row, block, moved).sub_(away)
+        moved = room[:-1, : block.size]
+        # Each of them once.
+        for i, mine in enumerate(moved):
+            out[i, : i + 1] += moved[: i + 1] @ mine
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.
@@ -185,24 +208,32 @@ class CodedBucket:
         `weights` is (groups, m), or (1, m) where they are the same for all groups. With `into` the
         parameters have to be at the newest row, exactly, and that row is made a copy of the point.
         """
+        room = self._room(4)
         for block in self._blocks:
             row = weights[0] if len(weights) == 1 else weights[block.group]
-            self._move_block(order, row[:-1], block, at_newest=into is not None)
+            self._move_block(order, row[:-1], block, room, at_newest=into is not None)
         if into is not None:
             self.store(into)
 
     def _move_block(
-        self, order: Sequence[int], weights: NDArray[np.float64], block: Block, *, at_newest: bool
+        self,
+        order: Sequence[int],
+        weights: NDArray[np.float64],
+        block: Block,
+        room: torch.Tensor,
+        *,
+        at_newest: bool,
     ) -> None:
         *older, newest = order
         if at_newest:
-            point = block.read().clone()
-            origin = point - wide(self._in_base(block))
+            point = room[2, : block.size].copy_(block.read())
+            away = self._away(block, room)
         else:
-            point, origin = self._point(newest, block), self._moved(newest, block)
+            point = self._point(newest, block, room[1:])
+            away = self._moved(newest, block, room[0])
         for other, weight in zip(older, weights.tolist(), strict=True):
             if weight:
-                point.add_(self._moved(other, block) - origin, alpha=weight)
+                point.add_(self._moved(other, block, room[3]).sub_(away), alpha=weight)
         block.write(point)
 
     def state_dict(self, rows: Sequence[int | None]) -> dict[str, Any]:
@@ -210,6 +241,7 @@ class CodedBucket:
         recovery = self._spare.get(-1 if rows[-1] is None else rows[-1])
         return {
             "at": self._at,
+            "origin": self._origin,
             "base": None if self._base is None else self._base.clone(),
             "numbers": list(self._codes),
             "values": [row.values.clone() for row in self._codes.values()],
@@ -222,6 +254,8 @@ class CodedBucket:
     def load_state_dict(self, state: dict[str, Any], recovery: int) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._at, self._base = state["at"], state["base"]
+        # States from before the two could differ have no origin.
+        self._origin = state.get("origin", self._at)
         if self._base is not None:
             self._base = self._base.to(self._device, copy=True)
         self._codes, self._spare, self._free = {}, {}, []
@@ -266,14 +300,24 @@ class CodedBucket:
     def _coded(self, row: int, block: Block) -> codes.Codes:
         return codes.part(self._codes[row], block.coded, block.size)
 
-    def _moved(self, row: int, block: Block) -> torch.Tensor:
-        """Displacement of `row` from the base."""
-        if row == self._at:
-            return torch.zeros(block.size, device=self._device)
-        return codes.decode(self._coded(row, block), block.size)
+    def _room(self, rows: int) -> torch.Tensor:
+        """Return memory to work on a block in: new temporaries would cost more than the work."""
+        dtype = torch.promote_types(self._dtype, torch.float32)
+        return torch.empty(rows, self._widest, dtype=dtype, device=self._device)
 
-    def _point(self, row: int, block: Block) -> torch.Tensor:
-        """Values of `row`, a new tensor in float32 at least."""
+    def _moved(self, row: int, block: Block, out: torch.Tensor) -> torch.Tensor:
+        """Displacement of `row` from the origin, in the memory of `out`."""
+        if row == self._origin:
+            return out[: block.size].zero_()
+        return codes.decode(self._coded(row, block), out[: codes.padded(block.size)])[: block.size]
+
+    def _point(self, row: int, block: Block, room: torch.Tensor) -> torch.Tensor:
+        """Values of `row`, in float32 at least, in the first of two rows of `room`."""
+        point = room[0, : block.size]
         if row in self._spare:
-            return wide(self._part(self._spare[row], block)).clone()
-        return wide(self._in_base(block)) + self._moved(row, block)
+            return point.copy_(self._part(self._spare[row], block))
+        point.copy_(self._in_base(block))
+        if self._at is not None and row != self._at:
+            point.add_(self._moved(row, block, room[1]))
+            point.sub_(self._moved(self._at, block, room[1]))
+        return point

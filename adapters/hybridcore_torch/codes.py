@@ -10,6 +10,7 @@ from hybridcore.memory import SCALED
 
 BLOCK = SCALED
 _STEPS = 127
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class Codes(NamedTuple):
@@ -56,23 +57,20 @@ def encode(values: torch.Tensor, codes: Codes) -> None:
         wide = torch.nn.functional.pad(wide, (0, size - len(wide)))
     blocks = wide.view(-1, BLOCK)
     scales = codes.scales[: size // BLOCK]
-    # A norm of order infinity would take ten times as long.
-    scales.copy_(blocks.abs().amax(dim=1)).div_(_STEPS)
-    # A step so small that float32 has no number for it stands for nothing.
-    steps = scales.reciprocal()
-    steps.masked_fill_(steps.isinf(), 0.0)
-    # The product may be one step too many where the reciprocal was rounded up.
-    blocks.mul_(steps.unsqueeze(1)).round_().clamp_(-_STEPS, _STEPS)
+    # A norm of order infinity would take ten times as long, and aminmax too. A step has a
+    # reciprocal, and no value is more than 127 of them, not even where that was rounded up.
+    torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_(), out=scales)
+    scales.mul_(1.0 / _STEPS).clamp_min_(_LEAST)
+    blocks.mul_(scales.reciprocal().unsqueeze(1)).round_()
     codes.values[:size].copy_(wide)
 
 
-def decode(codes: Codes, size: int) -> torch.Tensor:
-    """Return the first `size` values, a new float32 tensor."""
-    if codes.scales is None:
-        return codes.values[:size].float()
-    end = padded(size)
-    blocks = codes.values[:end].float().view(-1, BLOCK)
-    return blocks.mul_(codes.scales[: end // BLOCK].unsqueeze(1)).view(-1)[:size]
+def decode(codes: Codes, out: torch.Tensor) -> torch.Tensor:
+    """Write all values of `codes` to `out`, floating-point, and return it."""
+    out.copy_(codes.values)
+    if codes.scales is not None:
+        out.view(-1, BLOCK).mul_(codes.scales.unsqueeze(1))
+    return out
 
 
 def part(codes: Codes, start: int, size: int) -> Codes:

@@ -270,9 +270,7 @@ class Hands:
         """The bank of snapshots."""
         if self.bank is None:
             layers, room = self._structure.layers, self.room
-            self.bank = SnapshotBank(
-                layers, room.snapshots, self._ranks, room.plan.kind, compiled=room.plan.compiled
-            )
+            self.bank = SnapshotBank(layers, room.snapshots, self._ranks, room.plan.kind)
         return self.bank
 
     def _measure(self) -> None:
@@ -298,10 +296,7 @@ class Hands:
         bank = secants = average = recovery = None
         if state["bank"] is not None:
             kind: Kind = state["bank"].get("kind", "exact")
-            compiled = self.room.plan.compiled
-            bank = SnapshotBank(
-                self._structure.layers, snapshots, self._ranks, kind, compiled=compiled
-            )
+            bank = SnapshotBank(self._structure.layers, snapshots, self._ranks, kind)
             if not bank.takes(state["bank"]):
                 raise CheckpointError(
                     "state was saved with other layer groups: pass the same layer_groups to the "

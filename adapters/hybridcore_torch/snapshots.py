@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hybridcore.memory import CODED, COMPILED, Kind
+from hybridcore.memory import CODED, Kind
 from hybridcore_torch.buckets import ExactBucket, Groups
 from hybridcore_torch.coded import CodedBucket
-from hybridcore_torch.ranks import Ranks, local
-
-logger = logging.getLogger(__name__)
+from hybridcore_torch.ranks import Ranks
 
 
 class SnapshotBank:
@@ -32,8 +29,6 @@ class SnapshotBank:
         How they are kept: in the parameters' own precision, in fewer bits, or exactly and in the
         host's memory. In fewer bits the weights are put where a snapshot is kept, as long as there
         is a point to come back to.
-    compiled : bool
-        Whether kernels work on those of float32 on the CPU, where the kind has some.
 
     Attributes
     ----------
@@ -52,8 +47,6 @@ class SnapshotBank:
         capacity: int,
         ranks: Ranks | None = None,
         kind: Kind = "exact",
-        *,
-        compiled: bool = False,
     ) -> None:
         self.capacity = capacity
         self.kind = kind
@@ -68,7 +61,7 @@ class SnapshotBank:
                 share = 1.0 if ranks is None else ranks.share(p)
                 same = kinds.setdefault((p.device, p.dtype, share), {})
                 same.setdefault(number, []).append(p)
-        self._buckets = [_bucket(same, kind, compiled) for same in kinds.values()]
+        self._buckets = [_bucket(same, kind) for same in kinds.values()]
         self._shares = [share for _, _, share in kinds]
 
     @property
@@ -238,21 +231,5 @@ class SnapshotBank:
             bucket.load_state_dict(saved, [*self._order, *own])
 
 
-def _bucket(groups: Groups, kind: Kind, compiled: bool) -> ExactBucket | CodedBucket:
-    first = local(next(iter(groups.values()))[0])
-    alike = (first.device.type, first.dtype) == ("cpu", torch.float32)
-    if compiled and kind in COMPILED and alike:
-        # Not before: it loads numba, which may be missing or find no folder for its cache.
-        try:
-            from hybridcore_torch.compiled import CompiledCodedBucket, CompiledExactBucket
-        except (ImportError, RuntimeError) as error:
-            logger.warning(
-                "snapshots do without kernels, which is slower: %s; install numba, or set "
-                "NUMBA_CACHE_DIR to a folder that can be written",
-                error,
-            )
-        else:
-            if kind == "exact":
-                return CompiledExactBucket(groups)
-            return CompiledCodedBucket(groups, kind)
+def _bucket(groups: Groups, kind: Kind) -> ExactBucket | CodedBucket:
     return CodedBucket(groups, kind) if kind in CODED else ExactBucket(groups, kind == "host")

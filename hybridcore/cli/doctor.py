@@ -222,7 +222,6 @@ def _print_memory(
         ("snapshots", "snapshots"),
         ("average", "average"),
         ("optimizer's state, kept during a jump", "recovery"),
-        ("numba, once, where a CPU trains", "numba"),
         ("with hybridcore", "total"),
         ("secant pairs, where every batch is the same", "secants"),
         ("with hybridcore, where every batch is the same", "same_batch"),

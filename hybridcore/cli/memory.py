@@ -45,8 +45,6 @@ class Memory:
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
         Secant pairs, where every batch is the same, with the weights that are kept beside them.
-    numba : int
-        What compiled kernels for snapshots of many float32 values on the CPU take, once.
     count, pairs : int
         How many snapshots and pairs there is room for.
     in_turn : bool
@@ -61,7 +59,6 @@ class Memory:
     average: int
     recovery: int
     secants: int
-    numba: int
     count: int
     pairs: int
     in_turn: bool
@@ -76,12 +73,12 @@ class Memory:
         """Bytes at most, where batches differ."""
         both = self.average, self.recovery
         beside = max(both) if self.in_turn else sum(both)
-        return self.plain + self.snapshots + beside + self.numba
+        return self.plain + self.snapshots + beside
 
     @property
     def same_batch(self) -> int:
         """Bytes at most, where every batch is the same: pairs take the place of snapshots."""
-        taken = self.plain + self.average + self.recovery + self.secants + self.numba
+        taken = self.plain + self.average + self.recovery + self.secants
         return max(self.total, taken)
 
 
@@ -145,7 +142,6 @@ def estimate(
         average=round(taken.average) if there.average else 0,
         recovery=round(recovery_bytes(there.kind, taken)) if count or pairs else 0,
         secants=secants if pairs else 0,
-        numba=round(there.numba),
         count=count,
         pairs=pairs,
         in_turn=there.in_turn,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -39,7 +38,9 @@ def test_what_codes_lose_is_bounded(size, seed, exponent, spread):
     for kind in ("int8", "bfloat16"):
         made = codes.empty(codes.padded(size), kind, values.device)
         codes.encode(values.clone(), made)
-        lost = (codes.decode(made, size).double() - values.double()).abs()
+        lost = (
+            codes.decode(made, torch.empty(codes.padded(size)))[:size].double() - values.double()
+        ).abs()
         if kind == "bfloat16":
             bound = values.double().abs() / 256
         else:
@@ -57,17 +58,16 @@ def test_what_is_not_finite_stays_so_in_codes(kind, bad):
     values[300] = bad
     made = codes.empty(codes.padded(600), kind, values.device)
     codes.encode(values, made)
-    assert not codes.decode(made, 600).isfinite().all()
+    assert not codes.decode(made, torch.empty(codes.padded(600)))[:600].isfinite().all()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "kernels"])
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8", "host"])
-def test_a_bank_of_any_kind_moves_as_numpy_does(kind, compiled):
+def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     torch.manual_seed(0)
     # Strides that are no one-dimensional memory, and sizes that fill no block.
     square = nn.Parameter(torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last))
     group, other = [square, nn.Parameter(torch.randn(70_001))], [nn.Parameter(torch.randn(7))]
-    bank = SnapshotBank([group, other], 4, kind=kind, compiled=compiled)
+    bank = SnapshotBank([group, other], 4, kind=kind)
     flat = lambda: np.concatenate(  # noqa: E731
         [p.detach().double().reshape(-1).numpy() for p in (*group, *other)]
     )
@@ -105,12 +105,38 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind, compiled):
     twice = 2 * (there @ kept) - kept[-1]
     np.testing.assert_allclose(flat(), twice, atol=3 * tolerance)
     state = bank.state_dict()
-    again = SnapshotBank([group, other], 4, kind=kind, compiled=compiled)
+    again = SnapshotBank([group, other], 4, kind=kind)
     assert again.takes(state)
     again.load_state_dict(state)
     np.testing.assert_array_equal(again.gram(), bank.gram())
     assert not SnapshotBank([group, other], 3, kind=kind).takes(state)
     assert not SnapshotBank([group], 4, kind=kind).takes(state)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@settings(max_examples=25, deadline=None)
+@given(exact=st.lists(st.booleans(), min_size=40, max_size=40), rows=st.integers(2, 5))
+def test_what_a_bank_in_fewer_bits_loses_does_not_add_up(kind, exact, rows):
+    # Far from where it began, in the end.
+    generator = torch.Generator().manual_seed(0)
+    p, taken = nn.Parameter(torch.zeros(600)), []
+    bank = SnapshotBank([[p]], rows, kind=kind)
+    for step, whole in enumerate(exact):
+        with torch.no_grad():
+            p.add_(1.0 + 0.1 * torch.randn(600, generator=generator))
+        taken.append(p.detach().clone())
+        bank.take(fresh=step == 0, exact=whole)
+        again = SnapshotBank([[p]], rows, kind=kind)
+        again.load_state_dict(bank.state_dict())
+        for held in (bank, again):
+            kept = taken[-rows:]
+            for row, there in enumerate(kept):
+                held.move(np.eye(len(kept))[row : row + 1])
+                # Of two displacements, across no more than twice the snapshots that are kept.
+                assert (p - there).abs().max().item() <= 2 * rows * 1.5 / 128
+                if whole and row + 1 == len(kept):
+                    assert torch.equal(p, there)
+        p.data.copy_(taken[-1])
 
 
 def test_a_recovery_point_outlives_the_snapshot_that_it_is():
@@ -134,10 +160,10 @@ def test_a_recovery_point_outlives_the_snapshot_that_it_is():
 
 
 @pytest.mark.parametrize("kind", ["exact", "int8"])
-def test_autograd_notices_a_move_by_kernels(kind):
+def test_autograd_notices_a_move(kind):
     # So many that an exact bank moves them in place.
     p = nn.Parameter(torch.ones(2**20 + 1))
-    bank = SnapshotBank([[p]], 4, kind=kind, compiled=True)
+    bank = SnapshotBank([[p]], 4, kind=kind)
     for taken in range(4):
         with torch.no_grad():
             p.add_(0.1)
@@ -146,21 +172,6 @@ def test_autograd_notices_a_move_by_kernels(kind):
     bank.move(np.array([[-1.0, 2.0]]))
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
-
-
-@pytest.mark.parametrize("kind", ["exact", "int8"])
-def test_without_numba_there_are_no_kernels_and_all_else_goes_on(monkeypatch, caplog, kind):
-    monkeypatch.delattr("hybridcore_torch.compiled", raising=False)
-    monkeypatch.setitem(sys.modules, "hybridcore_torch.compiled", None)
-    p = nn.Parameter(torch.ones(300))
-    bank = SnapshotBank([[p]], 4, kind=kind, compiled=True)
-    assert caplog.text.count("without kernels") == 1
-    for taken in range(4):
-        with torch.no_grad():
-            p.add_(0.1)
-        bank.take(fresh=taken == 0, exact=taken == 3)
-    bank.move(np.array([[-1.0, 2.0]]))
-    torch.testing.assert_close(p.detach(), torch.full((300,), 1.5))
 
 
 @pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
@@ -244,7 +255,7 @@ def total(config, size):
     there = plan(config, size)
     snapshots = snapshots_bytes(there.kind, there.snapshots, size) if there.snapshots else 0
     beside = beside_bytes(there, size) if there.snapshots else there.average * size.average
-    return there, snapshots + beside + there.numba
+    return there, snapshots + beside
 
 
 @settings(max_examples=200, deadline=None)
@@ -272,19 +283,16 @@ def test_small_models_keep_everything_and_large_ones_four_copies():
     assert (there.kind, there.snapshots, there.average) == ("exact", 6, True)
     assert plan(config, adamw(7.4 * MILLION)).snapshots == 6
     assert plan(config, adamw(7.6 * MILLION)).snapshots < 6
-    for n, kept, compiled, in_turn in (
-        (9.6 * MILLION, 6, False, False),
-        (24.2 * MILLION, 4, False, False),
-        (24.3 * MILLION, 4, True, True),
-        (25 * MILLION, 4, True, True),
-        (125.8 * MILLION, 6, True, True),
-        (126 * MILLION, 4, True, False),
-        (1.1e9, 4, True, False),
-        (70e9, 4, True, False),
+    for n, kept in (
+        (9.6 * MILLION, 6),
+        (12 * MILLION, 6),
+        (25 * MILLION, 4),
+        (1.1e9, 4),
+        (70e9, 4),
     ):
         there, taken = total(config, adamw(n))
         assert (there.kind, there.snapshots, there.average) == ("int8", kept, True)
-        assert (there.compiled, there.in_turn) == (compiled, in_turn)
+        assert not there.in_turn
         limit = config.memory_limit(4 * n)
         assert 0.6 * limit < taken <= limit
         if n < 2**24:

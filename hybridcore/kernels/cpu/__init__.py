@@ -34,11 +34,6 @@ def jit(function: Kernel) -> Kernel:
     return cast(Kernel, njit(**_OPTIONS)(function))
 
 
-def sums(function: Kernel) -> Kernel:
-    """Compile a kernel with long sums."""
-    return cast(Kernel, njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})(function))
-
-
 def inlined(function: Kernel) -> Kernel:
     """Compile a long kernel within its one caller."""
     return cast(Kernel, njit(inline="always", **_OPTIONS)(function))
