@@ -14,8 +14,9 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
 - *Pays* where every batch is the same: plain's lowest loss at 0.31 of its cost on the SIREN and
   0.37 on the PINN (``benchmarks/results/cost-to-target-siren.json``, ``...-burgers.json``), where
   jumps alone come to 0.59 and 0.71 (``benchmarks/results/arms.json``).
-- *Hurts* at the rounding of float32, where curvature says nothing, and on tiny models, where the
-  work beside the pass takes longer than the pass.
+- *Hurts* on tiny models, where the work beside the pass takes longer than the pass, and at the
+  rounding of float32, where curvature says nothing: under a falling rate the optimizer is given
+  more and more time there, and at a constant one the weights stand still.
 - *Costs* up to 45 copies of the weights for twenty pairs, less where there is no room.
 - *Source*: Nocedal 1980; Nocedal & Wright 2006, algorithms 3.1, 7.4 and 7.5; Chen, Wang & Zhou
   2014. When such steps are taken, and when they end, is the business of `hybridcore.secant`.

@@ -33,6 +33,9 @@ SAME, ROUNDING = 1e-5, 2.0**-23
 MOST_REJECTED = 8
 # Fall of the log loss in a block below which it has made no progress.
 LEAST_FALL = 1e-3
+# Fall below which a block has hardly made any, and how often a trial of the optimizer is doubled
+# then: in the rounding of the loss curvature says nothing, but a rate that falls still gets lower.
+SMALL_FALL, MOST_DOUBLED = 0.05, 5
 # Fewest pairs from which a direction is taken.
 LEAST_PAIRS = 3
 # Full steps until the next look, and how often they are doubled by looks in vain.
@@ -119,6 +122,10 @@ class SecantDescent:
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
         self._saved = NAN
+        # Trials in vain at a rate that fell, steps of the present one before pairs are kept, and
+        # its learning rates.
+        self._vain = self._lead = 0
+        self._first_rate = self._last_rate = 0.0
         # Not at the very first weights, which may give every batch the same loss.
         self._wait, self._patience = FIRST_LOOK, 1
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -171,6 +178,7 @@ class SecantDescent:
         self._held, self._has_probe = NAN, False
         self._rejected, self._there = 0, False
         self._own_speed = math.inf
+        self._vain = self._lead = 0
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
 
@@ -245,6 +253,7 @@ class SecantDescent:
         """
         fall = self._began - math.log(self.loss)
         self.converging = self.converging and fall < LEAST_FALL
+        self._vain = self._vain if fall < SMALL_FALL else 0
         self._own_speed = fall / max(self._steps, 1)
         surplus = -float(self._steps)
         if fall > 0.0:
@@ -259,6 +268,7 @@ class SecantDescent:
         self._saved, self._marked = self.loss, NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
+        self._lead = self.pairs * (2 ** min(self._vain, MOST_DOUBLED) - 1)
 
     def _same(self, loss: float, before: float) -> bool:
         """Whether two losses at the same weights are of the same batch."""
@@ -306,16 +316,19 @@ class SecantDescent:
         return observation, False
 
     def _gather(self) -> Step:
-        """Take a step of the optimizer and keep its pair."""
-        first = self._steps == 0
-        observation = yield Directive(Action.FULL, pair=True, fresh_pairs=first)
+        """Take a step of the optimizer, and keep its pair if it is one of the last."""
+        first, fresh = self._steps == 0, self._steps == self._lead
+        pair = self._steps >= self._lead
+        observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=fresh)
         changed = first and self.holds_recovery and not self._same(observation.loss, self.loss)
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
+        self._last_rate = observation.learning_rate
+        self._first_rate = self._last_rate if first else self._first_rate
         self._steps += 1
         spiked = self.holds_recovery and observation.loss > SPIKE * self._saved
-        if spiked or self._steps == self.pairs:
+        if spiked or self._steps == self._lead + self.pairs:
             self.stage = Stage.DESCEND
         return observation, False
 
@@ -353,14 +366,23 @@ class SecantDescent:
             return observation, True
         if self.holds_recovery:
             speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
+            if speed < 0.0 and self._lead:
+                # Long enough for another batch to have come, on which it may have done well.
+                probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
+                if not self._same(probe.loss, self._saved):
+                    self.loss = NAN
+                    return observation, True
             if speed < 0.0:
                 # Its moments are put back too: they led astray.
                 yield Directive(Action.ROLLBACK)
                 self.speed = 0.5 * min(self.speed, self._own_speed)
                 self.loss, self._saved, self._steps = self._saved, NAN, 0
                 self.accepted, self.converging = False, True
+                # At the same rate it would come to the same.
+                self._vain = self._vain + 1 if self._last_rate < self._first_rate else 0
                 return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
+            self._vain = 0
             if speed > self._own_speed:
                 self.loss = observation.loss
                 return observation, True
@@ -441,6 +463,10 @@ class SecantDescent:
             "_has_probe": False,
             "_probed": 0,
             "_loss_probed": NAN,
+            "_vain": 0,
+            "_lead": 0,
+            "_first_rate": 0.0,
+            "_last_rate": 0.0,
         }
         numbers = later | state["numbers"]
         for name in _NUMBERS:
@@ -472,6 +498,10 @@ _NUMBERS = (
     "_steps",
     "_own_speed",
     "_saved",
+    "_vain",
+    "_lead",
+    "_first_rate",
+    "_last_rate",
     "_wait",
     "_patience",
 )

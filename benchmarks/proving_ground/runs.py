@@ -49,7 +49,7 @@ class Plan:
     more: tuple[float, ...] = (2.0, 2.8)
     shrink: float = 1.0
     whole: str = ""
-    rates: int = 5
+    rates: int = 7
 
 
 # Something is predicted in one of them, after the warm-up.

@@ -344,12 +344,12 @@ GROUND = {
             (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
             600,
         ),
-        _noisy("gru", "GRU, weather", _recurrent, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), 800),
+        _noisy("gru", "GRU, weather", _recurrent, (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2), 800),
         _noisy(
             "flights",
             "MLP, flights, batches of 128",
             _flights_parts,
-            (1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+            (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
             1500,
         ),
     )

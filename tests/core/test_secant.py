@@ -1,5 +1,6 @@
 """Quasi-Newton steps as the engine takes them, on a loss that is known exactly."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from secant_descent import EVALUATIONS, MOMENTS, PairedDescent, at, count, go_on, made, same
 
-from hybridcore import Action, HybridTrainerConfig, Phase
+from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.meter import MOST_A_STEP, Meter, SecantCredit
 from hybridcore.phases import TRANSITIONS
-from hybridcore.secant import LEAST_PAIRS, Stage
+from hybridcore.secant import LEAST_PAIRS, SecantDescent, Stage
 
 WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
 OWN_ACTIONS = (Action.GRADIENT, Action.BASE, Action.REACH, Action.MARK)
@@ -239,6 +240,62 @@ def test_where_the_optimizer_has_led_uphill_it_is_put_back():
     assert np.array_equal(descent.x, descent.saved)
     assert descent.stage is Stage.DESCEND
     go_on(descent, 300)
+
+
+def trial(secant, there, fall, spike=None, here=1.0):
+    """Lead a trial of the optimizer from a loss of 1 to `there`; its steps, and those with a pair.
+
+    The learning rate falls by `fall` in each step. At step number `spike` the loss spikes. In the
+    end it is `here` where the trial began.
+    """
+    secant.loss, steps = 1.0, []
+    secant.compare()
+    while secant.stage is Stage.GATHER:
+        turn = secant.step()
+        steps.append(next(turn))
+        assert steps[-1].action is Action.FULL
+        loss = 1.0 if len(steps) != spike else 1e3
+        with pytest.raises(StopIteration):
+            turn.send(Observation(loss, 1.0, 0.5 - len(steps) * fall))
+    turn = secant.step()
+    directive = next(turn)
+    with contextlib.suppress(StopIteration):
+        while True:
+            loss = here if directive.action is Action.PROBE else there
+            directive = turn.send(Observation(loss, 1.0, 0.1, objective=loss))
+    with_pair = [step for step in steps if step.pair]
+    assert steps[len(steps) - len(with_pair) :] == with_pair
+    fresh = [step.fresh_pairs for step in with_pair]
+    assert fresh[:1] == [True] * bool(fresh)
+    assert not any(fresh[1:])
+    return len(steps), len(with_pair)
+
+
+def test_a_falling_rate_is_given_twice_the_time_after_each_trial_in_vain():
+    secant = SecantDescent(10, 20)
+    lengths = [trial(secant, 2.0, fall=1e-4) for _ in range(8)]
+    assert lengths == [(10 * times, 10) for times in (1, 2, 4, 8, 16, 32, 32, 32)]
+    # A spike ends it at once, with the pairs from before it or those there are.
+    assert trial(secant, 2.0, fall=1e-4, spike=7) == (7, 0)
+    assert trial(secant, 2.0, fall=1e-4, spike=315) == (315, 5)
+    kept = json.loads(text(secant.state_dict()))
+    again = SecantDescent(10, 20)
+    again.load_state_dict(kept)
+    assert trial(again, 2.0, fall=0.0) == (320, 10)
+    # At the same rate it would come to the same.
+    assert [trial(again, 2.0, fall=0.0) for _ in range(3)] == [(10, 10)] * 3
+    for _ in range(3):
+        trial(again, 2.0, fall=1e-4)
+    # Who gets lower begins anew, and so does a block that does.
+    assert trial(again, 0.5, fall=1e-4) == (80, 10)
+    assert [trial(again, 2.0, fall=1e-4) for _ in range(2)] == [(10, 10), (20, 10)]
+    again._began, again.loss = 0.0, 0.9
+    again.finish_block()
+    assert trial(again, 2.0, fall=1e-4) == (10, 10)
+    assert math.isfinite(again.loss)
+    # With another batch in the end there is nothing to compare, and nothing is taken back.
+    assert trial(again, 2.0, fall=1e-4, here=3.0) == (20, 10)
+    assert math.isnan(again.loss)
 
 
 @pytest.mark.parametrize("begins", range(101, 500, 19))
