@@ -11,9 +11,9 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
 
 - *Predicts* the minimum of the loss from the curvature along the last twenty displacements. It is
   a step of the loss itself: one pass forward and backward, but no step of the optimizer.
-- *Pays* where every batch is the same: plain's lowest loss at 0.31 of its cost on the SIREN and
-  0.37 on the PINN (``benchmarks/results/cost-to-target-siren.json``, ``...-burgers.json``), where
-  jumps alone come to 0.59 and 0.71 (``benchmarks/results/arms.json``).
+- *Pays* where every batch is the same: plain's lowest loss at 0.15 of its cost on the SIREN and
+  0.28 on the PINN (``benchmarks/results/cost-to-target-siren.json``, ``...-burgers.json``). Jumps
+  alone come to 0.59 and 0.71, at the best of lower rates (``benchmarks/results/arms.json``).
 - *Hurts* on tiny models, where the work beside the pass takes longer than the pass, and at the
   rounding of float32, where curvature says nothing: under a falling rate the optimizer is given
   more and more time there, and at a constant one the weights stand still.
