@@ -35,8 +35,8 @@ import numpy as np
 from hybridcore.outer import INTERVAL, MOST_WORTH
 
 NOMINAL_PROBE_COST = 1.0 / 3.0
-# What the slopes leave out: times are measured, settling at half the rate flatters a jump, and where
-# a rate falls the same loss may take a shorter run. It was chosen on the runs of the proving ground
+# What the slopes leave out: times are measured, settling at half the rate flatters a jump, and a
+# shorter run may lead as far where the rate falls. Chosen on the runs of the proving ground
 # (entries 30 and 72 of the log there).
 MARGIN = 0.3
 # No quasi-Newton step stands for more full steps, however slow the optimizer seemed before it.
