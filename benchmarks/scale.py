@@ -74,9 +74,9 @@ def extra(parameters: float, ranks: int, shards: int, config: HybridTrainerConfi
         # Read and written when taken, read for the Gram matrix, read and written by a move.
         moved = (8 * m + 4 * m + 4 * m + 4) * own
     else:
-        # The first is a copy, the others are read against it; the last one takes its place, and
-        # the others are written anew. Then the Gram matrix, and a move.
-        moved = (8 + (m - 2) * 9 + 12 + 2 * (m - 1) + (m - 1) + 4 + (m - 1) + 4) * own
+        # The first is a copy, the others are read against it, and the last one takes its place.
+        # Then the Gram matrix, and a move.
+        moved = (8 + (m - 1) * 9 + 4 + (m - 1) + 4 + (m - 1) + 4) * own
     received = ranks * (full * by_pass + by_decision)
     return Extra(there.kind, m, memory, by_pass, by_decision, received, moved)
 

@@ -95,10 +95,10 @@ class HybridTrainerConfig:
         parameters in float32, as ``"4x"``, of a model of 64 MiB at least, since on smaller ones
         copies cost next to nothing. What does not fit is kept in fewer bits or left out.
     snapshot_kind : {"auto", "exact", "bfloat16", "int8", "host"}
-        How snapshots are kept: in the parameters' own precision; as displacements from an exact one
-        in bfloat16, or in 8 bits with a scale for each 256 values; or exactly in the host's memory,
-        where a GPU trains. "auto" is the first of exact, int8 and, on a GPU, host that fits into
-        `memory`. The Keras adapter refuses "host".
+        How snapshots are kept: in the parameters' own precision; one exactly and the others as
+        displacements in bfloat16, or in 8 bits with a scale for each 256 values; or exactly in the
+        host's memory, where a GPU trains. "auto" is the first of exact, int8 and, on a GPU, host
+        that fits into `memory`. The Keras adapter refuses "host".
     on_divergence : {"recover", "raise"}
         What a loss or gradient that is not finite does: cost its batch, or raise
         :class:`hybridcore.errors.DivergenceError` once the batch has been left out.

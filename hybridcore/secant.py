@@ -33,9 +33,10 @@ SAME, ROUNDING = 1e-5, 2.0**-23
 MOST_REJECTED = 8
 # Fall of the log loss in a block below which it has made no progress.
 LEAST_FALL = 1e-3
-# Fall below which a block has hardly made any, and how often a trial of the optimizer is doubled
-# then: in the rounding of the loss curvature says nothing, but a rate that falls still gets lower.
-SMALL_FALL, MOST_DOUBLED = 0.05, 5
+# Fall below which a block has hardly made any, and trials in vain at a falling rate after which the
+# next one has no end but a lower loss, or a spike: in the rounding of the loss curvature says
+# nothing, and the optimizer gets lower as its rate falls, but not within a few steps.
+SMALL_FALL, MOST_VAIN, MUCH_LOWER = 0.05, 2, 0.5
 # Fewest pairs from which a direction is taken.
 LEAST_PAIRS = 3
 # Full steps until the next look, and how often they are doubled by looks in vain.
@@ -122,9 +123,8 @@ class SecantDescent:
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
         self._saved = NAN
-        # Trials in vain at a rate that fell, steps of the present one before pairs are kept, and
-        # its learning rates.
-        self._vain = self._lead = 0
+        # Trials in vain at a rate that fell, and the first and the newest rate of the present one.
+        self._vain = 0
         self._first_rate = self._last_rate = 0.0
         # Not at the very first weights, which may give every batch the same loss.
         self._wait, self._patience = FIRST_LOOK, 1
@@ -178,7 +178,7 @@ class SecantDescent:
         self._held, self._has_probe = NAN, False
         self._rejected, self._there = 0, False
         self._own_speed = math.inf
-        self._vain = self._lead = 0
+        self._vain = 0
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
 
@@ -202,7 +202,8 @@ class SecantDescent:
     @property
     def block_over(self) -> bool:
         """Whether it is time to decide how to go on."""
-        return self.stage is Stage.DESCEND and (self.stuck or self._steps >= self.block)
+        full = self._steps >= self.block and not self.landing
+        return self.stage is Stage.DESCEND and (self.stuck or full)
 
     @property
     def probe_due(self) -> bool:
@@ -268,7 +269,6 @@ class SecantDescent:
         self._saved, self._marked = self.loss, NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
-        self._lead = self.pairs * (2 ** min(self._vain, MOST_DOUBLED) - 1)
 
     def _same(self, loss: float, before: float) -> bool:
         """Whether two losses at the same weights are of the same batch."""
@@ -316,10 +316,10 @@ class SecantDescent:
         return observation, False
 
     def _gather(self) -> Step:
-        """Take a step of the optimizer, and keep its pair if it is one of the last."""
-        first, fresh = self._steps == 0, self._steps == self._lead
-        pair = self._steps >= self._lead
-        observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=fresh)
+        """Take a step of the optimizer, and keep its pair unless there may be any number."""
+        first, endless = self._steps == 0, self._vain >= MOST_VAIN
+        pair = not endless
+        observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
         changed = first and self.holds_recovery and not self._same(observation.loss, self.loss)
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
@@ -328,7 +328,8 @@ class SecantDescent:
         self._first_rate = self._last_rate if first else self._first_rate
         self._steps += 1
         spiked = self.holds_recovery and observation.loss > SPIKE * self._saved
-        if spiked or self._steps == self._lead + self.pairs:
+        lower = observation.loss < MUCH_LOWER * self._saved
+        if spiked or (lower if endless else self._steps == self.pairs):
             self.stage = Stage.DESCEND
         return observation, False
 
@@ -366,7 +367,7 @@ class SecantDescent:
             return observation, True
         if self.holds_recovery:
             speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
-            if speed < 0.0 and self._lead:
+            if speed < 0.0 and self._vain >= MOST_VAIN:
                 # Long enough for another batch to have come, on which it may have done well.
                 probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
                 if not self._same(probe.loss, self._saved):
@@ -464,7 +465,6 @@ class SecantDescent:
             "_probed": 0,
             "_loss_probed": NAN,
             "_vain": 0,
-            "_lead": 0,
             "_first_rate": 0.0,
             "_last_rate": 0.0,
         }
@@ -499,7 +499,6 @@ _NUMBERS = (
     "_own_speed",
     "_saved",
     "_vain",
-    "_lead",
     "_first_rate",
     "_last_rate",
     "_wait",

@@ -81,7 +81,7 @@ class Directive(NamedTuple):
         For ``PROBE``: on the batch of the step even where the user gave another, and report the
         objective too.
     at_mark : bool
-        For ``PROBE``: at the weights that ``MARK`` kept.
+        For ``PROBE``: at the weights that ``MARK`` or ``SAVE`` kept.
     """
 
     action: Action

@@ -71,14 +71,11 @@ class ExactBucket:
         if row not in self.rows:
             self._hold(row, self._new_row())
         if self._link is None:
-            self._copy_into(row)
+            torch._foreach_copy_(self._views[row], self.parameters)
         else:
             self._link.wait()
             torch._foreach_copy_(self._split(self._link.staged), self.parameters)
             self._link.send(self.rows[row])
-
-    def _copy_into(self, row: int) -> None:
-        torch._foreach_copy_(self._views[row], self.parameters)
 
     def load(self, row: int) -> None:
         """Put the parameters where `row` is."""

@@ -76,7 +76,7 @@ class CodedBucket:
                     base, coded = base + size, coded + codes.padded(size)
             self.spans.append((group, begin, base))
         self.size, self._coded_size = base, coded
-        self._widest = max(codes.padded(block.size) for block in self._blocks)
+        self._widest = max((codes.padded(block.size) for block in self._blocks), default=0)
         # The row that is exact, and that whose displacement is none.
         self._base: torch.Tensor | None = None
         self._at: int | None = None
@@ -98,44 +98,35 @@ class CodedBucket:
 
     def store(self, row: int, *, exact: bool = False) -> None:
         """Make `row` a copy of the parameters; with `exact`, or if it is the base, the base."""
+        if self._base is None:
+            self._base = torch.zeros(self.size, dtype=self._dtype, device=self._device)
         alone = self._at is None or (self._at == row and not self._codes)
-        if alone or row == self._origin:
-            self._begin(row)
-            return
-        if row not in self._codes:
+        if alone:
+            self._origin = row
+        elif row != self._origin and row not in self._codes:
             self._codes[row] = self._empty()
-        exact = exact or row == self._at
-        room = self._room(2)
+        exact = alone or exact or row == self._at
+        scratch = self._scratch(2)
         for block in self._blocks:
-            self._encode(row, block, room)
+            # Where the origin is stored anew the others are seen from there, block by block, so
+            # that they are where they were wherever this is interrupted.
+            away = None if alone else self._away(block, scratch)
+            if away is not None and row == self._origin:
+                for other in self._codes:
+                    moved = self._moved(other, block, scratch[1]).sub_(away)
+                    codes.encode(moved, self._coded(other, block))
+            elif away is not None:
+                codes.encode(away, self._coded(row, block))
             if exact:
                 self._in_base(block).copy_(block.read())
         self._at = row if exact else self._at
 
-    def _begin(self, row: int) -> None:
-        """Make `row` base and origin, where the parameters are; the others are seen from there."""
-        if self._base is None:
-            self._base = torch.zeros(self.size, dtype=self._dtype, device=self._device)
-        room = self._room(2)
-        for block in self._blocks:
-            if self._codes:
-                away = self._away(block, room)
-                for other in self._codes:
-                    moved = self._moved(other, block, room[1]).sub_(away)
-                    codes.encode(moved, self._coded(other, block))
-            self._in_base(block).copy_(block.read())
-        self._at = self._origin = row
-
-    def _encode(self, row: int, block: Block, room: torch.Tensor) -> None:
-        """Write how far the parameters are from the origin to `row`."""
-        codes.encode(self._away(block, room), self._coded(row, block))
-
-    def _away(self, block: Block, room: torch.Tensor) -> torch.Tensor:
-        """Displacement of the parameters from the origin, in the first of two rows of `room`."""
+    def _away(self, block: Block, scratch: torch.Tensor) -> torch.Tensor:
+        """Displacement of the parameters from the origin, in the first of two rows of `scratch`."""
         base = wide(self._in_base(block))
-        away = torch.sub(block.read(), base, out=room[0, : block.size])
+        away = torch.sub(block.read(), base, out=scratch[0, : block.size])
         if self._at is not None and self._at != self._origin:
-            away.add_(self._moved(self._at, block, room[1]))
+            away.add_(self._moved(self._at, block, scratch[1]))
         return away
 
     def forget(self) -> None:
@@ -145,15 +136,15 @@ class CodedBucket:
 
     def load(self, row: int) -> None:
         """Put the parameters where `row` is."""
-        room = self._room(2)
+        scratch = self._scratch(2)
         for block in self._blocks:
-            block.write(self._point(row, block, room))
+            block.write(self._point(row, block, scratch))
 
     def holds(self, row: int) -> bool:
         """Whether the parameters are what :meth:`load` of `row` would give, bit for bit."""
-        room = self._room(2)
+        scratch = self._scratch(2)
         return all(
-            torch.equal(block.read(), wide(self._point(row, block, room).to(self._dtype)))
+            torch.equal(block.read(), wide(self._point(row, block, scratch).to(self._dtype)))
             for block in self._blocks
         )
 
@@ -167,9 +158,9 @@ class CodedBucket:
     def copy(self, row: int, to: int) -> None:
         """Make `to`, which is of no snapshot, a copy of `row`."""
         kept = torch.zeros(self.size, dtype=self._dtype, device=self._device)
-        room = self._room(2)
+        scratch = self._scratch(2)
         for block in self._blocks:
-            self._part(kept, block).copy_(self._point(row, block, room))
+            self._part(kept, block).copy_(self._point(row, block, scratch))
         self._spare[to] = kept
 
     def drop(self, kept: set[int]) -> None:
@@ -184,20 +175,20 @@ class CodedBucket:
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
         out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
-        room = self._room(len(order))
+        scratch = self._scratch(len(order))
         for block in self._blocks:
             if start <= block.base < stop:
-                self._add_products(order, block, room, out)
+                self._add_products(order, block, scratch, out)
         return out + out.tril(-1).T
 
     def _add_products(
-        self, order: Sequence[int], block: Block, room: torch.Tensor, out: torch.Tensor
+        self, order: Sequence[int], block: Block, scratch: torch.Tensor, out: torch.Tensor
     ) -> None:
         *older, newest = order
-        away = self._moved(newest, block, room[-1])
-        for row, moved in zip(older, room, strict=False):
+        away = self._moved(newest, block, scratch[-1])
+        for row, moved in zip(older, scratch, strict=False):
             self._moved(row, block, moved).sub_(away)
-        moved = room[:-1, : block.size]
+        moved = scratch[:-1, : block.size]
         # Each of them once.
         for i, mine in enumerate(moved):
             out[i, : i + 1] += moved[: i + 1] @ mine
@@ -208,10 +199,10 @@ class CodedBucket:
         `weights` is (groups, m), or (1, m) where they are the same for all groups. With `into` the
         parameters have to be at the newest row, exactly, and that row is made a copy of the point.
         """
-        room = self._room(4)
+        scratch = self._scratch(4)
         for block in self._blocks:
             row = weights[0] if len(weights) == 1 else weights[block.group]
-            self._move_block(order, row[:-1], block, room, at_newest=into is not None)
+            self._move_block(order, row[:-1], block, scratch, at_newest=into is not None)
         if into is not None:
             self.store(into)
 
@@ -220,20 +211,20 @@ class CodedBucket:
         order: Sequence[int],
         weights: NDArray[np.float64],
         block: Block,
-        room: torch.Tensor,
+        scratch: torch.Tensor,
         *,
         at_newest: bool,
     ) -> None:
         *older, newest = order
         if at_newest:
-            point = room[2, : block.size].copy_(block.read())
-            away = self._away(block, room)
+            point = scratch[2, : block.size].copy_(block.read())
+            away = self._away(block, scratch)
         else:
-            point = self._point(newest, block, room[1:])
-            away = self._moved(newest, block, room[0])
+            point = self._point(newest, block, scratch[1:])
+            away = self._moved(newest, block, scratch[0])
         for other, weight in zip(older, weights.tolist(), strict=True):
             if weight:
-                point.add_(self._moved(other, block, room[3]).sub_(away), alpha=weight)
+                point.add_(self._moved(other, block, scratch[3]).sub_(away), alpha=weight)
         block.write(point)
 
     def state_dict(self, rows: Sequence[int | None]) -> dict[str, Any]:
@@ -300,7 +291,7 @@ class CodedBucket:
     def _coded(self, row: int, block: Block) -> codes.Codes:
         return codes.part(self._codes[row], block.coded, block.size)
 
-    def _room(self, rows: int) -> torch.Tensor:
+    def _scratch(self, rows: int) -> torch.Tensor:
         """Return memory to work on a block in: new temporaries would cost more than the work."""
         dtype = torch.promote_types(self._dtype, torch.float32)
         return torch.empty(rows, self._widest, dtype=dtype, device=self._device)
@@ -311,13 +302,13 @@ class CodedBucket:
             return out[: block.size].zero_()
         return codes.decode(self._coded(row, block), out[: codes.padded(block.size)])[: block.size]
 
-    def _point(self, row: int, block: Block, room: torch.Tensor) -> torch.Tensor:
-        """Values of `row`, in float32 at least, in the first of two rows of `room`."""
-        point = room[0, : block.size]
+    def _point(self, row: int, block: Block, scratch: torch.Tensor) -> torch.Tensor:
+        """Values of `row`, in float32 at least, in the first of two rows of `scratch`."""
+        point = scratch[0, : block.size]
         if row in self._spare:
             return point.copy_(self._part(self._spare[row], block))
         point.copy_(self._in_base(block))
         if self._at is not None and row != self._at:
-            point.add_(self._moved(row, block, room[1]))
-            point.sub_(self._moved(self._at, block, room[1]))
+            point.add_(self._moved(row, block, scratch[1]))
+            point.sub_(self._moved(self._at, block, scratch[1]))
         return point

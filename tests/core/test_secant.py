@@ -242,60 +242,66 @@ def test_where_the_optimizer_has_led_uphill_it_is_put_back():
     go_on(descent, 300)
 
 
-def trial(secant, there, fall, spike=None, here=1.0):
-    """Lead a trial of the optimizer from a loss of 1 to `there`; its steps, and those with a pair.
+def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0):
+    """Lead a trial of the optimizer from a loss of 1 through `losses`; how many it took.
 
-    The learning rate falls by `fall` in each step. At step number `spike` the loss spikes. In the
-    end it is `here` where the trial began.
+    The learning rate falls by `fall` in each step. In the end the loss is `there`, and `here` where
+    the trial began.
     """
     secant.loss, steps = 1.0, []
     secant.compare()
-    while secant.stage is Stage.GATHER:
+    for loss in (1.0, *losses):
         turn = secant.step()
         steps.append(next(turn))
         assert steps[-1].action is Action.FULL
-        loss = 1.0 if len(steps) != spike else 1e3
         with pytest.raises(StopIteration):
             turn.send(Observation(loss, 1.0, 0.5 - len(steps) * fall))
+        if secant.stage is Stage.DESCEND:
+            break
+    else:
+        return len(steps), None
+    # However long it was, it is judged first.
+    assert not secant.block_over
     turn = secant.step()
     directive = next(turn)
     with contextlib.suppress(StopIteration):
         while True:
             loss = here if directive.action is Action.PROBE else there
             directive = turn.send(Observation(loss, 1.0, 0.1, objective=loss))
-    with_pair = [step for step in steps if step.pair]
-    assert steps[len(steps) - len(with_pair) :] == with_pair
-    fresh = [step.fresh_pairs for step in with_pair]
-    assert fresh[:1] == [True] * bool(fresh)
-    assert not any(fresh[1:])
-    return len(steps), len(with_pair)
+    return len(steps), [step.fresh_pairs for step in steps if step.pair]
 
 
-def test_a_falling_rate_is_given_twice_the_time_after_each_trial_in_vain():
-    secant = SecantDescent(10, 20)
-    lengths = [trial(secant, 2.0, fall=1e-4) for _ in range(8)]
-    assert lengths == [(10 * times, 10) for times in (1, 2, 4, 8, 16, 32, 32, 32)]
-    # A spike ends it at once, with the pairs from before it or those there are.
-    assert trial(secant, 2.0, fall=1e-4, spike=7) == (7, 0)
-    assert trial(secant, 2.0, fall=1e-4, spike=315) == (315, 5)
-    kept = json.loads(text(secant.state_dict()))
+def test_after_two_trials_in_vain_at_a_falling_rate_the_optimizer_has_all_the_time():
+    def vain(times, fall=1e-4):
+        secant = SecantDescent(10, 20)
+        pairs = [True, *[False] * 9]
+        for _ in range(times):
+            assert trial(secant, fall) == (10, pairs)
+        return secant
+
+    # At the same rate another trial would come to the same.
+    vain(8, fall=0.0)
+    assert trial(vain(2), 1e-4, [1.2] * 500) == (501, None)
+    # It ends where the loss is much lower, and where it spikes; with the pairs that there are.
+    assert trial(vain(2), 1e-4, [*[0.9] * 90, 0.4], there=0.4) == (92, [])
+    secant = vain(2)
+    assert trial(secant, 1e-4, [*[1.2] * 90, 20.0]) == (92, [])
+    assert secant.loss == 1.0
     again = SecantDescent(10, 20)
-    again.load_state_dict(kept)
-    assert trial(again, 2.0, fall=0.0) == (320, 10)
-    # At the same rate it would come to the same.
-    assert [trial(again, 2.0, fall=0.0) for _ in range(3)] == [(10, 10)] * 3
-    for _ in range(3):
-        trial(again, 2.0, fall=1e-4)
-    # Who gets lower begins anew, and so does a block that does.
-    assert trial(again, 0.5, fall=1e-4) == (80, 10)
-    assert [trial(again, 2.0, fall=1e-4) for _ in range(2)] == [(10, 10), (20, 10)]
-    again._began, again.loss = 0.0, 0.9
-    again.finish_block()
-    assert trial(again, 2.0, fall=1e-4) == (10, 10)
-    assert math.isfinite(again.loss)
+    again.load_state_dict(json.loads(text(secant.state_dict())))
+    assert trial(again, 1e-4, [1.2] * 500) == (501, None)
     # With another batch in the end there is nothing to compare, and nothing is taken back.
-    assert trial(again, 2.0, fall=1e-4, here=3.0) == (20, 10)
-    assert math.isnan(again.loss)
+    secant = vain(2)
+    assert trial(secant, 1e-4, [20.0], here=3.0) == (2, [])
+    assert math.isnan(secant.loss)
+    # Who gets lower begins anew, and so does a block that does.
+    secant = vain(1)
+    assert trial(secant, 1e-4, there=0.5)[0] == 10
+    assert trial(secant, 1e-4)[0] == 10
+    assert trial(secant, 1e-4)[0] == 10
+    secant._began, secant.loss = 0.0, 0.9
+    secant.finish_block()
+    assert trial(secant, 1e-4)[0] == 10
 
 
 @pytest.mark.parametrize("begins", range(101, 500, 19))

@@ -139,6 +139,51 @@ def test_what_a_bank_in_fewer_bits_loses_does_not_add_up(kind, exact, rows):
         p.data.copy_(taken[-1])
 
 
+def test_an_outer_step_that_is_interrupted_leaves_the_newest_snapshot(monkeypatch):
+    p = nn.Parameter(torch.zeros(4 * 2**18))
+    bank = SnapshotBank([[p]], 4, kind="int8")
+    for step in range(4):
+        p.data.add_(1.0)
+        bank.take(fresh=step == 0, exact=step == 3)
+    encode, left = codes.encode, [2, 3, 3]
+
+    def interrupted(*arguments):
+        left[-1] -= 1
+        if not left[-1]:
+            raise KeyboardInterrupt
+        encode(*arguments)
+
+    monkeypatch.setattr(codes, "encode", interrupted)
+    while left:
+        # In the place of the oldest, which is the origin.
+        with pytest.raises(KeyboardInterrupt):
+            bank.move(np.array([[0.0, 0.0, -1.0, 2.0]]), take=True)
+        left.pop()
+        bank.return_to_newest()
+        assert p.unique().tolist() == [4.0]
+
+
+def test_what_has_no_values_takes_no_memory():
+    p, none = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0, dtype=torch.float64))
+    for kind in ("exact", "int8", "bfloat16"):
+        bank = SnapshotBank([[p, none]], 4, kind=kind)
+        for step in range(4):
+            bank.take(fresh=step == 0, exact=step == 3)
+        assert not bank.gram().any()
+
+
+def test_states_from_before_there_was_an_origin_are_read():
+    p = nn.Parameter(torch.randn(600))
+    bank, again = (SnapshotBank([[p]], 4, kind="int8") for _ in range(2))
+    for step in range(3):
+        p.data.add_(torch.randn(600))
+        bank.take(fresh=step == 0)
+    state = bank.state_dict()
+    del state["rows"][0]["origin"]
+    again.load_state_dict(state)
+    np.testing.assert_array_equal(again.gram(), bank.gram())
+
+
 def test_a_recovery_point_outlives_the_snapshot_that_it_is():
     p = nn.Parameter(torch.zeros(4))
     for kind in ("exact", "int8"):

@@ -1,5 +1,6 @@
 """Secant pairs on real tensors, and quasi-Newton steps on real problems."""
 
+import copy
 import math
 
 import numpy as np
@@ -456,3 +457,36 @@ def test_a_trial_that_makes_the_loss_leap_up_is_over_at_once():
         assert sum(ratio > 10.0 for ratio in trial) <= 1
     assert max(map(max, trials)) > 10.0
     assert min(map(len, trials)) < 12
+
+
+def test_in_the_rounding_a_falling_rate_has_all_the_time_and_nothing_is_lost():
+    steps, best, length, longest = 2000, math.inf, 0, 0
+    torch.manual_seed(0)
+    x = torch.randn(200, 30) * torch.logspace(0.0, -1.5, 30)
+    y = x @ torch.randn(30, 1)
+
+    def task():
+        torch.manual_seed(1)
+        model = nn.Linear(30, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1.0 - t / steps))
+        return model, HybridTrainer(model, optimizer, scheduler=fall)
+
+    (model, trainer), (other, resumed) = task(), task()
+    loss = lambda of: (of(x) - y).square().mean()  # noqa: E731
+    secant = trainer.engine.controller.secant
+    for step in range(steps):
+        trainer.step(lambda: loss(model))
+        length = length + 1 if secant.holds_recovery else 0
+        longest = max(longest, length)
+        if not length:
+            best = min(best, loss(model).item())
+        if step == steps - 100:
+            assert length > 60
+            resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
+        if step > steps - 100:
+            resumed.step(lambda: loss(other))
+    assert longest > 10 * trainer.config.min_full_steps
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    trainer.finish(lambda: loss(model))
+    assert loss(model).item() <= best
