@@ -34,8 +34,9 @@ MOST_REJECTED = 8
 # Fall of the log loss in a block below which it has made no progress.
 LEAST_FALL = 1e-3
 # Fall below which a block has hardly made any, and trials in vain at a falling rate after which the
-# next one has no end but a lower loss, or a spike: in the rounding of the loss curvature says
-# nothing, and the optimizer gets lower as its rate falls, but not within a few steps.
+# next one has no end but a lower loss, a spike, or a rate that has not fallen for a block: in the
+# rounding of the loss curvature says nothing, and the optimizer gets lower as its rate falls, but
+# not within a few steps.
 SMALL_FALL, MOST_VAIN, MUCH_LOWER = 0.05, 2, 0.5
 # Fewest pairs from which a direction is taken.
 LEAST_PAIRS = 3
@@ -123,8 +124,9 @@ class SecantDescent:
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
         self._saved = NAN
-        # Trials in vain at a rate that fell, and the first and the newest rate of the present one.
-        self._vain = 0
+        # Trials in vain at a rate that fell; of the present one the first and the newest rate, and
+        # the number of the step at which it fell last.
+        self._vain = self._fallen = 0
         self._first_rate = self._last_rate = 0.0
         # Not at the very first weights, which may give every batch the same loss.
         self._wait, self._patience = FIRST_LOOK, 1
@@ -208,7 +210,9 @@ class SecantDescent:
     @property
     def probe_due(self) -> bool:
         """Whether it is time to evaluate the user's probe."""
-        if self.stage is not Stage.DESCEND or not self._has_probe:
+        # Where the optimizer has led is judged first.
+        landing = self.landing and not self.stuck
+        if self.stage is not Stage.DESCEND or landing or not self._has_probe:
             return False
         lowered = self.loss < LOWERED * self._loss_probed
         return self.block_over or lowered or self._steps - self._probed >= PROBED
@@ -324,12 +328,15 @@ class SecantDescent:
         if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
+        if first or observation.learning_rate < self._last_rate:
+            self._fallen = self._steps
         self._last_rate = observation.learning_rate
         self._first_rate = self._last_rate if first else self._first_rate
         self._steps += 1
         spiked = self.holds_recovery and observation.loss > SPIKE * self._saved
         lower = observation.loss < MUCH_LOWER * self._saved
-        if spiked or (lower if endless else self._steps == self.pairs):
+        over = lower or self._steps - self._fallen > self.block
+        if spiked or (over if endless else self._steps >= self.pairs):
             self.stage = Stage.DESCEND
         return observation, False
 
@@ -465,6 +472,7 @@ class SecantDescent:
             "_probed": 0,
             "_loss_probed": NAN,
             "_vain": 0,
+            "_fallen": 0,
             "_first_rate": 0.0,
             "_last_rate": 0.0,
         }
@@ -499,6 +507,7 @@ _NUMBERS = (
     "_own_speed",
     "_saved",
     "_vain",
+    "_fallen",
     "_first_rate",
     "_last_rate",
     "_wait",

@@ -108,8 +108,8 @@ class CodedBucket:
         exact = alone or exact or row == self._at
         scratch = self._scratch(2)
         for block in self._blocks:
-            # Where the origin is stored anew the others are seen from there, block by block, so
-            # that they are where they were wherever this is interrupted.
+            # Where the origin is stored anew the others are seen from there. The base stays, so
+            # that the newest row is known wherever an outer step is interrupted.
             away = None if alone else self._away(block, scratch)
             if away is not None and row == self._origin:
                 for other in self._codes:

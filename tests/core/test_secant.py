@@ -242,11 +242,11 @@ def test_where_the_optimizer_has_led_uphill_it_is_put_back():
     go_on(descent, 300)
 
 
-def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0):
+def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0, falling=10**9):
     """Lead a trial of the optimizer from a loss of 1 through `losses`; how many it took.
 
-    The learning rate falls by `fall` in each step. In the end the loss is `there`, and `here` where
-    the trial began.
+    The learning rate falls by `fall` in each of the first `falling` steps. In the end the loss is
+    `there`, and `here` where the trial began.
     """
     secant.loss, steps = 1.0, []
     secant.compare()
@@ -255,13 +255,15 @@ def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0):
         steps.append(next(turn))
         assert steps[-1].action is Action.FULL
         with pytest.raises(StopIteration):
-            turn.send(Observation(loss, 1.0, 0.5 - len(steps) * fall))
+            turn.send(Observation(loss, 1.0, 0.5 - min(len(steps), falling) * fall))
         if secant.stage is Stage.DESCEND:
             break
     else:
         return len(steps), None
     # However long it was, it is judged first.
+    secant._has_probe = True
     assert not secant.block_over
+    assert not secant.probe_due
     turn = secant.step()
     directive = next(turn)
     with contextlib.suppress(StopIteration):
@@ -290,6 +292,8 @@ def test_after_two_trials_in_vain_at_a_falling_rate_the_optimizer_has_all_the_ti
     again = SecantDescent(10, 20)
     again.load_state_dict(json.loads(text(secant.state_dict())))
     assert trial(again, 1e-4, [1.2] * 500) == (501, None)
+    # Nor does it go on where the rate has come to its end, or rises.
+    assert trial(vain(2), 1e-4, [1.2] * 500, falling=100) == (120, [])
     # With another batch in the end there is nothing to compare, and nothing is taken back.
     secant = vain(2)
     assert trial(secant, 1e-4, [20.0], here=3.0) == (2, [])
