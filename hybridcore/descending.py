@@ -32,6 +32,8 @@ def descend(controller: Controller) -> Turn:
             return
     stage, landing, on_trial = secant.stage, secant.landing, secant.holds_recovery
     observation, ended = yield from secant.step()
+    # A bad batch leaves the judgement to the next one.
+    landed = landing and (ended or not secant.holds_recovery)
     if stage is Stage.DESCEND:
         controller.taken += 1
         controller.forecast_loss = NAN if secant.accepted else secant.loss
@@ -49,13 +51,13 @@ def descend(controller: Controller) -> Turn:
         secant.rest(controller.taken)
     elif ended:
         _end(controller)
-    elif landing or (secant.stage is Stage.GATHER is not stage):
-        if not landing:
+    elif landed or (secant.stage is Stage.GATHER is not stage):
+        if not landed:
             controller.note("quasi-Newton steps")
         controller.forget_path()
-    if landing and on_trial and not secant.accepted:
+    if landed and on_trial and not secant.accepted:
         controller.note("trial taken back")
-    if landing:
+    if landed:
         controller.close(math.log(secant.loss), predicting=False, progress=NAN)
         if secant.accepted and secant.measured:
             outside = controller.meter.outside(controller.counters.full_steps)

@@ -324,8 +324,12 @@ class SecantDescent:
         first, endless = self._steps == 0, self._vain >= MOST_VAIN
         pair = not endless
         observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
-        changed = first and self.holds_recovery and not self._same(observation.loss, self.loss)
-        if changed or not (observation.applied and usable(observation.loss)):
+        bad = not (observation.applied and usable(observation.loss))
+        on_trial = self.holds_recovery
+        if bad and first and on_trial:
+            return observation, False
+        changed = first and on_trial and not self._same(observation.loss, self.loss)
+        if changed or (bad and not on_trial):
             self.loss = NAN
             return observation, True
         if first or observation.learning_rate < self._last_rate:
@@ -333,8 +337,9 @@ class SecantDescent:
         self._last_rate = observation.learning_rate
         self._first_rate = self._last_rate if first else self._first_rate
         self._steps += 1
-        spiked = self.holds_recovery and observation.loss > SPIKE * self._saved
-        lower = observation.loss < MUCH_LOWER * self._saved
+        # A bad batch is a step in which nothing is seen: where the trial leads shows in the end.
+        spiked = on_trial and not bad and observation.loss > SPIKE * self._saved
+        lower = not bad and observation.loss < MUCH_LOWER * self._saved
         over = lower or self._steps - self._fallen > self.block
         if spiked or (over if endless else self._steps >= self.pairs):
             self.stage = Stage.DESCEND
@@ -369,9 +374,16 @@ class SecantDescent:
         held = not math.isnan(self._held) or (yield from self._hold())
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
-        if changed or not (held and observation.applied and usable(observation.loss)):
+        bad = not (observation.applied and usable(observation.loss))
+        if changed or not held or (bad and not self.holds_recovery):
             self.loss = NAN
             return observation, True
+        if bad:
+            # Once that may be the batch, then it is the weights.
+            self._rejected += 1
+            if self._rejected == SUSPICIOUS:
+                yield from self._undo_trial()
+            return observation, False
         if self.holds_recovery:
             speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
             if speed < 0.0 and self._vain >= MOST_VAIN:
@@ -381,11 +393,9 @@ class SecantDescent:
                     self.loss = NAN
                     return observation, True
             if speed < 0.0:
-                # Its moments are put back too: they led astray.
-                yield Directive(Action.ROLLBACK)
+                yield from self._undo_trial()
                 self.speed = 0.5 * min(self.speed, self._own_speed)
-                self.loss, self._saved, self._steps = self._saved, NAN, 0
-                self.accepted, self.converging = False, True
+                self.converging = True
                 # At the same rate it would come to the same.
                 self._vain = self._vain + 1 if self._last_rate < self._first_rate else 0
                 return observation, False
@@ -402,6 +412,12 @@ class SecantDescent:
         self._saved, self._began, self._steps = NAN, math.log(self.loss), 0
         self._probed, self._loss_probed = 0, self.loss
         return observation, False
+
+    def _undo_trial(self) -> Generator[Directive, Observation, None]:
+        # The moments are put back too: they led astray.
+        yield Directive(Action.ROLLBACK)
+        self.loss, self._saved, self.accepted = self._saved, NAN, False
+        self._steps = self._rejected = 0
 
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
         secants = (yield self._base).secants

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
@@ -20,7 +20,11 @@ from hybridcore.metrics import finite
 
 RESULTS = Path(__file__).parents[1] / "results" / "proving_ground"
 BUDGETS = (0.35, 0.5, 0.7, 1.0, 1.4)
+# Settings that go from the first seed, on which all are tried, to the others: what is best on one
+# may be so by luck.
+FINALISTS = 4
 Trial = dict[str, Any]
+Settings = tuple[float, str]
 Say = Callable[[str], None]
 
 
@@ -133,9 +137,25 @@ def cost(trial: Trial) -> float:
     return float(trial["backward"] + trial["forward_cost"] * trial["forward_alone"])
 
 
-def best(trials: list[Trial]) -> Trial:
-    """Trial with the lowest score; one that ended in no number at all is the worst."""
-    return min(trials, key=lambda t: math.inf if t["score"] is None else t["score"])
+def score(trial: Trial) -> float:
+    """Score of a trial; one that ended in no number at all is the worst."""
+    return math.inf if trial["score"] is None else float(trial["score"])
+
+
+def finalists(first: Iterable[Trial]) -> list[Settings]:
+    """Rates and variants that are tried on every seed: the best of the first one's trials."""
+    return [(t["rate"], t["variant"]) for t in sorted(first, key=score)[:FINALISTS]]
+
+
+def best(first: Iterable[Trial], others: Iterable[Iterable[Trial]]) -> Settings:
+    """Rate and variant with the lowest median score over seeds, among the finalists.
+
+    Seeds on which not all of them are on record do not count.
+    """
+    chosen = finalists(first := list(first))
+    seeds = [{(t["rate"], t["variant"]): score(t) for t in trials} for trials in (first, *others)]
+    complete = [scores for scores in seeds if all(settings in scores for settings in chosen)]
+    return min(chosen, key=lambda settings: statistics.median(s[settings] for s in complete))
 
 
 def sized(workload: Workload, plan: Plan) -> Workload:
@@ -157,7 +177,7 @@ def sized(workload: Workload, plan: Plan) -> Workload:
 def run(
     workloads: list[Workload], methods: list[Method], plan: Plan, folder: Path, say: Say
 ) -> None:
-    """Run what is missing in `folder`: first the tuning of each method, then seeds and budgets."""
+    """Run what is missing in `folder`: first the tuning of each method, then all budgets."""
     for workload in (sized(workload, plan) for workload in workloads):
         try:
             price = forward_cost(workload)
@@ -169,27 +189,31 @@ def run(
             if lack is not None:
                 say(f"{workload.name}, {method.name}: left out, {lack}")
                 continue
-            tuned = _tuning(workload, method, folder, price, say)
-            choice = best(list(tuned))
+            settings = _tune(workload, method, plan.seeds, folder, price, say)
             for seed in range(plan.seeds):
                 spent = 0.0
                 for budget in (*plan.budgets, *plan.more):
                     if budget in plan.more and spent >= plan.budgets[-1] * workload.steps:
                         break
                     steps = round(budget * workload.steps)
-                    settings = (choice["rate"], choice["variant"], steps)
-                    spent = cost(_trial(workload, method, *settings, seed, folder, price, say))
+                    found = _trial(workload, method, *settings, steps, seed, folder, price, say)
+                    spent = cost(found)
 
 
-def _tuning(
-    workload: Workload, method: Method, folder: Path, price: float, say: Say
-) -> Iterator[Trial]:
+def _tune(
+    workload: Workload, method: Method, seeds: int, folder: Path, price: float, say: Say
+) -> Settings:
+    """Try all settings on the first seed, and the best of them on the others."""
     if method.trial_of is not None:
-        yield from _tuning(workload, METHODS[method.trial_of], folder, price, say)
-        return
-    for rate in workload.learning_rates:
-        for variant in method.variants:
-            yield _trial(workload, method, rate, variant, workload.steps, 0, folder, price, say)
+        return _tune(workload, METHODS[method.trial_of], seeds, folder, price, say)
+
+    def at(settings: Settings, seed: int) -> Trial:
+        return _trial(workload, method, *settings, workload.steps, seed, folder, price, say)
+
+    rates, variants = workload.learning_rates, method.variants
+    first = [at((rate, variant), 0) for rate in rates for variant in variants]
+    chosen = finalists(first)
+    return best(first, [[at(settings, s) for settings in chosen] for s in range(1, seeds)])
 
 
 def _trial(

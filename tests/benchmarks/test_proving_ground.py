@@ -141,8 +141,8 @@ def test_runs_resume_where_they_were_stopped(tmp_path):
     kept = json.loads((tmp_path / "logistic-tuned-0.json").read_text())["trials"]
     assert len(kept) == 5
     runs.run([VALLEY], chosen, plan, tmp_path, lines.append)
-    # Three rates by three schedules, then seeds by budgets less what tuning had run already.
-    assert len(lines) == 2 * (9 + 3)
+    # Three rates by three schedules, the best of them on the second seed, and half of the budget.
+    assert len(lines) == 2 * (9 + runs.FINALISTS + 2)
     assert json.loads((tmp_path / "logistic-tuned-0.json").read_text())["trials"][:5] == kept
     again = []
     runs.run([VALLEY], chosen, plan, tmp_path, again.append)
@@ -307,9 +307,41 @@ def test_something_is_predicted_at_toy_size(tmp_path):
     assert any(trial["statistics"]["predicted_steps"] for trial in trials)
 
 
+def tried(**scores):
+    return [{"rate": 0.1, "variant": name, "score": scores[name]} for name in scores]
+
+
 def test_runs_that_ended_in_no_number_are_the_worst():
-    trials = [{"score": None}, {"score": 3.0}, {"score": 2.0}]
-    assert runs.best(trials)["score"] == 2.0
+    assert runs.best(tried(a=None, b=3.0, c=2.0), []) == (0.1, "c")
+    assert runs.best(tried(a=2.0, b=3.0), [tried(a=None, b=3.0)] * 2) == (0.1, "b")
+
+
+def test_what_is_best_on_the_first_seed_alone_is_not_chosen():
+    first = tried(lucky=1.0, steady=2.0, third=3.0, fourth=4.0, fifth=5.0)
+    others = [tried(lucky=9.0, steady=2.0, third=3.0, fourth=4.0, fifth=0.0)] * 2
+    assert runs.best(first, []) == (0.1, "lucky")
+    assert runs.best(first, others) == (0.1, "steady")
+    # A seed on which some of them were not run yet does not count.
+    assert runs.best(first, [tried(steady=0.0, third=9.0)] * 2) == (0.1, "lucky")
+
+
+def test_the_best_settings_of_the_first_seed_run_on_all(tmp_path):
+    workload = dataclasses.replace(VALLEY, steps=30, learning_rates=(0.01, 0.02, 0.03))
+    plan = runs.Plan(seeds=2, budgets=(1.0,), more=())
+    both = [methods.METHODS["tuned"], methods.METHODS["twin"]]
+    runs.run([workload], both, plan, tmp_path, lambda line: None)
+    content = [
+        json.loads((tmp_path / f"logistic-{name}.json").read_text())["trials"]
+        for name in ("tuned-0", "tuned-1", "twin-1")
+    ]
+    first, second, twin = ({(t["rate"], t["variant"]) for t in trials} for trials in content)
+    assert len(first) == 9
+    assert second == set(runs.finalists(content[0]))
+    assert len(second) == runs.FINALISTS
+    # The twin takes the settings of hybridcore, which tunes itself for that.
+    hybrid = json.loads((tmp_path / "logistic-hybridcore-1.json").read_text())["trials"]
+    assert len(twin) == 1
+    assert twin < {(t["rate"], t["variant"]) for t in hybrid}
 
 
 @pytest.mark.parametrize("name", list(GROUND))

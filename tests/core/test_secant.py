@@ -204,6 +204,42 @@ def test_one_bad_evaluation_does_no_harm_whichever_it_is(moment):
     assert number == descent.evaluations < 20
 
 
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("number", [0, 4, 8, 9])
+def test_a_bad_batch_on_trial_does_not_keep_what_the_optimizer_did(number, bad):
+    """Of the nine steps that follow on the first one, the last leads uphill here."""
+    descent = at("comparison")
+    kept, secant, steps = descent.saved, descent.engine.controller.secant, 0
+    while secant.holds_recovery:
+        descent.step(bad=number <= steps < number + bad)
+        steps += 1
+        if steps == 9:
+            assert secant.landing
+            descent.x = descent.x + 1.0
+    # In the end it may be the batch, once; then it is the weights.
+    assert steps == 10 + (number + bad > 9)
+    assert np.array_equal(descent.x, kept)
+    assert descent.stage is Stage.DESCEND
+    go_on(descent, 200)
+
+
+def test_a_trial_whose_first_batch_is_bad_begins_with_the_next():
+    descent = PairedDescent()
+    while not descent.engine.controller.secant.holds_recovery:
+        descent.until("decision")
+        before = descent.resumed()
+        descent.step()
+    kept = before.x
+    # After the probe that asks whether to go on.
+    before.step(bad_one=1)
+    assert before.engine.controller.secant.holds_recovery
+    assert np.array_equal(before.x, kept)
+    before.step()
+    assert before.directives[-1].fresh_pairs
+    assert np.array_equal(before.saved, kept)
+    go_on(before, 200)
+
+
 @pytest.mark.parametrize("moment", ["proof", "first pair", "decision"])
 def test_one_bad_batch_does_not_end_them_for_good(moment):
     descent = at(moment)
@@ -255,7 +291,8 @@ def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0, falling=10**9):
         steps.append(next(turn))
         assert steps[-1].action is Action.FULL
         with pytest.raises(StopIteration):
-            turn.send(Observation(loss, 1.0, 0.5 - min(len(steps), falling) * fall))
+            rate = 0.5 - min(len(steps), falling) * fall
+            turn.send(Observation(loss, 1.0, rate, applied=math.isfinite(loss)))
         if secant.stage is Stage.DESCEND:
             break
     else:
@@ -294,6 +331,9 @@ def test_after_two_trials_in_vain_at_a_falling_rate_the_optimizer_has_all_the_ti
     assert trial(again, 1e-4, [1.2] * 500) == (501, None)
     # Nor does it go on where the rate has come to its end, or rises.
     assert trial(vain(2), 1e-4, [1.2] * 500, falling=100) == (120, [])
+    # A batch that is bad is a step, no matter how many there are.
+    assert trial(vain(2), 1e-4, [*[math.nan] * 90, 0.4], there=0.4) == (92, [])
+    assert trial(vain(2), 1e-4, [math.nan] * 500, falling=100) == (120, [])
     # With another batch in the end there is nothing to compare, and nothing is taken back.
     secant = vain(2)
     assert trial(secant, 1e-4, [20.0], here=3.0) == (2, [])
