@@ -51,6 +51,9 @@ SUSPICIOUS = 2
 # Share of the loss at which the user's probe is evaluated anew, and after how many quasi-Newton
 # steps at the latest; and the rise of its loss above the lowest that ends them.
 LOWERED, PROBED, RISE = 0.7, 10, 0.02
+# Speed that the optimizer is taken to have after a trial in vain, as a share of the last block's or
+# of what it had, whichever is less.
+VAIN = 0.25
 # Rise of the loss at which a trial of the optimizer is over before its time.
 SPIKE = 10.0
 # Steps of the optimizer from which its speed is told: the medians of their first and last thirds
@@ -394,7 +397,7 @@ class SecantDescent:
                     return observation, True
             if speed < 0.0:
                 yield from self._undo_trial()
-                self.speed = 0.5 * min(self.speed, self._own_speed)
+                self.speed = VAIN * min(self.speed, self._own_speed)
                 self.converging = True
                 # At the same rate it would come to the same.
                 self._vain = self._vain + 1 if self._last_rate < self._first_rate else 0
