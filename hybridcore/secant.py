@@ -21,6 +21,7 @@ import numpy as np
 
 from hybridcore.quasi_newton import Descent, direction, shorter, sufficient
 from hybridcore.search import usable
+from hybridcore.trial import Trial
 from hybridcore.types import NAN, Action, Directive, Observation
 
 Step: TypeAlias = Generator[Directive, Observation, tuple[Observation, bool]]
@@ -31,13 +32,8 @@ Step: TypeAlias = Generator[Directive, Observation, tuple[Observation, bool]]
 SAME, ROUNDING = 1e-5, 2.0**-23
 # Evaluations in a row without a lower loss, after which the direction is given up.
 MOST_REJECTED = 8
-# Fall of the log loss in a block below which it has made no progress.
-LEAST_FALL = 1e-3
-# Fall below which a block has hardly made any, and trials in vain at a falling rate after which the
-# next one has no end but a lower loss, a spike, or a rate that has not fallen for a block: in the
-# rounding of the loss curvature says nothing, and the optimizer gets lower as its rate falls, but
-# not within a few steps.
-SMALL_FALL, MOST_VAIN, MUCH_LOWER = 0.05, 2, 0.5
+# Fall of the log loss in a block below which it has made no progress, and hardly any.
+LEAST_FALL, SMALL_FALL = 1e-3, 0.05
 # Fewest pairs from which a direction is taken.
 LEAST_PAIRS = 3
 # Full steps until the next look, and how often they are doubled by looks in vain.
@@ -54,8 +50,6 @@ LOWERED, PROBED, RISE = 0.7, 10, 0.02
 # Speed that the optimizer is taken to have after a trial in vain, as a share of the last block's or
 # of what it had, whichever is less.
 VAIN = 0.25
-# Rise of the loss at which a trial of the optimizer is over before its time.
-SPIKE = 10.0
 # Steps of the optimizer from which its speed is told: the medians of their first and last thirds
 # are not moved by spikes.
 WINDOW = 60
@@ -126,11 +120,7 @@ class SecantDescent:
         self._rejected, self._there = 0, False
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
-        self._saved = NAN
-        # Trials in vain at a rate that fell; of the present one the first and the newest rate, and
-        # the number of the step at which it fell last.
-        self._vain = self._fallen = 0
-        self._first_rate = self._last_rate = 0.0
+        self._trial = Trial()
         # Not at the very first weights, which may give every batch the same loss.
         self._wait, self._patience = FIRST_LOOK, 1
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -164,7 +154,7 @@ class SecantDescent:
     @property
     def holds_recovery(self) -> bool:
         """Whether a rollback may come."""
-        return math.isfinite(self._saved)
+        return self._trial.active
 
     @property
     def holds_mark(self) -> bool:
@@ -179,11 +169,10 @@ class SecantDescent:
 
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
-        self.stage, self._descent, self._saved = Stage.REST, None, NAN
+        self.stage, self._descent, self._trial = Stage.REST, None, Trial()
         self._held, self._has_probe = NAN, False
         self._rejected, self._there = 0, False
         self._own_speed = math.inf
-        self._vain = 0
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
 
@@ -261,7 +250,8 @@ class SecantDescent:
         """
         fall = self._began - math.log(self.loss)
         self.converging = self.converging and fall < LEAST_FALL
-        self._vain = self._vain if fall < SMALL_FALL else 0
+        if fall >= SMALL_FALL:
+            self._trial = Trial()
         self._own_speed = fall / max(self._steps, 1)
         surplus = -float(self._steps)
         if fall > 0.0:
@@ -273,7 +263,8 @@ class SecantDescent:
 
     def compare(self) -> None:
         """Let the optimizer show whether it is faster by now; what undoes that has been kept."""
-        self._saved, self._marked = self.loss, NAN
+        self._trial.begin(self.loss)
+        self._marked = NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
 
@@ -324,27 +315,20 @@ class SecantDescent:
 
     def _gather(self) -> Step:
         """Take a step of the optimizer, and keep its pair unless there may be any number."""
-        first, endless = self._steps == 0, self._vain >= MOST_VAIN
-        pair = not endless
+        first, pair, trial = self._steps == 0, not self._trial.endless, self._trial
         observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
         bad = not (observation.applied and usable(observation.loss))
-        on_trial = self.holds_recovery
-        if bad and first and on_trial:
+        if bad and first and trial.active:
             return observation, False
-        changed = first and on_trial and not self._same(observation.loss, self.loss)
-        if changed or (bad and not on_trial):
+        changed = first and trial.active and not self._same(observation.loss, self.loss)
+        if changed or (bad and not trial.active):
             self.loss = NAN
             return observation, True
-        if first or observation.learning_rate < self._last_rate:
-            self._fallen = self._steps
-        self._last_rate = observation.learning_rate
-        self._first_rate = self._last_rate if first else self._first_rate
         self._steps += 1
-        # A bad batch is a step in which nothing is seen: where the trial leads shows in the end.
-        spiked = on_trial and not bad and observation.loss > SPIKE * self._saved
-        lower = not bad and observation.loss < MUCH_LOWER * self._saved
-        over = lower or self._steps - self._fallen > self.block
-        if spiked or (over if endless else self._steps >= self.pairs):
+        over = self._steps >= self.pairs
+        if trial.active:
+            over = trial.is_over(observation, bad, self._steps, self.pairs, self.block)
+        if over:
             self.stage = Stage.DESCEND
         return observation, False
 
@@ -378,7 +362,7 @@ class SecantDescent:
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
         bad = not (observation.applied and usable(observation.loss))
-        if changed or not held or (bad and not self.holds_recovery):
+        if changed or not held or (bad and not self._trial.active):
             self.loss = NAN
             return observation, True
         if bad:
@@ -387,23 +371,23 @@ class SecantDescent:
             if self._rejected == SUSPICIOUS:
                 yield from self._undo_trial()
             return observation, False
-        if self.holds_recovery:
-            speed = (math.log(self._saved) - math.log(observation.loss)) / self._steps
-            if speed < 0.0 and self._vain >= MOST_VAIN:
+        if self._trial.active:
+            before, endless = self._trial.loss, self._trial.endless
+            speed = (math.log(before) - math.log(observation.loss)) / self._steps
+            if speed < 0.0 and endless:
                 # Long enough for another batch to have come, on which it may have done well.
                 probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
-                if not self._same(probe.loss, self._saved):
+                if not self._same(probe.loss, before):
                     self.loss = NAN
                     return observation, True
             if speed < 0.0:
                 yield from self._undo_trial()
+                self._trial.count_in_vain()
                 self.speed = VAIN * min(self.speed, self._own_speed)
                 self.converging = True
-                # At the same rate it would come to the same.
-                self._vain = self._vain + 1 if self._last_rate < self._first_rate else 0
                 return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
-            self._vain = 0
+            self._trial = Trial()
             if speed > self._own_speed:
                 self.loss = observation.loss
                 return observation, True
@@ -412,14 +396,15 @@ class SecantDescent:
             fall = statistics.median(recent[:third]) - statistics.median(recent[-third:])
             self.speed, self.measured = fall / (len(recent) - third), True
         yield from self._new_base(observation)
-        self._saved, self._began, self._steps = NAN, math.log(self.loss), 0
+        self._began, self._steps = math.log(self.loss), 0
         self._probed, self._loss_probed = 0, self.loss
         return observation, False
 
     def _undo_trial(self) -> Generator[Directive, Observation, None]:
         # The moments are put back too: they led astray.
         yield Directive(Action.ROLLBACK)
-        self.loss, self._saved, self.accepted = self._saved, NAN, False
+        self.loss, self.accepted = self._trial.loss, False
+        self._trial.end()
         self._steps = self._rejected = 0
 
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
@@ -474,6 +459,7 @@ class SecantDescent:
             "descent": None if descent is None else descent._asdict(),
             "recent": list(self._recent),
             "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "trial": self._trial.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -490,14 +476,12 @@ class SecantDescent:
             "_has_probe": False,
             "_probed": 0,
             "_loss_probed": NAN,
-            "_vain": 0,
-            "_fallen": 0,
-            "_first_rate": 0.0,
-            "_last_rate": 0.0,
         }
         numbers = later | state["numbers"]
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
+        # Nor was a trial more than the loss that it began at.
+        self._trial = Trial(**state.get("trial", {"loss": float(numbers.get("_saved", NAN))}))
 
 
 def _raised(log_loss: float, by: float) -> float:
@@ -524,11 +508,6 @@ _NUMBERS = (
     "_began",
     "_steps",
     "_own_speed",
-    "_saved",
-    "_vain",
-    "_fallen",
-    "_first_rate",
-    "_last_rate",
     "_wait",
     "_patience",
 )

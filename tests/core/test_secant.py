@@ -272,10 +272,26 @@ def test_another_batch_is_seen_by_its_loss(moment):
 def test_where_the_optimizer_has_led_uphill_it_is_put_back():
     descent = at("landing again")
     descent.x = descent.x + 1.0
+    secant = descent.engine.controller.secant
+    before = secant.speed
     descent.step()
     assert np.array_equal(descent.x, descent.saved)
     assert descent.stage is Stage.DESCEND
+    # What has led uphill is no measure of how fast the optimizer is.
+    assert 0.0 < secant.speed < 0.5 * before
     go_on(descent, 300)
+
+
+def test_a_state_that_knows_of_a_trial_no_more_than_its_loss_is_resumed():
+    descent = at("landing again")
+    state = descent.engine.state_dict()
+    secant = state["controller"]["secant"]
+    secant["numbers"]["_saved"] = secant.pop("trial")["loss"]
+    descent.engine.load_state_dict(json.loads(text(state)))
+    assert descent.engine.controller.secant.holds_recovery
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert np.array_equal(descent.x, descent.saved)
 
 
 def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0, falling=10**9):
@@ -290,8 +306,8 @@ def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0, falling=10**9):
         turn = secant.step()
         steps.append(next(turn))
         assert steps[-1].action is Action.FULL
+        rate = 0.5 - min(len(steps), falling) * fall
         with pytest.raises(StopIteration):
-            rate = 0.5 - min(len(steps), falling) * fall
             turn.send(Observation(loss, 1.0, rate, applied=math.isfinite(loss)))
         if secant.stage is Stage.DESCEND:
             break

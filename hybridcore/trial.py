@@ -1,0 +1,93 @@
+"""The user's optimizer on trial, where quasi-Newton steps lead no further: how long it has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hybridcore.types import NAN, Observation
+
+# Rise of the loss at which a trial is over before its time.
+SPIKE = 10.0
+# Trials in vain at a falling rate after which the next one has no end but a loss that is so much
+# lower, a spike, or a rate that has not fallen for a block: in the rounding of the loss curvature
+# says nothing, and the optimizer gets lower as its rate falls, but not within a few steps.
+MOST_VAIN, MUCH_LOWER = 2, 0.5
+
+
+@dataclass(slots=True)
+class Trial:
+    """A trial of the optimizer, and what those before it came to.
+
+    Attributes
+    ----------
+    loss : float
+        Loss where it began; NaN while there is none.
+    vain : int
+        Trials in vain, one after the other, in which the learning rate fell.
+    fallen : int
+        Number of the step, from 0, at which it fell last.
+    first_rate, last_rate : float
+        Learning rate of the first step and of the newest.
+    """
+
+    loss: float = NAN
+    vain: int = 0
+    fallen: int = 0
+    first_rate: float = 0.0
+    last_rate: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether there is one."""
+        return math.isfinite(self.loss)
+
+    @property
+    def endless(self) -> bool:
+        """Whether it may take any number of steps."""
+        return self.vain >= MOST_VAIN
+
+    def begin(self, loss: float) -> None:
+        """Begin one at weights that have this `loss`."""
+        self.loss = loss
+
+    def end(self) -> None:
+        """Go on without one."""
+        self.loss = NAN
+
+    def is_over(
+        self, observation: Observation, bad: bool, steps: int, most: int, block: int
+    ) -> bool:
+        """Take in step number `steps`, from 1; return whether it is the last one.
+
+        Parameters
+        ----------
+        observation : Observation
+            What the step showed.
+        bad : bool
+            Whether its batch was: then nothing was seen of where the trial has led.
+        steps, most, block : int
+            Number of the step, the most that a usual trial has, and for how long the learning rate
+            of an endless one may stay as it is.
+        """
+        rate = observation.learning_rate
+        if steps == 1:
+            self.first_rate = rate
+        if steps == 1 or rate < self.last_rate:
+            self.fallen = steps - 1
+        self.last_rate = rate
+        if not bad and observation.loss > SPIKE * self.loss:
+            return True
+        if not self.endless:
+            return steps >= most
+        much_lower = not bad and observation.loss < MUCH_LOWER * self.loss
+        return much_lower or steps - self.fallen > block
+
+    def count_in_vain(self) -> None:
+        """Take note that it was taken back: at the same rate another would come to the same."""
+        self.vain = self.vain + 1 if self.last_rate < self.first_rate else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, as the arguments that make another."""
+        return asdict(self)
