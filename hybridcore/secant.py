@@ -21,7 +21,7 @@ import numpy as np
 
 from hybridcore.quasi_newton import Descent, direction, shorter, sufficient
 from hybridcore.search import usable
-from hybridcore.trial import Trial
+from hybridcore.trial import OptimizerTrial
 from hybridcore.types import NAN, Action, Directive, Observation
 
 Step: TypeAlias = Generator[Directive, Observation, tuple[Observation, bool]]
@@ -120,7 +120,7 @@ class SecantDescent:
         self._rejected, self._there = 0, False
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
-        self._trial = Trial()
+        self._trial = OptimizerTrial()
         # Not at the very first weights, which may give every batch the same loss.
         self._wait, self._patience = FIRST_LOOK, 1
         self._recent: deque[float] = deque(maxlen=WINDOW)
@@ -169,7 +169,7 @@ class SecantDescent:
 
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
-        self.stage, self._descent, self._trial = Stage.REST, None, Trial()
+        self.stage, self._descent, self._trial = Stage.REST, None, OptimizerTrial()
         self._held, self._has_probe = NAN, False
         self._rejected, self._there = 0, False
         self._own_speed = math.inf
@@ -251,7 +251,7 @@ class SecantDescent:
         fall = self._began - math.log(self.loss)
         self.converging = self.converging and fall < LEAST_FALL
         if fall >= SMALL_FALL:
-            self._trial = Trial()
+            self._trial = OptimizerTrial()
         self._own_speed = fall / max(self._steps, 1)
         surplus = -float(self._steps)
         if fall > 0.0:
@@ -317,17 +317,20 @@ class SecantDescent:
         """Take a step of the optimizer, and keep its pair unless there may be any number."""
         first, pair, trial = self._steps == 0, not self._trial.endless, self._trial
         observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
-        bad = not (observation.applied and usable(observation.loss))
-        if bad and first and trial.active:
+        if trial.active and not observation.applied:
+            # That is the batch's fault at first, and then of where the trial has led.
+            if not first and trial.is_lost():
+                self.stage = Stage.DESCEND
             return observation, False
         changed = first and trial.active and not self._same(observation.loss, self.loss)
-        if changed or (bad and not trial.active):
+        if changed or not (observation.applied and usable(observation.loss)):
             self.loss = NAN
             return observation, True
         self._steps += 1
-        over = self._steps >= self.pairs
         if trial.active:
-            over = trial.is_over(observation, bad, self._steps, self.pairs, self.block)
+            over = trial.see(observation, self._steps, self.pairs, self.block)
+        else:
+            over = self._steps >= self.pairs
         if over:
             self.stage = Stage.DESCEND
         return observation, False
@@ -361,16 +364,13 @@ class SecantDescent:
         held = not math.isnan(self._held) or (yield from self._hold())
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
-        bad = not (observation.applied and usable(observation.loss))
-        if changed or not held or (bad and not self._trial.active):
-            self.loss = NAN
-            return observation, True
-        if bad:
-            # Once that may be the batch, then it is the weights.
-            self._rejected += 1
-            if self._rejected == SUSPICIOUS:
+        if self._trial.active and not observation.applied:
+            if self._trial.is_lost():
                 yield from self._undo_trial()
             return observation, False
+        if changed or not (held and observation.applied and usable(observation.loss)):
+            self.loss = NAN
+            return observation, True
         if self._trial.active:
             before, endless = self._trial.loss, self._trial.endless
             speed = (math.log(before) - math.log(observation.loss)) / self._steps
@@ -382,12 +382,9 @@ class SecantDescent:
                     return observation, True
             if speed < 0.0:
                 yield from self._undo_trial()
-                self._trial.count_in_vain()
-                self.speed = VAIN * min(self.speed, self._own_speed)
-                self.converging = True
                 return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
-            self._trial = Trial()
+            self._trial = OptimizerTrial()
             if speed > self._own_speed:
                 self.loss = observation.loss
                 return observation, True
@@ -403,9 +400,9 @@ class SecantDescent:
     def _undo_trial(self) -> Generator[Directive, Observation, None]:
         # The moments are put back too: they led astray.
         yield Directive(Action.ROLLBACK)
-        self.loss, self.accepted = self._trial.loss, False
-        self._trial.end()
-        self._steps = self._rejected = 0
+        self.loss, self.accepted, self._steps = self._trial.loss, False, 0
+        self.speed, self.converging = VAIN * min(self.speed, self._own_speed), True
+        self._trial.end_in_vain()
 
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
         secants = (yield self._base).secants
@@ -480,8 +477,9 @@ class SecantDescent:
         numbers = later | state["numbers"]
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers[name]))
-        # Nor was a trial more than the loss that it began at.
-        self._trial = Trial(**state.get("trial", {"loss": float(numbers.get("_saved", NAN))}))
+        # Of a trial those tell where it began, and the rest is found out anew.
+        trial = state.get("trial", {"loss": float(numbers.get("_saved", NAN))})
+        self._trial = OptimizerTrial(**trial)
 
 
 def _raised(log_loss: float, by: float) -> float:

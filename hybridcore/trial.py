@@ -14,10 +14,12 @@ SPIKE = 10.0
 # lower, a spike, or a rate that has not fallen for a block: in the rounding of the loss curvature
 # says nothing, and the optimizer gets lower as its rate falls, but not within a few steps.
 MOST_VAIN, MUCH_LOWER = 2, 0.5
+# Bad batches in a row that are the fault of where the optimizer has led.
+LOST = 2
 
 
 @dataclass(slots=True)
-class Trial:
+class OptimizerTrial:
     """A trial of the optimizer, and what those before it came to.
 
     Attributes
@@ -26,6 +28,8 @@ class Trial:
         Loss where it began; NaN while there is none.
     vain : int
         Trials in vain, one after the other, in which the learning rate fell.
+    bad : int
+        Bad batches in it, one after the other.
     fallen : int
         Number of the step, from 0, at which it fell last.
     first_rate, last_rate : float
@@ -34,6 +38,7 @@ class Trial:
 
     loss: float = NAN
     vain: int = 0
+    bad: int = 0
     fallen: int = 0
     first_rate: float = 0.0
     last_rate: float = 0.0
@@ -50,43 +55,40 @@ class Trial:
 
     def begin(self, loss: float) -> None:
         """Begin one at weights that have this `loss`."""
-        self.loss = loss
+        self.loss, self.bad = loss, 0
 
-    def end(self) -> None:
-        """Go on without one."""
-        self.loss = NAN
+    def is_lost(self) -> bool:
+        """Take note of a bad batch; return whether it is not the batch's fault any more."""
+        self.bad += 1
+        return self.bad >= LOST
 
-    def is_over(
-        self, observation: Observation, bad: bool, steps: int, most: int, block: int
-    ) -> bool:
-        """Take in step number `steps`, from 1; return whether it is the last one.
+    def see(self, observation: Observation, steps: int, most: int, block: int) -> bool:
+        """Take in a step; return whether it is the last one.
 
         Parameters
         ----------
         observation : Observation
             What the step showed.
-        bad : bool
-            Whether its batch was: then nothing was seen of where the trial has led.
         steps, most, block : int
-            Number of the step, the most that a usual trial has, and for how long the learning rate
-            of an endless one may stay as it is.
+            Number of the step, from 1, the most that a usual trial has, and for how long the
+            learning rate of an endless one may stay as it is.
         """
-        rate = observation.learning_rate
+        rate, self.bad = observation.learning_rate, 0
         if steps == 1:
             self.first_rate = rate
         if steps == 1 or rate < self.last_rate:
             self.fallen = steps - 1
         self.last_rate = rate
-        if not bad and observation.loss > SPIKE * self.loss:
+        if observation.loss > SPIKE * self.loss:
             return True
         if not self.endless:
             return steps >= most
-        much_lower = not bad and observation.loss < MUCH_LOWER * self.loss
-        return much_lower or steps - self.fallen > block
+        return observation.loss < MUCH_LOWER * self.loss or steps - self.fallen > block
 
-    def count_in_vain(self) -> None:
+    def end_in_vain(self) -> None:
         """Take note that it was taken back: at the same rate another would come to the same."""
         self.vain = self.vain + 1 if self.last_rate < self.first_rate else 0
+        self.loss = NAN
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, as the arguments that make another."""

@@ -7,8 +7,9 @@
 
 Every method tunes over the same grid of learning rates and the same number of trials, at the
 workload's full budget, on the first seed: the loop as written over the rates at a constant rate,
-every other over rates and schedules. The best trial then runs at several budgets and seeds. Its
-schedule ends with the budget, so each budget is a run of its own.
+every other over rates and schedules. The four best settings run on all seeds, those that are
+reported, and what has the best median score there then runs at several budgets. Its schedule ends
+with the budget, so each budget is a run of its own.
 
 A run's cost is counted from outside: a full step is 1, a forward pass alone its measured share. A
 run's score is what a user would keep: the lowest smoothed training loss where every batch is the

@@ -143,7 +143,7 @@ class Ground:
         name = METHODS[method].trial_of or method
         others = [seed for seed in self.seeds(workload, name) if seed]
         first = self._tuning(workload, method)
-        return best(first, (self._tuning(workload, method, seed) for seed in others))
+        return best(first, [self._tuning(workload, method, seed) for seed in others])
 
     def edge(self, workload: str, method: str) -> str:
         """Which end of the rates that were tried the best one is, "" where it is inside."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter, process_time
@@ -142,17 +142,17 @@ def score(trial: Trial) -> float:
     return math.inf if trial["score"] is None else float(trial["score"])
 
 
-def finalists(first: Iterable[Trial]) -> list[Settings]:
+def finalists(first: list[Trial]) -> list[Settings]:
     """Rates and variants that are tried on every seed: the best of the first one's trials."""
     return [(t["rate"], t["variant"]) for t in sorted(first, key=score)[:FINALISTS]]
 
 
-def best(first: Iterable[Trial], others: Iterable[Iterable[Trial]]) -> Settings:
+def best(first: list[Trial], others: list[list[Trial]]) -> Settings:
     """Rate and variant with the lowest median score over seeds, among the finalists.
 
     Seeds on which not all of them are on record do not count.
     """
-    chosen = finalists(first := list(first))
+    chosen = finalists(first)
     seeds = [{(t["rate"], t["variant"]): score(t) for t in trials} for trials in (first, *others)]
     complete = [scores for scores in seeds if all(settings in scores for settings in chosen)]
     return min(chosen, key=lambda settings: statistics.median(s[settings] for s in complete))

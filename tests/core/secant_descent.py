@@ -123,6 +123,9 @@ class PairedDescent(Descent):
         elif action is Action.SAVE and self.stage is not Stage.DESCEND:
             # A jump starts from the newest snapshot.
             assert np.array_equal(self.bank[-1], self.x)
+        elif action is Action.SAVE:
+            # Where a trial of the optimizer begins may be probed later.
+            self.marked = self.x
         elif action is Action.SKIP:
             self.on_trial = False
         elif action is Action.PROBE and directive.own_batch:
