@@ -319,7 +319,7 @@ class SecantDescent:
         observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
         if trial.active and not observation.applied:
             # That is the batch's fault at first, and then of where the trial has led.
-            if not first and trial.is_lost():
+            if not first and trial.count_bad():
                 self.stage = Stage.DESCEND
             return observation, False
         changed = first and trial.active and not self._same(observation.loss, self.loss)
@@ -365,7 +365,7 @@ class SecantDescent:
         observation = yield Directive(Action.GRADIENT)
         self.accepted, self.measured = True, False
         if self._trial.active and not observation.applied:
-            if self._trial.is_lost():
+            if self._trial.count_bad():
                 yield from self._undo_trial()
             return observation, False
         if changed or not (held and observation.applied and usable(observation.loss)):

@@ -57,8 +57,8 @@ class OptimizerTrial:
         """Begin one at weights that have this `loss`."""
         self.loss, self.bad = loss, 0
 
-    def is_lost(self) -> bool:
-        """Take note of a bad batch; return whether it is not the batch's fault any more."""
+    def count_bad(self) -> bool:
+        """Take note of a bad batch; return whether that is not the batch's fault any more."""
         self.bad += 1
         return self.bad >= LOST
 
