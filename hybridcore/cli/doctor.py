@@ -27,15 +27,28 @@ if TYPE_CHECKING:
     from hybridcore.cli.memory import Memory
 
 FAILED = 1
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 PACKAGES = (
     *("hybridcore", "numpy", "numba", "llvmlite", "torch", "keras", "tensorflow", "jax"),
     *("numba-cuda", "typer", "rich", "matplotlib", "joblib", "distributed", "tensorboard"),
 )
 
 
+def _count(text: str) -> float:
+    """Read a number, which may end in K, M, B or T for a thousand, a million and so on."""
+    unit = UNITS.get(text[-1:].upper(), 1.0)
+    try:
+        return float(text if unit == 1.0 else text[:-1]) * unit
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number, such as 1.2e9 or 7B") from None
+
+
 def doctor(
     model_params: Annotated[
-        float | None, typer.Option(help="Trainable parameters of a model, as 1.2e9.")
+        float | None,
+        typer.Option(
+            parser=_count, metavar="NUMBER", help="Trainable parameters of a model, as 1.2e9 or 7B."
+        ),
     ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="Its optimizer in torch.optim.", show_default="adamw")

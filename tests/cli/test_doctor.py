@@ -94,6 +94,14 @@ def test_large_models_keep_no_pairs_and_memory_saver_takes_less():
     assert told["memory_saver()"]["total"] - plain == weights
 
 
+@pytest.mark.parametrize(
+    ("written", "count"), [("7B", 7e9), ("350m", 350e6), ("2.5k", 2500), ("1T", 1e12), ("3e6", 3e6)]
+)
+def test_a_number_of_parameters_is_read_as_people_write_it(written, count):
+    told = figures("doctor", "--model-params", written, "--no-self-test")["memory"]
+    assert told["as set"]["plain"] == 4 * 4 * count
+
+
 def test_momentum_and_half_precision_are_in_the_estimate():
     config = HybridTrainerConfig()
     without, with_it = (estimate(1000, "sgd", "float32", config, m) for m in (0.0, 0.9))

@@ -154,6 +154,9 @@ ARGUMENTS = {
     "doctor: momentum": (["doctor", "--momentum", "0.9"], "sgd and rmsprop"),
     "doctor: no model": (["doctor", "--optimizer", "sgd"], "give --model-params too"),
     "doctor: parameters": (["doctor", "--model-params", "0"], "from 1 to"),
+    "doctor: no number": (["doctor", "--model-params", "B"], "such as 1.2e9 or 7B"),
+    "doctor: nothing": (["doctor", "--model-params", ""], "such as 1.2e9 or 7B"),
+    "doctor: NaN": (["doctor", "--model-params", "nan"], "from 1 to"),
     "no such command": (["train"], "No such command"),
 }
 
