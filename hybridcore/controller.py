@@ -146,7 +146,8 @@ class Controller:
         level = self.monitor.level
         if not observation.applied:
             if not observation.overflow:
-                self.note_level(level, self.monitor.observe_delta(finite=False))
+                if not self.secant.holds_recovery:
+                    self.note_level(level, self.monitor.observe_delta(finite=False))
                 count = self.counters.divergences
                 if count == 10 ** (len(str(count)) - 1):
                     logger.warning(
@@ -155,7 +156,8 @@ class Controller:
             self.note("loss scale overflowed" if observation.overflow else "batch left out")
             return
         if not self.secant.holds_recovery:
-            # While the optimizer is on trial, a loss that rises says that it will be taken back.
+            # While the optimizer is on trial, a rising loss says that it will be taken back, and
+            # bad batches alone would raise the level with nothing to lower it.
             self.note_level(
                 level, self.monitor.observe(observation.loss, observation.gradient_norm)
             )

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from hybridcore.phases import Event, Phase
-from hybridcore.search import beside_mark, usable
+from hybridcore.search import beside_mark
 from hybridcore.secant import Stage
 from hybridcore.types import NAN, Action, Directive, Observation, Turn
 
@@ -101,7 +101,7 @@ def _end(controller: Controller) -> None:
 def finish_trial(controller: Controller) -> Turn:
     """Take a trial of the optimizer back unless it has lowered the loss so far: the run ends."""
     before, here = yield from beside_mark()
-    if not (usable(here) and here < before):
+    if not (math.isfinite(here) and here < before):
         yield Directive(Action.ROLLBACK)
         controller.note("trial taken back")
     _end(controller)

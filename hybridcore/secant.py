@@ -384,7 +384,6 @@ class SecantDescent:
                 yield from self._undo_trial()
                 return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
-            self._trial = OptimizerTrial()
             if speed > self._own_speed:
                 self.loss = observation.loss
                 return observation, True
@@ -393,6 +392,8 @@ class SecantDescent:
             fall = statistics.median(recent[:third]) - statistics.median(recent[-third:])
             self.speed, self.measured = fall / (len(recent) - third), True
         yield from self._new_base(observation)
+        # Not before: the step may be abandoned on the way to it.
+        self._trial = OptimizerTrial()
         self._began, self._steps = math.log(self.loss), 0
         self._probed, self._loss_probed = 0, self.loss
         return observation, False

@@ -128,10 +128,11 @@ class PairedDescent(Descent):
             self.marked = self.x
         elif action is Action.SKIP:
             self.on_trial = False
-        elif action is Action.PROBE and directive.own_batch:
+        elif action is Action.PROBE and (directive.own_batch or directive.at_mark):
             x = self.saved if directive.at_mark else self.x
             # What SAVE keeps takes the place of the mark.
-            assert not directive.at_mark or np.array_equal(x, self.marked)
+            looks = directive.at_mark and directive.own_batch
+            assert not looks or np.array_equal(x, self.marked)
             loss = self.loss(x) * math.exp(self.noise * self.random.normal())
             objective = loss + self.added(x)
             if bad:

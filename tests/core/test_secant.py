@@ -18,6 +18,7 @@ from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.meter import MOST_A_STEP, Meter, SecantCredit
 from hybridcore.phases import TRANSITIONS
 from hybridcore.secant import LEAST_PAIRS, VAIN, SecantDescent, Stage
+from hybridcore.trial import MOST_VAIN
 
 WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
 OWN_ACTIONS = (Action.GRADIENT, Action.BASE, Action.REACH, Action.MARK)
@@ -262,12 +263,45 @@ def test_a_trial_that_leads_to_no_number_is_taken_back_and_seldom_begun_again(va
     assert trials < 15
 
 
+def test_bad_batches_of_a_trial_are_no_divergence_of_the_run():
+    descent = at("comparison")
+    secant, level = descent.engine.controller.secant, descent.engine.controller.monitor.level
+    secant._trial.vain = MOST_VAIN
+    for step in range(200):
+        descent.step(bad=step % 10 == 0)
+        if not secant.holds_recovery:
+            break
+        assert descent.engine.controller.monitor.level is level
+    assert descent.engine.counters.divergences >= 3
+
+
+def test_a_short_trial_that_is_abandoned_on_the_way_to_a_new_base_is_judged_anew():
+    descent = at("comparison")
+    secant = descent.engine.controller.secant
+    descent.step(bad=True)
+    descent.step(bad=True)
+    assert secant.landing
+    secant._own_speed = math.inf
+    while descent.engine.next().action is not Action.BASE:
+        descent.engine.observe(descent.carry_out(descent.engine.next()))
+    descent.abandon()
+    assert secant.holds_recovery
+    descent.step()
+    assert not secant.holds_recovery
+    go_on(descent, 200)
+
+
 def test_a_trial_that_leads_below_zero_is_kept():
     descent = made(floor=-0.0005)
     descent.until("comparison", most=3000)
     descent.x = 0.01 * descent.x
-    reached = descent.loss(descent.x)
+    reached, kept = descent.loss(descent.x), descent.x
     assert reached < 0.0
+    ended = descent.resumed()
+    ended.engine.finish()
+    while not ended.engine.step_done:
+        ended.engine.observe(ended.carry_out(ended.engine.next()))
+    assert np.array_equal(ended.x, kept)
     for _ in range(200):
         descent.step()
         assert descent.loss(descent.x) <= reached + 1e-9
