@@ -392,8 +392,9 @@ class SecantDescent:
             fall = statistics.median(recent[:third]) - statistics.median(recent[-third:])
             self.speed, self.measured = fall / (len(recent) - third), True
         yield from self._new_base(observation)
-        # Not before: the step may be abandoned on the way to it.
-        self._trial = OptimizerTrial()
+        if self._trial.active:
+            # Not before: the step may be abandoned on the way to it.
+            self._trial = OptimizerTrial()
         self._began, self._steps = math.log(self.loss), 0
         self._probed, self._loss_probed = 0, self.loss
         return observation, False

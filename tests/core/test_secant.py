@@ -263,6 +263,22 @@ def test_a_trial_that_leads_to_no_number_is_taken_back_and_seldom_begun_again(va
     assert trials < 15
 
 
+def test_that_a_trial_was_in_vain_is_known_until_one_gets_lower():
+    descent = at("landing again")
+    trial = descent.engine.controller.secant._trial
+    # The rate has fallen.
+    trial.first_rate = 2.0 * trial.last_rate
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert trial.vain == 1
+    # Where it began becomes the base again.
+    descent.step()
+    assert descent.engine.controller.secant._trial.vain == 1
+    descent.until("landing again")
+    descent.step()
+    assert descent.engine.controller.secant._trial.vain == 0
+
+
 def test_bad_batches_of_a_trial_are_no_divergence_of_the_run():
     descent = at("comparison")
     secant, level = descent.engine.controller.secant, descent.engine.controller.monitor.level
