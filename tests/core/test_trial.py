@@ -1,0 +1,245 @@
+"""The optimizer on trial, in the midst of quasi-Newton steps on a loss that is known exactly."""
+
+import contextlib
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+from descent import text
+from secant_descent import PairedDescent, at, go_on, made
+
+from hybridcore import Action, Observation
+from hybridcore.secant import VAIN, SecantDescent, Stage
+from hybridcore.trial import MOST_VAIN
+
+# -- what it comes to ------------------------------------------------------------------------------
+
+
+def test_where_the_optimizer_has_led_uphill_it_is_put_back():
+    descent = at("landing again")
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert np.array_equal(descent.x, descent.saved)
+    assert descent.stage is Stage.DESCEND
+    go_on(descent, 300)
+
+
+def test_a_state_that_knows_of_a_trial_no_more_than_its_loss_is_resumed():
+    descent = at("landing again")
+    state = descent.engine.state_dict()
+    secant = state["controller"]["secant"]
+    secant["numbers"]["_saved"] = secant.pop("trial")["loss"]
+    descent.engine.load_state_dict(json.loads(text(state)))
+    assert descent.engine.controller.secant.holds_recovery
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert np.array_equal(descent.x, descent.saved)
+
+
+def trial(secant, fall, losses=(1.2,) * 9, there=2.0, here=1.0, falling=10**9):
+    """Lead a trial of the optimizer from a loss of 1 through `losses`; how many it took.
+
+    The learning rate falls by `fall` in each of the first `falling` steps. In the end the loss is
+    `there`, and `here` where the trial began.
+    """
+    secant.loss, steps = 1.0, []
+    secant.compare()
+    for loss in (1.0, *losses):
+        turn = secant.step()
+        steps.append(next(turn))
+        assert steps[-1].action is Action.FULL
+        rate = 0.5 - min(len(steps), falling) * fall
+        with pytest.raises(StopIteration):
+            turn.send(Observation(loss, 1.0, rate, applied=math.isfinite(loss)))
+        if secant.stage is Stage.DESCEND:
+            break
+    else:
+        return len(steps), None
+    # However long it was, it is judged first.
+    secant._has_probe = True
+    assert not secant.block_over
+    assert not secant.probe_due
+    turn = secant.step()
+    directive = next(turn)
+    with contextlib.suppress(StopIteration):
+        while True:
+            loss = here if directive.action is Action.PROBE else there
+            directive = turn.send(Observation(loss, 1.0, 0.1, objective=loss))
+    return len(steps), [step.fresh_pairs for step in steps if step.pair]
+
+
+def test_after_two_trials_in_vain_at_a_falling_rate_the_optimizer_has_all_the_time():
+    def vain(times, fall=1e-4):
+        secant = SecantDescent(10, 20)
+        pairs = [True, *[False] * 9]
+        for _ in range(times):
+            assert trial(secant, fall) == (10, pairs)
+        return secant
+
+    # At the same rate another trial would come to the same.
+    vain(8, fall=0.0)
+    assert trial(vain(2), 1e-4, [1.2] * 500) == (501, None)
+    # It ends where the loss is much lower, and where it spikes; with the pairs that there are.
+    assert trial(vain(2), 1e-4, [*[0.9] * 90, 0.4], there=0.4) == (92, [])
+    secant = vain(2)
+    assert trial(secant, 1e-4, [*[1.2] * 90, 20.0]) == (92, [])
+    assert secant.loss == 1.0
+    again = SecantDescent(10, 20)
+    again.load_state_dict(json.loads(text(secant.state_dict())))
+    assert trial(again, 1e-4, [1.2] * 500) == (501, None)
+    # Nor does it go on where the rate has come to its end, or rises.
+    assert trial(vain(2), 1e-4, [1.2] * 500, falling=100) == (120, [])
+    # Two bad batches in a row are not the fault of the batch.
+    assert trial(vain(2), 1e-4, [*[math.nan, 1.2] * 45, 0.4], there=0.4) == (92, [])
+    assert trial(vain(2), 1e-4, [*[1.2] * 90, math.nan, math.nan]) == (93, [])
+    # With another batch in the end there is nothing to compare, and nothing is taken back.
+    secant = vain(2)
+    assert trial(secant, 1e-4, [20.0], here=3.0) == (2, [])
+    assert math.isnan(secant.loss)
+    # Who gets lower begins anew, and so does a block that does.
+    secant = vain(1)
+    assert trial(secant, 1e-4, there=0.5)[0] == 10
+    assert trial(secant, 1e-4)[0] == 10
+    assert trial(secant, 1e-4)[0] == 10
+    secant._began, secant.loss = 0.0, 0.9
+    secant.finish_block()
+    assert trial(secant, 1e-4)[0] == 10
+
+
+# -- where batches are bad ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+@pytest.mark.parametrize("number", [0, 4, 8, 9])
+def test_a_bad_batch_on_trial_does_not_keep_what_the_optimizer_did(number, bad):
+    """Of the nine steps that follow on the first one, the last leads uphill here."""
+    descent = at("comparison")
+    kept, secant, steps, uphill = descent.saved, descent.engine.controller.secant, 0, False
+    secant.speed = 1.0
+    while secant.holds_recovery:
+        descent.step(bad=number <= steps < number + bad)
+        steps += 1
+        if secant.landing and not uphill:
+            descent.x, uphill = descent.x + 1.0, True
+    # One is the batch's fault. Two in a row are not, and where the trial has led is judged.
+    assert steps == (number + 3 if bad == 2 and number < 9 else 11)
+    assert np.array_equal(descent.x, kept)
+    assert descent.stage is Stage.DESCEND
+    # What has led uphill is no measure of how fast the optimizer is.
+    assert secant.speed == VAIN * secant._own_speed
+    go_on(descent, 200)
+
+
+def test_a_bad_batch_where_a_trial_is_judged_leaves_that_to_the_next():
+    descent = at("landing again")
+    descent.engine.take_events()
+    before = copy.deepcopy(descent.engine.meter.state_dict())
+    descent.step(bad=True)
+    names = [event["event"] for event in descent.engine.take_events()]
+    assert not {"trial taken back", "quasi-Newton steps end"} & set(names)
+    assert descent.engine.meter.state_dict()["mark"] == before["mark"]
+    descent.step()
+    assert not descent.engine.controller.secant.holds_recovery
+    assert descent.engine.meter.state_dict()["mark"] != before["mark"]
+    # Interrupted on its way back it is judged anew.
+    descent = at("landing again")
+    descent.x, kept = descent.x + 1.0, descent.saved
+    descent.step(bad=True)
+    while descent.engine.next().action is not Action.ROLLBACK:
+        descent.engine.observe(descent.carry_out(descent.engine.next(), bad=True))
+    descent.abandon()
+    descent.step()
+    assert np.array_equal(descent.x, kept)
+
+
+@pytest.mark.parametrize("vain", [0, 2])
+def test_a_trial_that_leads_to_no_number_is_taken_back_and_seldom_begun_again(vain):
+    descent = at("comparison")
+    descent.engine.controller.secant._trial.vain = vain
+    kept, trials = descent.loss(descent.saved), 0
+    for _ in range(1000):
+        on_trial = descent.engine.controller.secant.holds_recovery
+        descent.step(bad=on_trial)
+        trials += not on_trial and descent.engine.controller.secant.holds_recovery
+    assert descent.loss(descent.x) <= kept
+    assert descent.engine.counters.predicted_steps > 300
+    assert trials < 15
+
+
+def test_that_a_trial_was_in_vain_is_known_until_one_gets_lower():
+    descent = at("landing again")
+    trial = descent.engine.controller.secant._trial
+    # The rate has fallen.
+    trial.first_rate = 2.0 * trial.last_rate
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert trial.vain == 1
+    # Where it began becomes the base again.
+    descent.step()
+    assert descent.engine.controller.secant._trial.vain == 1
+    descent.until("landing again")
+    descent.step()
+    assert descent.engine.controller.secant._trial.vain == 0
+
+
+def test_bad_batches_of_a_trial_are_no_divergence_of_the_run():
+    descent = at("comparison")
+    secant, level = descent.engine.controller.secant, descent.engine.controller.monitor.level
+    secant._trial.vain = MOST_VAIN
+    for step in range(200):
+        descent.step(bad=step % 10 == 0)
+        if not secant.holds_recovery:
+            break
+        assert descent.engine.controller.monitor.level is level
+    assert descent.engine.counters.divergences >= 3
+
+
+def test_a_short_trial_that_is_abandoned_on_the_way_to_a_new_base_is_judged_anew():
+    descent = at("comparison")
+    secant = descent.engine.controller.secant
+    descent.step(bad=True)
+    descent.step(bad=True)
+    assert secant.landing
+    secant._own_speed = math.inf
+    while descent.engine.next().action is not Action.BASE:
+        descent.engine.observe(descent.carry_out(descent.engine.next()))
+    descent.abandon()
+    assert secant.holds_recovery
+    descent.step()
+    assert not secant.holds_recovery
+    go_on(descent, 200)
+
+
+def test_a_trial_that_leads_below_zero_is_kept():
+    descent = made(floor=-0.0005)
+    descent.until("comparison", most=3000)
+    descent.x = 0.01 * descent.x
+    reached, kept = descent.loss(descent.x), descent.x
+    assert reached < 0.0
+    ended = descent.resumed()
+    ended.engine.finish()
+    while not ended.engine.step_done:
+        ended.engine.observe(ended.carry_out(ended.engine.next()))
+    assert np.array_equal(ended.x, kept)
+    for _ in range(200):
+        descent.step()
+        assert descent.loss(descent.x) <= reached + 1e-9
+
+
+def test_a_trial_whose_first_batch_is_bad_begins_with_the_next():
+    descent = PairedDescent()
+    while not descent.engine.controller.secant.holds_recovery:
+        descent.until("decision")
+        before = descent.resumed()
+        descent.step()
+    kept = before.x
+    # After the probe that asks whether to go on.
+    before.step(bad_one=1)
+    assert before.engine.controller.secant.holds_recovery
+    assert np.array_equal(before.x, kept)
+    before.step()
+    assert before.directives[-1].fresh_pairs
+    assert np.array_equal(before.saved, kept)
+    go_on(before, 200)
