@@ -29,7 +29,7 @@ from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
-from hybridcore.pushing import go_ahead, push, rest, settle
+from hybridcore.pushing import go_ahead, push, rest, settle, take_back
 from hybridcore.secant import SecantDescent, Stage
 from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation, Turn
 
@@ -104,7 +104,7 @@ class Controller:
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
-        free = self.gram is None and not self.outer.pending
+        free = self.gram is None and not (self.outer.pending or self.outer.astray)
         due = free and self.secant.until_due(self.taken) == 0
         if self.phase is Phase.WARMUP:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
@@ -126,7 +126,7 @@ class Controller:
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
             until = None if self.secant.stage is Stage.PROVE else until
-        elif self.phase is not Phase.FULL or self.gram is not None:
+        elif self.phase is not Phase.FULL or self.gram is not None or self.outer.astray:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
@@ -146,6 +146,7 @@ class Controller:
         level = self.monitor.level
         if not observation.applied:
             if not observation.overflow:
+                self.outer.count_bad()
                 if not self.secant.holds_recovery:
                     self.note_level(level, self.monitor.observe_delta(finite=False))
                 count = self.counters.divergences
@@ -269,6 +270,8 @@ class Controller:
                 yield from predict(self)
                 return
             self.gram = None
+        if self.outer.astray:
+            yield from take_back(self)
         if self.outer.pending:
             yield from push(self)
         looks = self.pace.until_snapshot(self.taken) == 0

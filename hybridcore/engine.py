@@ -95,10 +95,12 @@ class Engine:
             if not self._quiet or not observation.applied:
                 self._read()
             return
-        outer = self._directive.action is Action.MOVE and self._directive.snapshot
-        if outer or self._directive.action in STEPS:
+        action = self._directive.action
+        # Those of a jump are done again, from the same snapshots.
+        for_good = action is Action.MOVE and self._controller.phase is not Phase.PREDICT
+        if for_good or action in STEPS:
             self._before = None
-        elif self._directive.action is Action.PROBE and self._before is None:
+        elif action is Action.PROBE and self._before is None:
             self._before = self._state()
         self._account(self._directive, observation)
         phase = self._controller.phase

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcore.allowance import Allowance
+from hybridcore.trial import LOST
 from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation
 
 # How they were chosen is in the log of the proving ground.
@@ -101,8 +102,9 @@ class OuterMomentum:
     ``e = n / (n + v / UNBEARABLE^2),   (1 - e) * TRUST + e * (1 - r / UNBEARABLE)``
 
     within `LEAST_TRUST` and 1, with rises of at most one difference. So rises that are other ones
-    each time say little. An outer step that leads to no number is not taken, and is the last one
-    for the time being. Of a loss that has been negative there are none either while a mean of about
+    each time say little. An outer step that leads to no number, on a batch that has one before it
+    or on the first two batches after it, is taken back, and is the last one for the time being. Of
+    a loss that has been negative there are none either while a mean of about
     the last 50 lies more than one difference above its lowest since the rate last rose: then it is
     not what training lowers, as that of a policy gradient.
 
@@ -167,10 +169,12 @@ class OuterMomentum:
         # Slow mean of the loss, and its lowest since the rate last rose: infinite until a loss was
         # negative.
         self._mean, self._lowest = NAN, math.inf
+        # Bad batches since the newest outer step, -1 once there was a good one.
+        self._doubt = -1
 
     def see(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the loss and the learning rate of a full step, as `directive` asked for it."""
-        loss, learning_rate = observation.loss, observation.learning_rate
+        loss, learning_rate, self._doubt = observation.loss, observation.learning_rate, -1
         known = math.isfinite(self.loss)
         risen = known and learning_rate > self._learning_rate * (1.0 + ROUNDING)
         self._level = 0 if risen else min(self._level + 1, LEVEL)
@@ -212,18 +216,15 @@ class OuterMomentum:
         self._lowest = min(self._lowest + by, self._mean)
 
     def weigh(self, before: float, after: float) -> None:
-        """Learn from the loss of a batch `before` and `after` an outer step that is pending.
-
-        If it leads to no number they end.
-        """
-        self._since = 0
-        if not math.isfinite(before):
-            return
+        """Learn from the loss of a batch `before` and `after` the newest outer step."""
+        self._since = 1
         if not math.isfinite(after):
-            self.stop()
-            after = math.inf
-        # One batch can be anything.
-        rise = min(1.0, max(-1.0, (after - before) / self._difference))
+            self._doubt = LOST
+        else:
+            # One batch can be anything.
+            self._learn(min(1.0, max(-1.0, (after - before) / self._difference)))
+
+    def _learn(self, rise: float) -> None:
         self._weighed = min(self._weighed + 1, WEIGHED)
         self._rise += (rise - self._rise) / self._weighed
         self._square += (rise * rise - self._square) / self._weighed
@@ -251,6 +252,7 @@ class OuterMomentum:
     def stop(self) -> None:
         """Take no more outer steps."""
         self.active = self.pending = False
+        self._doubt = -1
         self.allowance.restart()
         self.allowance.ahead = 0
 
@@ -319,7 +321,25 @@ class OuterMomentum:
         self._since += 1
         self._last, self._pushed = self.strength, self._push
         self._snapshots += 1
+        self._doubt = 0
+
+    def earn(self) -> None:
+        """Let the outer step that has been taken stand for steps of the loop."""
         self.allowance.earn(self.strength, self.trust)
+
+    def count_bad(self) -> None:
+        """Take note of a bad batch."""
+        self._doubt += self._doubt >= 0
+
+    @property
+    def astray(self) -> bool:
+        """Whether the newest outer step led to no number, and has to be taken back."""
+        return self._doubt >= LOST
+
+    def taken_back(self) -> None:
+        """Take note that it has been, and take no more for now."""
+        self._learn(1.0)
+        self.stop()
 
     def coast(self) -> None:
         """Take no more outer steps, and predict only what the rate pays for."""
@@ -357,6 +377,7 @@ class OuterMomentum:
             "weighed": [self._weighed, self._since],
             "trust": [self._rise, self._square, self._newest, self._difference],
             "means": [self._mean, self._lowest],
+            "doubt": self._doubt,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -387,3 +408,4 @@ class OuterMomentum:
         self._rise, self._square, self._newest, self._difference = figures
         self._mean, self._lowest = map(float, state.get("means", (self.loss, math.inf)))
         self._level = int(state.get("level", LEVEL))
+        self._doubt = int(state.get("doubt", -1))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hybridcore.outer import is_due
 from hybridcore.phases import Event, Phase, transition
-from hybridcore.types import Action, Directive, Turn
+from hybridcore.types import NAN, Action, Directive, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
+BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
 
 
 def rest(controller: Controller) -> Turn:
@@ -50,17 +54,24 @@ def rest(controller: Controller) -> Turn:
 
 
 def push(controller: Controller) -> Turn:
-    """Take the outer step that is pending."""
+    """Take the outer step that is pending, and take it back if it leads to no number."""
     outer = controller.outer
-    move = outer.step()
-    if outer.to_be_weighed:
-        here = (yield _OWN_PROBE).loss
-        there = yield _OWN_PROBE._replace(coefficients=move.coefficients)
-        outer.weigh(here, there.loss)
-        if not outer.pending:
-            return
-    yield move
+    here = (yield _OWN_PROBE).loss if outer.to_be_weighed else NAN
+    yield outer.step()
     outer.stepped()
+    if math.isfinite(here):
+        outer.weigh(here, (yield _OWN_PROBE).loss)
+        if outer.astray:
+            yield from take_back(controller)
+            return
+    outer.earn()
+
+
+def take_back(controller: Controller) -> Turn:
+    """Go back to where the outer step began that leads to no number."""
+    yield BACK
+    controller.outer.taken_back()
+    controller.note("outer step taken back")
 
 
 def go_ahead(controller: Controller) -> Turn:

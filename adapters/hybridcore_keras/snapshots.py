@@ -131,11 +131,15 @@ class SnapshotBank:
     def move(self, coefficients: NDArray[np.float64], *, take: bool = False) -> None:
         """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots.
 
-        Written as the newest snapshot plus displacements, so that standing still is exact. With
-        `take`, for which the weights have to be at the newest snapshot, the point is the newest
-        from then on.
+        Written as the newest snapshot plus displacements, so that standing still is exact; so is
+        going to any one of them. With `take`, for which the weights have to be at the newest
+        snapshot, the point is the newest from then on.
         """
         rows = self._rows[-coefficients.shape[1] :]
+        (alone, *others) = np.flatnonzero(coefficients.any(axis=0)).tolist()
+        if not (others or take):
+            self._put(rows[alone])
+            return
         if take and self.kind in CODED:
             rows = [*rows[:-1], self._read()]
         groups = np.broadcast_to(coefficients, (len(self.groups), len(rows)))

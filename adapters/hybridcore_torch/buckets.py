@@ -32,9 +32,9 @@ class ExactBucket:
         way of one row on the device.
     """
 
-    # Columns that are worked on at a time: few enough for the displacements to stay in the cache,
-    # and enough for the calls not to count.
-    _longest = 65536
+    # Columns that products, and moves, work on at a time: few enough for the displacements to stay
+    # in the cache, and enough for the calls not to count.
+    _longest, _longest_move = 2**16, 2**18
     # Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
     _small = 2**20
 
@@ -114,7 +114,7 @@ class ExactBucket:
         *older, newest = order
         shape = (len(older), min(stop - start, self._longest))
         moved = wide(torch.empty(shape, dtype=self._dtype, device=self._device))
-        for columns in self._blocks(start, stop):
+        for columns in self._blocks(start, stop, self._longest):
             origin = wide(self._part(newest, columns))
             block = moved[:, : len(origin)]
             for row, displacement in zip(older, block, strict=True):
@@ -141,7 +141,7 @@ class ExactBucket:
             point = torch.empty_like(point)
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
-            for columns in self._blocks(start, stop):
+            for columns in self._blocks(start, stop, self._longest_move):
                 self._write(order, weights[group], columns, point[columns])
         if into is not None:
             self.rows[into].copy_(point)
@@ -157,7 +157,7 @@ class ExactBucket:
                 group, _, end = next(spans)
             row = weights[0] if len(weights) == 1 else weights[group]
             flat = p.view(-1) if p.is_contiguous() else wide(p.new_empty(size))
-            for columns in self._blocks(start, start + size):
+            for columns in self._blocks(start, start + size, self._longest_move):
                 target = flat[columns.start - start : columns.stop - start]
                 point = wide(target)
                 self._write(order, row, columns, point)
@@ -213,9 +213,9 @@ class ExactBucket:
     def _part(self, row: int, columns: slice) -> torch.Tensor:
         return self.rows[row][columns].to(self._device, non_blocking=True)
 
-    def _blocks(self, start: int, stop: int) -> Iterator[slice]:
-        for begin in range(start, stop, self._longest):
-            yield slice(begin, min(stop, begin + self._longest))
+    def _blocks(self, start: int, stop: int, longest: int) -> Iterator[slice]:
+        for begin in range(start, stop, longest):
+            yield slice(begin, min(stop, begin + longest))
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, self._sizes)

@@ -126,11 +126,15 @@ class SnapshotBank:
     def move(self, coefficients: NDArray[np.float64], *, take: bool = False) -> None:
         """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots.
 
-        Written as the newest snapshot plus displacements, so that standing still is exact. With
-        `take`, for which the weights have to be at the newest snapshot, the point is the newest
-        from then on.
+        Written as the newest snapshot plus displacements, so that standing still is exact; so is
+        going to any one of them. With `take`, for which the weights have to be at the newest
+        snapshot, the point is the newest from then on.
         """
         order = self._order[-coefficients.shape[1] :]
+        (alone, *others) = np.flatnonzero(coefficients.any(axis=0)).tolist()
+        if not (others or take):
+            self._load(order[alone])
+            return
         row = self._next_row() if take else None
         for bucket in self._buckets:
             bucket.move(order, coefficients, row)
@@ -147,8 +151,7 @@ class SnapshotBank:
     def restore(self) -> None:
         """Put the weights back to the recovery point."""
         assert self._recovery is not None
-        for bucket in self._buckets:
-            bucket.load(self._recovery)
+        self._load(self._recovery)
 
     def forget(self) -> None:
         """Do without the recovery point."""
@@ -168,8 +171,7 @@ class SnapshotBank:
     @torch.no_grad()
     def return_to_newest(self) -> None:
         """Put the weights back to the newest snapshot, where a move began."""
-        for bucket in self._buckets:
-            bucket.load(self._order[-1])
+        self._load(self._order[-1])
 
     @torch.no_grad()
     def set_aside(self) -> None:
@@ -181,11 +183,14 @@ class SnapshotBank:
         """Undo what was done to the weights since :meth:`set_aside`, once."""
         if self._waiting is None:
             return
-        for bucket in self._buckets:
-            bucket.load(self._waiting)
+        self._load(self._waiting)
         # Before the row is gone: an interrupt may fall in between.
         self._waiting = None
         self._drop(self.capacity + 1)
+
+    def _load(self, row: int) -> None:
+        for bucket in self._buckets:
+            bucket.load(row)
 
     def _keep(self, spare: int) -> int:
         """Row that holds the weights as they are: the newest snapshot's, or else the `spare`."""

@@ -8,7 +8,7 @@ from descent import Watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcore import HybridTrainerConfig, Observation
+from hybridcore import Action, HybridTrainerConfig, Observation
 from hybridcore.outer import SELDOM, WEIGHED, OuterMomentum
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
@@ -20,6 +20,9 @@ def weighing(rises, difference):
     outer.load_state_dict(outer.state_dict() | {"trust": [0.0, 0.0, 1.0, difference]})
     for rise in rises:
         outer.weigh(2.0, 2.0 + rise)
+        assert outer.astray == (rise == math.inf)
+        if outer.astray:
+            outer.taken_back()
         trusts.append(outer.trust)
     return trusts
 
@@ -88,10 +91,11 @@ def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
             outer.begin()
         # While the loss never changes there is nothing to hold a rise against.
         outer.see(Observation(1.0 + number % 2 * (number > 5), learning_rate=0.1))
-        if outer.to_be_weighed:
+        weighs = outer.to_be_weighed
+        outer.stepped()
+        if weighs:
             asked.append(number)
             outer.weigh(1.0, 1.0)
-        outer.stepped()
     assert asked[:WEIGHED] == [*range(7, 7 + WEIGHED)]
     assert set(np.diff(asked[WEIGHED:])) == {SELDOM}
     assert asked[WEIGHED] - asked[WEIGHED - 1] == SELDOM
@@ -100,29 +104,55 @@ def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
 # -- in the engine ----------------------------------------------------------------------------
 
 
-def test_one_that_leads_to_no_number_is_not_taken():
-    descent = Watched(NOISY, noise=0.3)
-    carry_out, outer = descent.carry_out, descent.engine.controller.outer
-    descent.run(300)
-    taken = descent.engine.counters.outer_steps
-    assert taken > 3
+class Cliff(Watched):
+    """There is no loss where outer steps lead from step `began` on."""
 
-    def overflowing(directive, bad):
-        seen = carry_out(directive, bad)
-        there = directive.own_batch and directive.coefficients is not None
-        return seen._replace(loss=math.inf) if there else seen
+    began, edge, returns = 300, None, 0
 
-    descent.carry_out = overflowing
-    outer.load_state_dict(outer.state_dict() | {"weighed": [0, 0]})
-    seen = set()
-    for _ in range(200):
+    def carry_out(self, directive, bad=False):
+        if directive.action is Action.PROBE and self.edge is not None:
+            return Observation(math.inf)
+        seen = super().carry_out(directive, bad or self.edge is not None)
+        if directive.action is Action.MOVE and directive.snapshot:
+            self.edge = self.bank[-2] if self.engine.counters.steps >= self.began else None
+        elif directive.action is Action.MOVE:
+            assert np.array_equal(self.x, self.edge)
+            self.edge, self.returns = None, self.returns + 1
+        return seen
+
+
+@pytest.mark.parametrize("weighed", [0, WEIGHED])
+def test_one_that_leads_to_no_number_is_taken_back(weighed):
+    """One that is weighed at once, another after two batches; and they are tried again."""
+    descent = Cliff(NOISY, noise=0.3)
+    outer, counters, seen = descent.engine.controller.outer, descent.engine.counters, set()
+    descent.run(descent.began)
+    before = counters.outer_steps
+    # One that is not weighed is followed by others that may be.
+    outer.load_state_dict(outer.state_dict() | {"weighed": [weighed, 1]})
+    trust = outer.trust
+    while descent.returns < 4:
         descent.step()
         seen.add(outer.active)
-        assert descent.engine.counters.outer_steps == taken
-    # They end, and are tried again.
     assert seen == {True, False}
-    assert outer.trust < 0.2
-    assert any(d.exact for d in descent.directives)
+    assert counters.outer_steps - before == 4
+    assert counters.divergences == (0 if weighed < WEIGHED else 2 * 4)
+    assert outer.trust < trust
+    told = [event["event"] for event in descent.engine.take_events()]
+    assert told.count("outer step taken back") == 4
+
+
+def test_one_is_not_taken_back_for_batches_that_are_bad_themselves():
+    descent = Watched(NOISY, noise=0.3)
+    pushed, count = False, 0
+    for step in range(600):
+        # One with an outer step, none after it, and then any number.
+        descent.step(bad=step > 300 and not pushed and step % 3 > 0)
+        pushed = any(d.action is Action.MOVE for d in descent.directives[count:])
+        count = len(descent.directives)
+    assert descent.engine.counters.divergences > 100
+    assert all(d.snapshot for d in descent.directives if d.action is Action.MOVE)
+    assert descent.engine.controller.outer.active
 
 
 def test_trust_is_what_they_do_to_the_loss():
