@@ -61,6 +61,8 @@ class Engine:
         self._directive: Directive | None = None
         # State from before the first decision of the present step, while it may be abandoned.
         self._before: dict[str, Any] | None = None
+        # Whether what was learned and counted in it stays if it is.
+        self._stays = False
         self._look_ahead()
         self._unread: list[Observation] = []
         self._times: list[tuple[Phase, float, float]] = []
@@ -96,11 +98,11 @@ class Engine:
                 self._read()
             return
         action = self._directive.action
-        # Those of a jump are done again, from the same snapshots.
-        for_good = action is Action.MOVE and self._controller.phase is not Phase.PREDICT
-        if for_good or action in STEPS:
-            self._before = None
-        elif action is Action.PROBE and self._before is None:
+        # Moves of a jump are done again, from the same snapshots.
+        moved = action is Action.MOVE and self._controller.phase is not Phase.PREDICT
+        if moved or action in STEPS:
+            self._before, self._stays = None, True
+        elif action is Action.PROBE and not self._stays and self._before is None:
             self._before = self._state()
         self._account(self._directive, observation)
         phase = self._controller.phase
@@ -108,6 +110,7 @@ class Engine:
             self._directive = self._turn.send(self._above_floor(observation))
         except StopIteration:
             self._turn = self._directive = self._before = None
+            self._stays = False
             self._lower_floor()
             self._look_ahead()
         if self._controller.phase is not phase:
@@ -145,6 +148,7 @@ class Engine:
         taken back. The adapter takes back points that were only tried.
         """
         self._turn = self._directive = None
+        self._stays = False
         if self._before is not None:
             self._load(self._before)
             self._before = None

@@ -189,8 +189,8 @@ class OuterMomentum:
             self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
         rates = (learning_rate, *observation.other_rates)
         self.allowance.see(rates, scale=directive.scale_at(rates), counts=self.active)
-        if self.active:
-            self._highest = max(self._highest, learning_rate)
+        if self.active and learning_rate > self._highest:
+            self._highest = learning_rate
         left = max(0.0, (self._share - ANNEALED) / (1.0 - ANNEALED))
         falls = self._mean - self._lowest <= RISEN * self._difference
         self.strength = self.trust * left if falls and self._level >= INTERVAL else 0.0

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
+_SKIP = Directive(Action.SKIP)
 BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
 
 
@@ -78,7 +79,7 @@ def go_ahead(controller: Controller) -> Turn:
     """Take a predicted step that outer steps, or the rate, have made up for."""
     outer = controller.outer
     controller.forecast_loss = outer.loss
-    yield Directive(Action.SKIP)
+    yield _SKIP
     outer.allowance.ahead -= 1
     if not outer.allowance.ahead:
         controller.phase = transition(Phase.PREDICT, Event.HORIZON_REACHED)

@@ -16,6 +16,7 @@ def keep(modules: Iterable[nn.Module]) -> Kept:
     return [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in modules
+        if module._buffers
         for name, buffer in module._buffers.items()
         # What was expanded shares its memory with itself, and cannot be written in place.
         if buffer is not None and (0 not in buffer.stride() or buffer.numel() < 2)

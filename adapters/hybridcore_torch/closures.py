@@ -46,7 +46,8 @@ def training_loss(closure: Closure) -> torch.Tensor:
         If it does not return a scalar tensor with a graph.
     """
     loss = closure()
-    _check_scalar(loss, "closure")
+    if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+        raise _no_loss(loss, "closure")
     if not loss.requires_grad:
         raise ClosureError(
             "closure returned a loss without a graph (detached, or computed under no_grad): "
@@ -97,19 +98,19 @@ def _mean(closure: Closures, name: str) -> float:
     total = 0.0
     for part in parts(closure):
         loss = part()
-        _check_scalar(loss, name)
+        if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+            raise _no_loss(loss, name)
         total += float(loss.detach())
     return total / len(parts(closure))
 
 
-def _check_scalar(loss: object, name: str) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise ClosureError(
-            f"{name} returned {type(loss).__name__}, not a loss: end it with `return loss`, the "
-            "tensor that you would call backward() on"
-        )
-    if loss.numel() != 1:
-        raise ClosureError(
+def _no_loss(loss: object, name: str) -> ClosureError:
+    if isinstance(loss, torch.Tensor):
+        return ClosureError(
             f"{name} returned a tensor of shape {tuple(loss.shape)}, not a scalar: reduce it, for "
             "example with .mean()"
         )
+    return ClosureError(
+        f"{name} returned {type(loss).__name__}, not a loss: end it with `return loss`, the "
+        "tensor that you would call backward() on"
+    )

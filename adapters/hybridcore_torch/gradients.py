@@ -20,13 +20,15 @@ def gradient_norm(parameters: Iterable[torch.Tensor], ranks: Ranks | None = None
     squares leave the range of float32, and in half precision or on other devices, where one
     transfer is better than many, the sum is taken in float64.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g for p in parameters if (g := p.grad) is not None]
     if not gradients:
         return 0.0
-    here = [local(g) for g in gradients]
+    # On a short step each line counts, and these are the usual ones.
+    plain = all([type(g) is torch.Tensor and g.is_cpu and g.element_size() >= 4 for g in gradients])
+    here = gradients if plain else [local(g) for g in gradients]
     shares = [ranks.share(g) for g in gradients] if ranks is not None and ranks.several else None
     norm = math.nan
-    if all(g.is_cpu and g.element_size() >= 4 for g in here):
+    if plain or all(g.is_cpu and g.element_size() >= 4 for g in here):
         norm = _added([n.item() for n in torch._foreach_norm(here)], shares)
     if 0.0 < norm < math.inf:
         return norm

@@ -403,8 +403,10 @@ class Hands:
         self._measure()
 
     def _add_to_average(self, weight: float) -> None:
+        if not weight:
+            return
         waits = self.room.plan.in_turn and self.recovery is not None
-        if weight and self.room.average and not waits:
+        if self.room.average and not waits:
             new = self.average is None
             (self.average or self.new_average()).add(weight)
             if new:

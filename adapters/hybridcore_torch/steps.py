@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
-from hybridcore_torch.closures import Closure, Closures, parts, training_loss
+from hybridcore_torch.closures import Closure, Closures, training_loss
 from hybridcore_torch.gradients import gradient_norm, loss_and_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks
@@ -77,13 +77,13 @@ class Stepper:
 
     @property
     def _learning_rates(self) -> tuple[float, ...]:
-        return tuple(float(group["lr"]) for group in self._optimizer.param_groups)
+        return tuple([float(group["lr"]) for group in self._optimizer.param_groups])
 
     def advance_schedule(self) -> None:
         """Let the scheduler, if there is one, take a step."""
         if self._scheduler is None:
             return
-        if not self._told and self._epoch not in (None, self._present_epoch):
+        if self._epoch is not None and self._epoch != self._present_epoch and not self._told:
             self._told = True
             logger.warning(
                 "the scheduler was stepped between two steps: leave scheduler.step() out of the "
@@ -164,12 +164,11 @@ class Stepper:
             # A bad batch has been through the running statistics of normalisation layers.
             buffers.put_back(kept)
         seconds = perf_counter() - start - self._watching
-        rate, *others = rates
         return Observation(
-            *(value, norm, rate, seconds),
+            *(value, norm, rates[0], seconds),
             applied=applied,
             overflow=overflow,
-            other_rates=tuple(others),
+            other_rates=rates[1:],
         )
 
     def follow(self) -> None:
@@ -197,11 +196,12 @@ class Stepper:
 
         With `guarded` a loss that is not finite is not gone through backwards.
         """
-        *others, last = parts(closure)
         # Where other ranks may wait in the backward pass, a bad loss goes through it too.
         guarded = guarded and not self._ranks.several
-        if not others:
-            return self._gradient(last, 1, guarded)
+        if callable(closure):
+            return self._gradient(closure, 1, guarded)
+        # Several stand for one batch in parts.
+        *others, last = closure
         losses: list[torch.Tensor] = []
         with self._unsynchronised():
             for part in others:
@@ -227,7 +227,8 @@ class Stepper:
         return contextlib.nullcontext() if no_sync is None else no_sync()
 
     def _check_no_gradients(self) -> None:
-        if any(p.grad is not None for p in self._optimizer.param_groups[0]["params"][:1]):
+        first = self._optimizer.param_groups[0]["params"][:1]
+        if first and first[0].grad is not None:
             self._optimizer.zero_grad()
             raise ClosureError(
                 "closure called backward(), which the trainer does: leave backward(), zero_grad() "
@@ -247,11 +248,11 @@ class Stepper:
         # Looked up each time: a layer that was added may train before the structure is looked at.
         return [*self._model.parameters(), *outside(self._model, self._optimizer)]
 
-    def _clipped_or_used(self, most: float | None) -> Iterable[torch.nn.Parameter]:
+    def _clipped_or_used(self, most: float | None) -> list[torch.nn.Parameter]:
         """Parameters whose gradients have to be finite."""
         if most is not None:
             return self._clipped()
-        return (p for group in self._optimizer.param_groups for p in group["params"])
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _watched_norm(
         self, loss: torch.Tensor, value: float, keep: Keep | None, *, clip: bool

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hybridcore_torch.groups import Group, by_depth, by_user, trainable_parameters
-from hybridcore_torch.ranks import reshard
+from hybridcore_torch.ranks import is_sharded, reshard
 
 
 class Structure:
@@ -40,6 +40,7 @@ class Structure:
     ) -> None:
         reshard(model)
         self._model, self._optimizer = model, optimizer
+        self._sharded = is_sharded(model)
         self.parameters = trainable_parameters(model, optimizer)
         self._groups: list[Group] | None = None
         if layer_groups is not None:
@@ -61,9 +62,12 @@ class Structure:
 
         In the user's groups, new ones make one more.
         """
-        reshard(self._model)
+        if self._sharded:
+            reshard(self._model)
         if self._look() == self._present:
             return False
+        reshard(self._model)
+        self._sharded = is_sharded(self._model)
         self.parameters = trainable_parameters(self._model, self._optimizer)
         if self._groups is not None:
             known = {id(p) for p in self.parameters}

@@ -298,8 +298,9 @@ class HybridTrainer:
                 self._hands.watch()
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
+        forecast = engine.forecast_loss
         result = StepResult(
-            observation.loss if math.isnan(engine.forecast_loss) else engine.forecast_loss,
+            observation.loss if math.isnan(forecast) else forecast,
             phase,
             predicted,
             engine.prediction_error,
@@ -311,9 +312,8 @@ class HybridTrainer:
         )
         for callback in self.callbacks:
             callback(result)
-        applied = observation.applied or observation.overflow
-        bad = not applied and math.isnan(engine.forecast_loss)
-        if self.config.on_divergence == "raise" and bad:
+        bad = not (observation.applied or observation.overflow) and math.isnan(forecast)
+        if bad and self.config.on_divergence == "raise":
             raise bad_batch(observation, engine.counters.steps, self.model)
         return result
 
