@@ -104,7 +104,8 @@ class Controller:
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
-        free = self.gram is None and not (self.outer.pending or self.outer.astray)
+        unsettled = self.outer.pending or self.outer.in_balance or self.outer.astray
+        free = self.gram is None and not unsettled
         due = free and self.secant.until_due(self.taken) == 0
         if self.phase is Phase.WARMUP:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
@@ -122,11 +123,13 @@ class Controller:
 
     def quiet_steps(self) -> int:
         """Coming steps that are :attr:`quiet_step` and nothing else, whatever is seen in them."""
+        if self.phase in (Phase.PREDICT, Phase.CORRECT):
+            return 0
         until = self.secant.until_due(self.taken)
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
             until = None if self.secant.stage is Stage.PROVE else until
-        elif self.phase is not Phase.FULL or self.gram is not None or self.outer.astray:
+        elif self.gram is not None or self.outer.astray:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
@@ -191,6 +194,11 @@ class Controller:
     def holds_pairs(self) -> bool:
         """Whether the secant pairs may still be asked for."""
         return self.secant.active
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the next step leaves the weights where they are, and needs no copy of them."""
+        return self.phase is Phase.PREDICT and self.outer.active
 
     @property
     def needs_batch(self) -> bool:
@@ -272,7 +280,7 @@ class Controller:
             self.gram = None
         if self.outer.astray:
             yield from take_back(self)
-        if self.outer.pending:
+        if self.outer.pending or self.outer.in_balance:
             yield from push(self)
         looks = self.pace.until_snapshot(self.taken) == 0
         if looks and self.outer.active and not self.outer.annealed:

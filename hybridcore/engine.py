@@ -75,7 +75,7 @@ class Engine:
             if self._quiet:
                 self._directive = self._quiet_step
             else:
-                self._read()
+                self._take_in()
                 self._turn = self._controller.turn()
                 self._directive = next(self._turn)
         return self._directive
@@ -94,7 +94,7 @@ class Engine:
             self._directive = None
             self._unread.append(observation)
             self._quiet -= 1
-            if not self._quiet or not observation.applied:
+            if not observation.applied:
                 self._read()
             return
         action = self._directive.action
@@ -220,7 +220,7 @@ class Engine:
     @property
     def touches_weights(self) -> bool:
         """True if the next step may copy, average or move the weights, beside training them."""
-        return not self._quiet
+        return not (self._quiet or self._controller.stands_still)
 
     @property
     def may_roll_back(self) -> bool:
@@ -319,6 +319,14 @@ class Engine:
         self._floor.load_state_dict(state.get("floor", Floor().state_dict()))
 
     def _read(self) -> None:
+        """Take in what was put off, and what follows from it for the coming steps."""
+        if self._unread:
+            self._take_in()
+            self._look_ahead()
+        else:
+            self._take_in()
+
+    def _take_in(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""
         unread, self._unread = self._unread, []
         for observation in unread:
@@ -326,8 +334,6 @@ class Engine:
             self._controller.absorb(self._above_floor(observation), self._quiet_step)
             # After each, or it would matter when they are read.
             self._lower_floor()
-        if unread:
-            self._look_ahead()
         for phase, seconds, overhead in self._times:
             self._counters.phase_steps[phase.name] += 1
             self._counters.phase_seconds[phase.name] += seconds

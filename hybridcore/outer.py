@@ -143,6 +143,8 @@ class OuterMomentum:
         Steps that may be predicted.
     loss : float
         Mean loss of about the last `INTERVAL` full steps; NaN before the first.
+    trust : float
+        How far a push may go, in [0.1, 1], by what outer steps have done to the loss so far.
     strength : float
         In [0, 1]: `trust` at the highest learning rate that outer steps have had, 0 where it is
         annealed, or has risen in the last `INTERVAL` full steps, and where a negative loss rises.
@@ -164,6 +166,7 @@ class OuterMomentum:
         # Outer steps weighed, and since then; the mean and the mean square of the rise over them.
         self._weighed = self._since = 0
         self._rise = self._square = 0.0
+        self.trust = TRUST
         # Loss of the newest full step, and its mean difference from one to the next.
         self._newest, self._difference = NAN, 0.0
         # Slow mean of the loss, and its lowest since the rate last rose: infinite until a loss was
@@ -171,6 +174,8 @@ class OuterMomentum:
         self._mean, self._lowest = NAN, math.inf
         # Bad batches since the newest outer step, -1 once there was a good one.
         self._doubt = -1
+        # Loss of the batch before the newest outer step while that is being weighed.
+        self._before = NAN
 
     def see(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the loss and the learning rate of a full step, as `directive` asked for it."""
@@ -212,30 +217,32 @@ class OuterMomentum:
         """Take note that losses are higher `by` from now on, as one was negative."""
         self.loss += by
         self._newest += by
+        self._before += by
         self._mean += by
         self._lowest = min(self._lowest + by, self._mean)
 
-    def weigh(self, before: float, after: float) -> None:
-        """Learn from the loss of a batch `before` and `after` the newest outer step."""
-        self._since = 1
+    def weigh(self, after: float) -> None:
+        """Learn from the loss of the batch after the newest outer step, which is in the balance."""
+        before, self._before = self._before, NAN
         if not math.isfinite(after):
             self._doubt = LOST
-        else:
-            # One batch can be anything.
-            self._learn(min(1.0, max(-1.0, (after - before) / self._difference)))
+            return
+        # One batch can be anything.
+        self._learn(min(1.0, max(-1.0, (after - before) / self._difference)))
+        self.allowance.earn(self.strength, self.trust)
 
     def _learn(self, rise: float) -> None:
         self._weighed = min(self._weighed + 1, WEIGHED)
         self._rise += (rise - self._rise) / self._weighed
         self._square += (rise * rise - self._square) / self._weighed
+        self._judge()
 
-    @property
-    def trust(self) -> float:
-        """How far a push may go, in [0.1, 1], by what outer steps have done to the loss so far."""
+    def _judge(self) -> None:
+        """Bring the trust up to date."""
         known = self._weighed * UNBEARABLE**2
         evidence = known / (known + self._square) if known else 0.0
         trust = (1.0 - evidence) * TRUST + evidence * (1.0 - self._rise / UNBEARABLE)
-        return min(1.0, max(LEAST_TRUST, trust))
+        self.trust = min(1.0, max(LEAST_TRUST, trust))
 
     @property
     def annealed(self) -> bool:
@@ -252,7 +259,7 @@ class OuterMomentum:
     def stop(self) -> None:
         """Take no more outer steps."""
         self.active = self.pending = False
-        self._doubt = -1
+        self._doubt, self._before = -1, NAN
         self.allowance.restart()
         self.allowance.ahead = 0
 
@@ -315,17 +322,25 @@ class OuterMomentum:
         due = self._weighed < WEIGHED or self._since >= SELDOM
         return due and self._difference > 0.0
 
-    def stepped(self) -> None:
-        """Take note that the outer step has been taken."""
+    def stepped(self, before: float = NAN) -> None:
+        """Take note that the outer step has been taken.
+
+        It is to be weighed if the loss of the batch `before` it is a number.
+        """
         self.pending = False
-        self._since += 1
         self._last, self._pushed = self.strength, self._push
         self._snapshots += 1
         self._doubt = 0
+        if math.isfinite(before):
+            self._before, self._since = before, 1
+        else:
+            self._since += 1
+            self.allowance.earn(self.strength, self.trust)
 
-    def earn(self) -> None:
-        """Let the outer step that has been taken stand for steps of the loop."""
-        self.allowance.earn(self.strength, self.trust)
+    @property
+    def in_balance(self) -> bool:
+        """Whether the newest outer step is being weighed."""
+        return math.isfinite(self._before)
 
     def count_bad(self) -> None:
         """Take note of a bad batch."""
@@ -377,7 +392,7 @@ class OuterMomentum:
             "weighed": [self._weighed, self._since],
             "trust": [self._rise, self._square, self._newest, self._difference],
             "means": [self._mean, self._lowest],
-            "doubt": self._doubt,
+            "doubt": [self._doubt, self._before],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -407,5 +422,7 @@ class OuterMomentum:
         figures = map(float, state.get("trust", (0.0, 0.0, self.loss, 0.0)))
         self._rise, self._square, self._newest, self._difference = figures
         self._mean, self._lowest = map(float, state.get("means", (self.loss, math.inf)))
+        self._judge()
         self._level = int(state.get("level", LEVEL))
-        self._doubt = int(state.get("doubt", -1))
+        doubt, before = state.get("doubt", (-1, NAN))
+        self._doubt, self._before = int(doubt), float(before)

@@ -169,6 +169,11 @@ class PhaseController(Protocol):
         ...
 
     @property
+    def stands_still(self) -> bool:
+        """Whether the next step leaves the weights where they are, and needs no copy of them."""
+        ...
+
+    @property
     def needs_batch(self) -> bool:
         """False if the next step needs none, as it will neither train nor probe."""
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,15 +56,14 @@ def rest(controller: Controller) -> Turn:
 def push(controller: Controller) -> Turn:
     """Take the outer step that is pending, and take it back if it leads to no number."""
     outer = controller.outer
-    here = (yield _OWN_PROBE).loss if outer.to_be_weighed else NAN
-    yield outer.step()
-    outer.stepped()
-    if math.isfinite(here):
-        outer.weigh(here, (yield _OWN_PROBE).loss)
+    if outer.pending:
+        here = (yield _OWN_PROBE).loss if outer.to_be_weighed else NAN
+        yield outer.step()
+        outer.stepped(here)
+    if outer.in_balance:
+        outer.weigh((yield _OWN_PROBE).loss)
         if outer.astray:
             yield from take_back(controller)
-            return
-    outer.earn()
 
 
 def take_back(controller: Controller) -> Turn:

@@ -148,9 +148,26 @@ class Watched(Descent):
         if not needs_batch:
             assert set(actions) <= {Action.MOVE, Action.SKIP}
         if not touches_weights:
-            assert actions == [Action.FULL]
+            assert actions in ([Action.FULL], [Action.SKIP])
             assert not done[0].snapshot
         return counted
+
+
+class Overstepping(Watched):
+    """There is no loss where outer steps lead from step `began` on."""
+
+    began, edge, returns = 300, None, 0
+
+    def carry_out(self, directive, bad=False):
+        if directive.action is Action.PROBE and self.edge is not None:
+            return Observation(math.inf)
+        seen = super().carry_out(directive, bad or self.edge is not None)
+        if directive.action is Action.MOVE and directive.snapshot:
+            self.edge = self.bank[-2] if self.engine.counters.steps >= self.began else None
+        elif directive.action is Action.MOVE:
+            assert self.edge is None or np.array_equal(self.x, self.edge)
+            self.edge, self.returns = None, self.returns + 1
+        return seen
 
 
 def text(state):

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from descent import BRISK, Descent, text
+from descent import BRISK, Descent, Overstepping, text
 from secant_descent import PairedDescent
 
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
@@ -47,6 +47,10 @@ def made(kind):
         return Cliff()
     if kind == "outer steps":
         return Descent(HybridTrainerConfig(warmup_steps=20), noise=0.3)
+    if kind == "outer steps that are taken back":
+        descent = Overstepping(HybridTrainerConfig(warmup_steps=20), noise=0.3)
+        descent.began = 120
+        return descent
     if kind == "quasi-Newton steps":
         return PairedDescent()
     return Descent()
@@ -59,6 +63,7 @@ RUNS = {
     "a jump that is given up": (range(100), {"jump rolled back"}),
     "a jump that is cut short": (range(100), {"jump cut short"}),
     "outer steps": (range(40, 140), {"outer momentum"}),
+    "outer steps that are taken back": (range(130, 300), {"outer step taken back"}),
     "quasi-Newton steps": (range(2, 300), {"leap", "leap kept", "optimizer on trial"}),
 }
 
@@ -125,7 +130,8 @@ def test_a_step_that_is_abandoned_and_taken_again_leaves_no_trace(kind, observed
     assert events <= {told["event"] for told in descent.told}
     if kind == "quasi-Newton steps":
         assert {Action.MARK, Action.PROBE, Action.SAVE, Action.REACH} <= actions
-    elif kind != "outer steps":
+    elif not kind.startswith("outer steps"):
         assert {Action.PROBE, Action.SAVE, Action.MOVE} <= actions
     else:
-        assert {Action.PROBE} | ({Action.MOVE} if not observed else set()) <= actions
+        moves = not observed or kind.endswith("taken back")
+        assert {Action.PROBE} | ({Action.MOVE} if moves else set()) <= actions

@@ -213,7 +213,8 @@ def test_a_state_resumes_exactly():
     for count in range(12):
         for outer in (first, second):
             if outer.to_be_weighed:
-                outer.weigh(1.0, 1.0 + count % 3)
+                outer.stepped(1.0)
+                outer.weigh(1.0 + count % 3)
         first.see(Observation(1.0 + count, learning_rate=1.0 / (100 + count)))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert json.dumps(second.state_dict()) == json.dumps(first.state_dict())

@@ -75,7 +75,7 @@ class OnlyFull:
         self.forecast_loss, self.prediction_error = math.nan, None
         self.events, self.divergence_signals = deque(), {}
         self.arm_values, self.needs_batch, self.may_roll_back = {}, True, False
-        self.holds_mark = self.holds_pairs = False
+        self.holds_mark = self.holds_pairs = self.stands_still = False
         self.divergence_level = "NORMAL"
 
     def turn(self):

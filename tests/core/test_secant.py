@@ -71,12 +71,10 @@ def test_where_batches_differ_there_are_none_and_looks_become_rare(noise, seed):
     for step in range(2000):
         before = len(descent.directives)
         descent.step()
-        # Two probes before a move weigh an outer step.
-        looks += [
-            step
-            for d, after in itertools.pairwise(descent.directives[before:])
-            if d.own_batch and d.coefficients is after.coefficients is None
-        ]
+        done = descent.directives[before:]
+        # Those of a step with a move weigh an outer step.
+        if any(d.own_batch for d in done) and not any(d.action is Action.MOVE for d in done):
+            looks.append(step)
     assert count(descent, Action.GRADIENT) == descent.engine.counters.secant_steps == 0
     gaps = np.diff(looks)
     assert 3 <= len(looks) <= 8

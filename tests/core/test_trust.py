@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from descent import Watched
+from descent import Overstepping, Watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,8 @@ def weighing(rises, difference):
     outer, trusts = OuterMomentum(50, 14), []
     outer.load_state_dict(outer.state_dict() | {"trust": [0.0, 0.0, 1.0, difference]})
     for rise in rises:
-        outer.weigh(2.0, 2.0 + rise)
+        outer.stepped(2.0)
+        outer.weigh(2.0 + rise)
         assert outer.astray == (rise == math.inf)
         if outer.astray:
             outer.taken_back()
@@ -92,10 +93,11 @@ def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
         # While the loss never changes there is nothing to hold a rise against.
         outer.see(Observation(1.0 + number % 2 * (number > 5), learning_rate=0.1))
         weighs = outer.to_be_weighed
-        outer.stepped()
+        outer.stepped(1.0 if weighs else math.nan)
+        assert outer.in_balance == weighs
         if weighs:
             asked.append(number)
-            outer.weigh(1.0, 1.0)
+            outer.weigh(1.0)
     assert asked[:WEIGHED] == [*range(7, 7 + WEIGHED)]
     assert set(np.diff(asked[WEIGHED:])) == {SELDOM}
     assert asked[WEIGHED] - asked[WEIGHED - 1] == SELDOM
@@ -104,27 +106,10 @@ def test_the_first_are_weighed_and_then_one_in_so_many_whatever_ends_between():
 # -- in the engine ----------------------------------------------------------------------------
 
 
-class Cliff(Watched):
-    """There is no loss where outer steps lead from step `began` on."""
-
-    began, edge, returns = 300, None, 0
-
-    def carry_out(self, directive, bad=False):
-        if directive.action is Action.PROBE and self.edge is not None:
-            return Observation(math.inf)
-        seen = super().carry_out(directive, bad or self.edge is not None)
-        if directive.action is Action.MOVE and directive.snapshot:
-            self.edge = self.bank[-2] if self.engine.counters.steps >= self.began else None
-        elif directive.action is Action.MOVE:
-            assert np.array_equal(self.x, self.edge)
-            self.edge, self.returns = None, self.returns + 1
-        return seen
-
-
 @pytest.mark.parametrize("weighed", [0, WEIGHED])
 def test_one_that_leads_to_no_number_is_taken_back(weighed):
     """One that is weighed at once, another after two batches; and they are tried again."""
-    descent = Cliff(NOISY, noise=0.3)
+    descent = Overstepping(NOISY, noise=0.3)
     outer, counters, seen = descent.engine.controller.outer, descent.engine.counters, set()
     descent.run(descent.began)
     before = counters.outer_steps
