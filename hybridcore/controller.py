@@ -29,7 +29,7 @@ from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
-from hybridcore.pushing import go_ahead, push, rest, settle, take_back
+from hybridcore.pushing import go_ahead, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
 from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation, Turn
 
@@ -104,15 +104,16 @@ class Controller:
     def turn(self) -> Turn:
         """Directives of the next step, in the present phase."""
         self.prediction_error = None
-        unsettled = self.outer.pending or self.outer.in_balance or self.outer.astray
-        free = self.gram is None and not unsettled
+        if self.stands_still:
+            return go_ahead(self)
+        free = self.gram is None and not self.outer.unsettled
         due = free and self.secant.until_due(self.taken) == 0
         if self.phase is Phase.WARMUP:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
         if self.phase is Phase.FULL:
             return descend(self) if due else self.full()
         if self.outer.active:
-            return go_ahead(self) if self.phase is Phase.PREDICT else settle(self)
+            return settle(self)
         if self.secant.active:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
         return predict(self) if self.phase is Phase.PREDICT else correct(self)
@@ -129,7 +130,7 @@ class Controller:
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
             until = None if self.secant.stage is Stage.PROVE else until
-        elif self.gram is not None or self.outer.astray:
+        elif self.gram is not None or self.outer.unsettled:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
@@ -278,9 +279,7 @@ class Controller:
                 yield from predict(self)
                 return
             self.gram = None
-        if self.outer.astray:
-            yield from take_back(self)
-        if self.outer.pending or self.outer.in_balance:
+        if self.outer.unsettled:
             yield from push(self)
         looks = self.pace.until_snapshot(self.taken) == 0
         if looks and self.outer.active and not self.outer.annealed:

@@ -266,7 +266,7 @@ class OuterMomentum:
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` until one that begins or ends with work for this."""
         flight = self.allowance.until_flight if self.active else None
-        until = 0 if self.pending else (-taken - 1) % INTERVAL
+        until = 0 if self.unsettled else (-taken - 1) % INTERVAL
         return until if flight is None else min(until, flight)
 
     @property
@@ -305,13 +305,16 @@ class OuterMomentum:
         newest, before = newest_weight(number), newest_weight(number - 1)
         ahead = 1.0 + self.strength * (RATE + REACH * SHARE * newest - 1.0)
         # Oldest first: where the last outer step began to be prepared, before it, after it, now.
-        coefficients = np.array([0.0, 0.0, 1.0 - ahead, ahead])
+        coefficients = [0.0, 0.0, 1.0 - ahead, ahead]
         if self._snapshots >= len(coefficients):
             fallen = min(1.0, self._push / self._pushed) if self._pushed > 0.0 else 0.0
             kept = (1.0 - before) * newest / before * fallen
             rate = 1.0 + self._last * (RATE - 1.0)
-            coefficients[:3] += kept * np.array([rate - 1.0, -rate, 1.0])
-        return Directive(Action.MOVE, coefficients[None, -self._snapshots :], snapshot=True)
+            for index, share in enumerate((rate - 1.0, -rate, 1.0)):
+                coefficients[index] += kept * share
+        return Directive(
+            Action.MOVE, np.array([coefficients[-self._snapshots :]]), snapshot=True
+        )
 
     @property
     def to_be_weighed(self) -> bool:
@@ -350,6 +353,11 @@ class OuterMomentum:
     def astray(self) -> bool:
         """Whether the newest outer step led to no number, and has to be taken back."""
         return self._doubt >= LOST
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the next step begins with an outer step, or with what is left of one."""
+        return self.pending or self.in_balance or self.astray
 
     def taken_back(self) -> None:
         """Take note that it has been, and take no more for now."""

@@ -62,15 +62,10 @@ def push(controller: Controller) -> Turn:
         outer.stepped(here)
     if outer.in_balance:
         outer.weigh((yield _OWN_PROBE).loss)
-        if outer.astray:
-            yield from take_back(controller)
-
-
-def take_back(controller: Controller) -> Turn:
-    """Go back to where the outer step began that leads to no number."""
-    yield BACK
-    controller.outer.taken_back()
-    controller.note("outer step taken back")
+    if outer.astray:
+        yield BACK
+        outer.taken_back()
+        controller.note("outer step taken back")
 
 
 def go_ahead(controller: Controller) -> Turn:

@@ -163,10 +163,11 @@ class Hands:
         if action is Action.MOVE:
             assert directive.coefficients is not None
             # Within a jump it can be done again, from the same snapshots.
-            self._moving = directive.snapshot
+            self._moving, grows = directive.snapshot, self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
             self._moving = False
-            self._measure()
+            if grows:
+                self._measure()
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
@@ -362,10 +363,11 @@ class Hands:
         try:
             self._add_to_average(directive.average)
             if directive.snapshot:
-                self._taking = True
+                self._taking, grows = True, self.snapshots.grows
                 self.snapshots.take(fresh=directive.fresh_bank, exact=directive.exact)
                 self._taking = False
-                self._measure()
+                if grows:
+                    self._measure()
                 if directive.gram:
                     return observation._replace(gram=self.snapshots.gram())
         except (MemoryError, RuntimeError) as error:

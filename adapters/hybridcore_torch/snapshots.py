@@ -70,6 +70,12 @@ class SnapshotBank:
         return len(self._order)
 
     @property
+    def grows(self) -> bool:
+        """Whether the next snapshot may take more memory."""
+        held = self._recovery is not None or self.kind in CODED
+        return held or self.count < self.capacity
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the parameters' own device."""
         return sum(bucket.nbytes for bucket in self._buckets)
