@@ -216,6 +216,10 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     for there in ([0.0, 0.0, 0.0, 1.0], [0.5, -1.0, 0.25, 1.25]):
         bank.move(np.array([there, there]))
         np.testing.assert_allclose(flat(), np.array(there) @ kept, atol=tolerance)
+    for number in range(4):
+        bank.move(np.eye(4)[[number]])
+        exact = number == 3 or not coded
+        np.testing.assert_allclose(flat(), kept[number], rtol=0.0, atol=0.0 if exact else tolerance)
     # Settling, with a point to come back to.
     wander()
     settled = flat()
