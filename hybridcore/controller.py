@@ -106,7 +106,7 @@ class Controller:
         self.prediction_error = None
         if self.stands_still:
             return go_ahead(self)
-        free = self.gram is None and not self.outer.unsettled
+        free = self.gram is None and not self.outer.unfinished
         due = free and self.secant.until_due(self.taken) == 0
         if self.phase is Phase.WARMUP:
             return self._warm_up(due and self.secant.stage is not Stage.PROVE)
@@ -118,8 +118,12 @@ class Controller:
             return leap(self) if self.phase is Phase.PREDICT else descend(self)
         return predict(self) if self.phase is Phase.PREDICT else correct(self)
 
-    def finish(self) -> Turn:
-        """Directives that end what may be rolled back, where it is."""
+    def finish(self) -> Turn | None:
+        """Directives that end what may be taken back, without a step; None if there is nothing."""
+        if self.outer.dead_end:
+            return push(self)
+        if not self.may_roll_back:
+            return None
         return finish_trial(self) if self.secant.holds_recovery else finish(self)
 
     def quiet_steps(self) -> int:
@@ -130,7 +134,7 @@ class Controller:
         if self.phase is Phase.WARMUP:
             quiet = max(0, self.config.warmup_steps - self.taken - 1)
             until = None if self.secant.stage is Stage.PROVE else until
-        elif self.gram is not None or self.outer.unsettled:
+        elif self.gram is not None or self.outer.unfinished:
             return 0
         else:
             quiet = self.pace.until_snapshot(self.taken)
@@ -279,7 +283,7 @@ class Controller:
                 yield from predict(self)
                 return
             self.gram = None
-        if self.outer.unsettled:
+        if self.outer.unfinished:
             yield from push(self)
         looks = self.pace.until_snapshot(self.taken) == 0
         if looks and self.outer.active and not self.outer.annealed:

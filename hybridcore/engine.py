@@ -124,6 +124,7 @@ class Engine:
     def finish(self) -> None:
         """End a jump, or a trial of the optimizer, where it is: it is kept if the loss is lower.
 
+        An outer step that has led to no number is taken back.
         Directives for it follow, none of which is a step, unless there is nothing to end.
 
         Raises
@@ -134,9 +135,8 @@ class Engine:
         if not self.step_done:
             raise ProtocolError("finish() in the middle of a step: finish the step first")
         self._read()
-        if self._controller.may_roll_back:
-            self._turn = self._controller.finish()
-            self._directive = next(self._turn)
+        self._turn = self._controller.finish()
+        self._directive = None if self._turn is None else next(self._turn)
 
     def abandon(self) -> None:
         """Drop the present step, because the user's code raised in it; it can be taken again.
@@ -320,11 +320,10 @@ class Engine:
 
     def _read(self) -> None:
         """Take in what was put off, and what follows from it for the coming steps."""
-        if self._unread:
-            self._take_in()
+        unread = bool(self._unread)
+        self._take_in()
+        if unread:
             self._look_ahead()
-        else:
-            self._take_in()
 
     def _take_in(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""

@@ -174,6 +174,7 @@ def roll_back(controller: Controller) -> Turn:
 
 def _come_down(controller: Controller) -> None:
     """End the predicted steps of a jump that the end of the run has caught in them."""
+    controller.forecast_loss = NAN
     if controller.phase is Phase.PREDICT:
         controller.enter(Event.HORIZON_REACHED)
 

@@ -103,10 +103,10 @@ class OuterMomentum:
 
     within `LEAST_TRUST` and 1, with rises of at most one difference. So rises that are other ones
     each time say little. An outer step that leads to no number, on a batch that has one before it
-    or on the first two batches after it, is taken back, and is the last one for the time being. Of
-    a loss that has been negative there are none either while a mean of about
-    the last 50 lies more than one difference above its lowest since the rate last rose: then it is
-    not what training lowers, as that of a policy gradient.
+    or on the first two batches after it, is taken back, as exactly as the snapshots are kept, and
+    is the last one for the time being. Of a loss that has been negative there are none either while
+    a mean of about the last 50 lies more than one difference above its lowest since the rate last
+    rose: then it is not what training lowers, as that of a policy gradient.
 
     It stands for steps of the loop, and where the rate has fallen full steps may be taken at a
     higher one, which pays for more: these are predicted (:class:`hybridcore.allowance.Allowance`),
@@ -175,7 +175,7 @@ class OuterMomentum:
         # Bad batches since the newest outer step, -1 once there was a good one.
         self._doubt = -1
         # Loss of the batch before the newest outer step while that is being weighed.
-        self._before = NAN
+        self._here = NAN
 
     def see(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the loss and the learning rate of a full step, as `directive` asked for it."""
@@ -217,13 +217,13 @@ class OuterMomentum:
         """Take note that losses are higher `by` from now on, as one was negative."""
         self.loss += by
         self._newest += by
-        self._before += by
+        self._here += by
         self._mean += by
         self._lowest = min(self._lowest + by, self._mean)
 
     def weigh(self, after: float) -> None:
         """Learn from the loss of the batch after the newest outer step, which is in the balance."""
-        before, self._before = self._before, NAN
+        before, self._here = self._here, NAN
         if not math.isfinite(after):
             self._doubt = LOST
             return
@@ -259,14 +259,14 @@ class OuterMomentum:
     def stop(self) -> None:
         """Take no more outer steps."""
         self.active = self.pending = False
-        self._doubt, self._before = -1, NAN
+        self._doubt, self._here = -1, NAN
         self.allowance.restart()
         self.allowance.ahead = 0
 
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` until one that begins or ends with work for this."""
         flight = self.allowance.until_flight if self.active else None
-        until = 0 if self.unsettled else (-taken - 1) % INTERVAL
+        until = (-taken - 1) % INTERVAL
         return until if flight is None else min(until, flight)
 
     @property
@@ -312,13 +312,11 @@ class OuterMomentum:
             rate = 1.0 + self._last * (RATE - 1.0)
             for index, share in enumerate((rate - 1.0, -rate, 1.0)):
                 coefficients[index] += kept * share
-        return Directive(
-            Action.MOVE, np.array([coefficients[-self._snapshots :]]), snapshot=True
-        )
+        return Directive(Action.MOVE, np.array([coefficients[-self._snapshots :]]), snapshot=True)
 
     @property
     def to_be_weighed(self) -> bool:
-        """Whether the next outer step should be weighed before it is taken.
+        """Whether the next outer step should be weighed.
 
         Not while the loss is the same in every step, as there is nothing to hold a rise against.
         """
@@ -335,7 +333,7 @@ class OuterMomentum:
         self._snapshots += 1
         self._doubt = 0
         if math.isfinite(before):
-            self._before, self._since = before, 1
+            self._here, self._since = before, 1
         else:
             self._since += 1
             self.allowance.earn(self.strength, self.trust)
@@ -343,21 +341,22 @@ class OuterMomentum:
     @property
     def in_balance(self) -> bool:
         """Whether the newest outer step is being weighed."""
-        return math.isfinite(self._before)
+        return math.isfinite(self._here)
 
     def count_bad(self) -> None:
         """Take note of a bad batch."""
-        self._doubt += self._doubt >= 0
+        if self._doubt >= 0:
+            self._doubt += 1
 
     @property
-    def astray(self) -> bool:
+    def dead_end(self) -> bool:
         """Whether the newest outer step led to no number, and has to be taken back."""
         return self._doubt >= LOST
 
     @property
-    def unsettled(self) -> bool:
+    def unfinished(self) -> bool:
         """Whether the next step begins with an outer step, or with what is left of one."""
-        return self.pending or self.in_balance or self.astray
+        return self.pending or self.in_balance or self.dead_end
 
     def taken_back(self) -> None:
         """Take note that it has been, and take no more for now."""
@@ -400,7 +399,7 @@ class OuterMomentum:
             "weighed": [self._weighed, self._since],
             "trust": [self._rise, self._square, self._newest, self._difference],
             "means": [self._mean, self._lowest],
-            "doubt": [self._doubt, self._before],
+            "doubt": [self._doubt, self._here],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -433,4 +432,4 @@ class OuterMomentum:
         self._judge()
         self._level = int(state.get("level", LEVEL))
         doubt, before = state.get("doubt", (-1, NAN))
-        self._doubt, self._before = int(doubt), float(before)
+        self._doubt, self._here = int(doubt), float(before)

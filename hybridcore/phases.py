@@ -131,8 +131,8 @@ class PhaseController(Protocol):
         """
         ...
 
-    def finish(self) -> Turn:
-        """Directives that end what may be rolled back, where it is, without a step."""
+    def finish(self) -> Turn | None:
+        """Directives that end what may be taken back, without a step; None if there is nothing."""
         ...
 
     def quiet_steps(self) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 _SKIP = Directive(Action.SKIP)
-BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
+_BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
 
 
 def rest(controller: Controller) -> Turn:
@@ -62,8 +62,8 @@ def push(controller: Controller) -> Turn:
         outer.stepped(here)
     if outer.in_balance:
         outer.weigh((yield _OWN_PROBE).loss)
-    if outer.astray:
-        yield BACK
+    if outer.dead_end:
+        yield _BACK
         outer.taken_back()
         controller.note("outer step taken back")
 

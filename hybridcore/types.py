@@ -44,7 +44,8 @@ class Directive(NamedTuple):
           of the step shows it.
         - ``PROBE``: loss without gradients at `coefficients` of the bank (None: where the weights
           are), weights and buffers as before afterwards. Report loss and seconds.
-        - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step.
+        - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step, or
+          to take one back, at one of its snapshots.
         - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
         - ``ROLLBACK``: restore what ``SAVE`` kept.
         - ``GRADIENT``: forward, backward, schedule, but no optimizer. Report loss, objective,
@@ -64,8 +65,8 @@ class Directive(NamedTuple):
     gram : bool
         For ``FULL`` with `snapshot`: report the bank's Gram matrices.
     exact : bool
-        For ``FULL`` with `snapshot`: lose nothing of it, whatever the kind of the bank, so that a
-        probe elsewhere comes back to it without a copy of its own.
+        For ``FULL`` with `snapshot`: lose nothing of it, whatever the kind of the bank, so that the
+        way back to it, from a probe or an outer step, is exact.
     learning_rate_scale : float
         For ``FULL``: factor on every learning rate, for this step only.
     highest_rates : tuple of float

@@ -360,7 +360,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._give_back()
             raise DivergenceError(
                 f"loss {of_step.loss:g} with gradient norm {of_step.gradient_norm:g} in step "
-                f"{engine.counters.steps}: the batch was left out and the weights are as before; "
+                f"{engine.counters.steps}: the batch was left out and the optimizer took no step; "
                 "lower the learning rate or check the data"
             )
         return result

@@ -24,7 +24,7 @@ def are_finite(model: nn.Module) -> bool:
 
 def bad_batch(observation: Observation, step: int, model: nn.Module) -> DivergenceError:
     """Return the error for a batch that was left out in step number `step`."""
-    fix = "the batch was left out and the weights are as before; lower the learning rate or check "
+    fix = "the batch was left out and the optimizer took no step; lower the learning rate or check "
     fix += "the data"
     if not are_finite(model):
         fix = "the weights themselves are not finite: go back to a checkpoint"

@@ -24,7 +24,7 @@ def gradient_norm(parameters: Iterable[torch.Tensor], ranks: Ranks | None = None
     if not gradients:
         return 0.0
     # On a short step each line counts, and these are the usual ones.
-    plain = all([type(g) is torch.Tensor and g.is_cpu and g.element_size() >= 4 for g in gradients])
+    plain = all(type(g) is torch.Tensor and g.is_cpu and g.element_size() >= 4 for g in gradients)
     here = gradients if plain else [local(g) for g in gradients]
     shares = [ranks.share(g) for g in gradients] if ranks is not None and ranks.several else None
     norm = math.nan

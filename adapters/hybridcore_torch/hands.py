@@ -330,6 +330,7 @@ class Hands:
         self.room, self.pairs = room, self.pairs_of(room.pairs)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
         self._on_trial = False
+        self._measure()
         self.stepper.refresh()
         self.watch()
 

@@ -21,8 +21,8 @@ def weighing(rises, difference):
     for rise in rises:
         outer.stepped(2.0)
         outer.weigh(2.0 + rise)
-        assert outer.astray == (rise == math.inf)
-        if outer.astray:
+        assert outer.dead_end == (rise == math.inf)
+        if outer.dead_end:
             outer.taken_back()
         trusts.append(outer.trust)
     return trusts
@@ -125,6 +125,23 @@ def test_one_that_leads_to_no_number_is_taken_back(weighed):
     assert outer.trust < trust
     told = [event["event"] for event in descent.engine.take_events()]
     assert told.count("outer step taken back") == 4
+
+
+def test_the_end_of_a_run_takes_one_back_that_leads_to_no_number():
+    descent = Overstepping(NOISY, noise=0.3)
+    outer, engine = descent.engine.controller.outer, descent.engine
+    descent.run(descent.began)
+    outer.load_state_dict(outer.state_dict() | {"weighed": [WEIGHED, 1]})
+    while not outer.dead_end:
+        descent.step()
+    edge = descent.edge
+    for _ in range(2):
+        engine.finish()
+        while not engine.step_done:
+            engine.observe(descent.carry_out(engine.next()))
+        assert np.array_equal(descent.x, edge)
+    assert descent.returns == 1
+    assert not outer.active
 
 
 def test_one_is_not_taken_back_for_batches_that_are_bad_themselves():

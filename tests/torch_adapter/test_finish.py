@@ -42,6 +42,9 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
     assert optimizer.param_groups[0]["lr"] == rate
     assert trainer.state_dict()["recovery"] is None
     # It goes on, jumps and all.
+    for _ in range(4):
+        loss = closure().item()
+        assert trainer.step(closure).loss == loss
     for _ in range(120):
         trainer.step(closure)
     assert trainer.statistics().predicted_steps > summary.predicted_steps
