@@ -23,16 +23,26 @@ def gradient_norm(parameters: Iterable[torch.Tensor], ranks: Ranks | None = None
     gradients = [g for p in parameters if (g := p.grad) is not None]
     if not gradients:
         return 0.0
-    # On a short step each line counts, and these are the usual ones.
-    plain = all(type(g) is torch.Tensor and g.is_cpu and g.element_size() >= 4 for g in gradients)
-    here = gradients if plain else [local(g) for g in gradients]
+    here = [local(g) for g in gradients]
     shares = [ranks.share(g) for g in gradients] if ranks is not None and ranks.several else None
-    norm = math.nan
-    if plain or all(g.is_cpu and g.element_size() >= 4 for g in here):
-        norm = _added([n.item() for n in torch._foreach_norm(here)], shares)
-    if 0.0 < norm < math.inf:
-        return norm
-    return _added(_precise(here).tolist(), shares)
+    wide = are_wide(here)
+    if wide and shares is None:
+        return wide_norm(here)
+    norm = _added(_quick(here), shares) if wide else math.nan
+    return norm if 0.0 < norm < math.inf else _added(_precise(here).tolist(), shares)
+
+
+def are_wide(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether :func:`wide_norm` takes such `tensors`: whole ones on the CPU, in 32 bits or more."""
+    return all(t.is_cpu and t.element_size() >= 4 and not hasattr(t, "to_local") for t in tensors)
+
+
+def wide_norm(gradients: list[torch.Tensor]) -> float:
+    """Return :func:`gradient_norm` of `gradients` that :func:`are_wide`."""
+    if not gradients:
+        return 0.0
+    norm = math.hypot(*_quick(gradients))
+    return norm if 0.0 < norm < math.inf else math.hypot(*_precise(gradients).tolist())
 
 
 def loss_and_norm(
@@ -46,6 +56,10 @@ def loss_and_norm(
     norms = _precise([local(g) for g in gradients])
     value, *rest = torch.cat((local(loss).double().view(1).to(norms.device), norms)).tolist()
     return value, _added(rest, shares)
+
+
+def _quick(gradients: list[torch.Tensor]) -> list[float]:
+    return [n.item() for n in torch._foreach_norm(gradients)]
 
 
 def _precise(gradients: list[torch.Tensor]) -> torch.Tensor:

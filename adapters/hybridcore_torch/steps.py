@@ -15,7 +15,7 @@ from torch import nn
 from hybridcore import ClosureError, Observation
 from hybridcore_torch import buffers
 from hybridcore_torch.closures import Closure, Closures, training_loss
-from hybridcore_torch.gradients import gradient_norm, loss_and_norm
+from hybridcore_torch.gradients import are_wide, gradient_norm, loss_and_norm, wide_norm
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import Ranks
 
@@ -69,6 +69,8 @@ class Stepper:
         self._epoch: int | None = None
         self.modules = list(self._model.modules())
         self.late = not all(p.is_cpu for p in self._model.parameters())
+        usual = self._scaler is None and self._max_grad_norm is None and not self._ranks.several
+        self._is_usual = usual and are_wide(self._used())
 
     @property
     def learning_rate(self) -> float:
@@ -135,12 +137,16 @@ class Stepper:
         norm, overflow = NAN, False
         self._watching = 0.0
         try:
-            loss = self._gradients(closure, guarded=not self.late)
-            # Elsewhere than on the CPU loss and norm come over together, after the backward pass.
-            value = NAN if self.late else loss.item()
-            gone_through = self.late or math.isfinite(value) or self._ranks.several
-            if gone_through:
-                value, norm = self._watched_norm(loss, value, keep, clip=update)
+            if self._is_usual and keep is None and callable(closure) and not self.late:
+                value, norm = self._usual_gradients(closure)
+                gone_through = math.isfinite(value)
+            else:
+                loss = self._gradients(closure, guarded=not self.late)
+                # Elsewhere than on the CPU they come over together, after the backward pass.
+                value = NAN if self.late else loss.item()
+                gone_through = self.late or math.isfinite(value) or self._ranks.several
+                if gone_through:
+                    value, norm = self._watched_norm(loss, value, keep, clip=update)
         except BaseException:
             buffers.put_back(kept)
             raise
@@ -190,6 +196,25 @@ class Stepper:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+
+    def _usual_gradients(self, closure: Closure) -> tuple[float, float]:
+        """Compute the gradients in most loops; return the loss and their norm, NaN where it is bad.
+
+        It comes to the same as what is below, in fewer calls: on a short step each counts.
+        """
+        loss = training_loss(closure)
+        self._check_no_gradients()
+        value = loss.item()
+        if not math.isfinite(value):
+            return value, NAN
+        loss.backward()  # type: ignore[no-untyped-call]
+        start = perf_counter()
+        norm = wide_norm([g for p in self._used() if (g := p.grad) is not None])
+        self._watching = perf_counter() - start
+        return value, norm
+
+    def _used(self) -> list[torch.nn.Parameter]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _gradients(self, closure: Closures, *, guarded: bool) -> torch.Tensor:
         """Compute the loss and its gradients, part by part, and return the mean loss.
@@ -252,7 +277,7 @@ class Stepper:
         """Parameters whose gradients have to be finite."""
         if most is not None:
             return self._clipped()
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        return self._used()
 
     def _watched_norm(
         self, loss: torch.Tensor, value: float, keep: Keep | None, *, clip: bool

@@ -76,3 +76,28 @@ def test_what_is_fetched_late_is_the_same():
         assert trainer.statistics().divergences == 1
         assert trainer.statistics().predicted_steps > 20
     torch.testing.assert_close(*map(torch.tensor, losses), equal_nan=True, rtol=1e-6, atol=0.0)
+
+
+def test_most_loops_and_the_others_come_to_the_same():
+    """To the last bit, with bad losses, bad gradients and running statistics among it."""
+    runs = []
+    for usual in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10))
+        trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+        assert trainer._hands.stepper._is_usual
+        trainer._hands.stepper._is_usual = usual
+        x, y = digits()
+        seen = []
+        for step in range(150):
+            offset = model[3].bias.sum() * 0.0
+            hurt = {15: offset * torch.nan, 40: (offset - 0.0).sqrt(), 41: offset + torch.inf}
+            rows, more = torch.arange(32) + step % 40, hurt.get(step, offset)
+            result = trainer.step(
+                lambda r=rows, m=more, model=model, x=x, y=y: F.cross_entropy(model(x[r]), y[r]) + m
+            )
+            held = [float(value.double().sum()) for value in model.state_dict().values()]
+            seen.append([result.loss, result.gradient_norm or 0.0, *held])
+        assert trainer.statistics().divergences == 3
+        runs.append(torch.tensor(seen, dtype=torch.float64))
+    assert torch.equal(*(torch.nan_to_num(run) for run in runs))
