@@ -204,9 +204,9 @@ class HybridTrainer:
         """End a jump, or a trial of the optimizer, that is under way: for after the loop.
 
         Until it has been validated the weights may be worse than those before it. Both are
-        evaluated, and those with the lower loss stay; where nothing is under way nothing is done, but
-        that an outer step is taken back that has led to no number.
-        It is no step, and training may go on after it:
+        evaluated, and those with the lower loss stay. An outer step that has led to no number is
+        taken back. Where there is nothing to end nothing is done. It is no step, and training may
+        go on after it:
 
             for x, y in loader:
                 trainer.step(lambda: F.cross_entropy(model(x), y))
