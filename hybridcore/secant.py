@@ -252,6 +252,8 @@ class SecantDescent:
         self.converging = self.converging and fall < LEAST_FALL
         if fall >= SMALL_FALL:
             self._trial = OptimizerTrial()
+        elif self.stuck:
+            self._trial.count_stuck()
         self._own_speed = fall / max(self._steps, 1)
         surplus = -float(self._steps)
         if fall > 0.0:

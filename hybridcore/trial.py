@@ -12,7 +12,8 @@ from hybridcore.types import NAN, Observation
 SPIKE = 10.0
 # Trials in vain at a falling rate after which the next one has no end but a loss that is so much
 # lower, a spike, or a rate that has not fallen for a block: in the rounding of the loss curvature
-# says nothing, and the optimizer gets lower as its rate falls, but not within a few steps.
+# says nothing, and the optimizer gets lower as its rate falls, but not within a few steps. A block
+# of quasi-Newton steps that gets stuck after the first says so too.
 MOST_VAIN, MUCH_LOWER = 2, 0.5
 # Bad batches in a row that are the fault of where the optimizer has led.
 LOST = 2
@@ -27,7 +28,8 @@ class OptimizerTrial:
     loss : float
         Loss where it began; NaN while there is none.
     vain : int
-        Trials in vain, one after the other, in which the learning rate fell.
+        Trials in vain, one after the other, in which the learning rate fell, and blocks after them
+        that got stuck.
     bad : int
         Bad batches in it, one after the other.
     fallen : int
@@ -84,6 +86,11 @@ class OptimizerTrial:
         if not self.endless:
             return steps >= most
         return observation.loss < MUCH_LOWER * self.loss or steps - self.fallen > block
+
+    def count_stuck(self) -> None:
+        """Take note of a block that got stuck: after one in vain that counts as another."""
+        if self.vain:
+            self.vain += 1
 
     def end_in_vain(self) -> None:
         """Take note that it was taken back: at the same rate another would come to the same."""

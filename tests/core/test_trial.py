@@ -11,7 +11,7 @@ from descent import text
 from secant_descent import PairedDescent, at, go_on, made
 
 from hybridcore import Action, Observation
-from hybridcore.secant import VAIN, SecantDescent, Stage
+from hybridcore.secant import MOST_REJECTED, VAIN, SecantDescent, Stage
 from hybridcore.trial import MOST_VAIN
 
 # -- what it comes to ------------------------------------------------------------------------------
@@ -182,6 +182,22 @@ def test_that_a_trial_was_in_vain_is_known_until_one_gets_lower():
     descent.until("landing again")
     descent.step()
     assert descent.engine.controller.secant._trial.vain == 0
+
+
+def test_a_block_that_gets_stuck_after_one_in_vain_counts_as_another():
+    descent = at("comparison")
+    secant = descent.engine.controller.secant
+    for vain, fall, stuck, expected in (
+        (1, 0.0, True, 2),
+        (1, 0.0, False, 1),
+        (1, 1.0, True, 0),
+        (0, 0.0, True, 0),
+    ):
+        secant._trial.vain, secant.loss = vain, 1e-3
+        secant._began, secant._rejected = math.log(1e-3) + fall, MOST_REJECTED * stuck
+        secant.finish_block()
+        assert secant._trial.vain == expected
+        assert secant._trial.endless == (expected >= MOST_VAIN)
 
 
 def test_bad_batches_of_a_trial_are_no_divergence_of_the_run():
