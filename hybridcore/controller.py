@@ -29,7 +29,7 @@ from hybridcore.metrics import Counters
 from hybridcore.outer import LEAST, OuterMomentum
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
-from hybridcore.pushing import go_ahead, push, rest, settle
+from hybridcore.pushing import go_ahead, prove, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
 from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation, Turn
 
@@ -120,8 +120,8 @@ class Controller:
 
     def finish(self) -> Turn | None:
         """Directives that end what may be taken back, without a step; None if there is nothing."""
-        if self.outer.dead_end:
-            return push(self)
+        if self.outer.unproven:
+            return prove(self)
         if not self.may_roll_back:
             return None
         return finish_trial(self) if self.secant.holds_recovery else finish(self)

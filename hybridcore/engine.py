@@ -63,6 +63,8 @@ class Engine:
         self._before: dict[str, Any] | None = None
         # Whether what was learned and counted in it stays if it is.
         self._stays = False
+        # What quiet steps are, while there are any.
+        self._quiet_step = FULL_STEP
         self._look_ahead()
         self._unread: list[Observation] = []
         self._times: list[tuple[Phase, float, float]] = []
@@ -124,7 +126,8 @@ class Engine:
     def finish(self) -> None:
         """End a jump, or a trial of the optimizer, where it is: it is kept if the loss is lower.
 
-        An outer step that has led to no number is taken back.
+        An outer step that has led to no number is taken back, for which one is looked at that no
+        full step has followed.
         Directives for it follow, none of which is a step, unless there is nothing to end.
 
         Raises
@@ -145,7 +148,8 @@ class Engine:
         counted in it is forgotten, so that it leaves no trace; a phase that was entered and an
         outer step that was taken stay, and it goes on from there. After that the step counts, and
         what would have followed is left out: a trial point is no new base, or a jump is not yet
-        taken back. The adapter takes back points that were only tried.
+        taken back. Only an outer step is made up for. The adapter takes back points that were only
+        tried.
         """
         self._turn = self._directive = None
         self._stays = False
@@ -301,7 +305,8 @@ class Engine:
 
     def _look_ahead(self) -> None:
         self._quiet = self._controller.quiet_steps()
-        self._quiet_step = self._controller.quiet_step
+        if self._quiet:
+            self._quiet_step = self._controller.quiet_step
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -93,6 +93,10 @@ class OuterMomentum:
     While the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
     take the weights further than the loop itself dares to yet; then they begin without momentum.
 
+    An outer step is taken at the end of the last of the ten full steps, or, where it is weighed, on
+    the next batch. So the weights between two steps may be where one has led, with the running
+    statistics of before it (entry 75 of the log has what that does to the held-out loss).
+
     How far a push may go shows on a batch, whose loss is evaluated before and after it. The mean
     rise ``r``, in mean differences of the loss from one full step to the next, leaves a `trust` by
     which the strength is multiplied. With ``v`` the mean square of the rise over the ``n`` outer
@@ -136,7 +140,8 @@ class OuterMomentum:
     active : bool
         Whether outer steps are taken now.
     pending : bool
-        Whether the next step begins with one.
+        Whether one is due. Between two steps, where it is to be weighed, or an error has kept it
+        from being taken: the next step begins with it.
     straight : bool
         Whether the path was so smooth in between that jumps should have it.
     allowance : Allowance
@@ -352,6 +357,11 @@ class OuterMomentum:
     def dead_end(self) -> bool:
         """Whether the newest outer step led to no number, and has to be taken back."""
         return self._doubt >= LOST
+
+    @property
+    def unproven(self) -> bool:
+        """Whether no good batch has followed the newest outer step yet."""
+        return self._doubt >= 0
 
     @property
     def unfinished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from hybridcore.types import NAN, Action, Directive, Turn
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
+_PROBE = Directive(Action.PROBE)
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 _SKIP = Directive(Action.SKIP)
 _BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
@@ -49,8 +51,13 @@ def rest(controller: Controller) -> Turn:
         yield from controller.step()
         return
     observation = yield from controller.step(outer.full_step)
-    if observation.applied and outer.take(observation.gram):
+    if not observation.applied:
+        return
+    if outer.take(observation.gram):
         controller.pace.wait = controller.taken + controller.config.min_full_steps
+    elif outer.pending and not outer.to_be_weighed:
+        # One that is weighed waits for the next batch: this one's loss has just been lowered.
+        yield from push(controller)
 
 
 def push(controller: Controller) -> Turn:
@@ -63,9 +70,24 @@ def push(controller: Controller) -> Turn:
     if outer.in_balance:
         outer.weigh((yield _OWN_PROBE).loss)
     if outer.dead_end:
-        yield _BACK
-        outer.taken_back()
-        controller.note("outer step taken back")
+        yield from _go_back(controller)
+
+
+def prove(controller: Controller) -> Turn:
+    """Look at the newest outer step as the run ends, and take it back if it leads to no number."""
+    if controller.outer.dead_end or not math.isfinite((yield _PROBE).loss):
+        yield from _go_back(controller)
+
+
+def _go_back(controller: Controller) -> Turn:
+    yield _BACK
+    controller.outer.taken_back()
+    controller.note("outer step taken back")
+    # The end of the run may be among the predicted steps beside it, which end with it.
+    if controller.phase is Phase.PREDICT:
+        controller.phase = transition(Phase.PREDICT, Event.HORIZON_REACHED)
+    if controller.phase is Phase.CORRECT:
+        controller.phase = transition(Phase.CORRECT, Event.VALIDATED)
 
 
 def go_ahead(controller: Controller) -> Turn:

@@ -207,6 +207,9 @@ class JAXPort:
         iterator = self._iterator if self._batches is None else iter(self._batches)
         logs, state = self._function((*self._state, self._extras(scale, highest)), iterator)
         self._state = list(state[:4])
+        if self._batches is None:
+            # They are used up, and what follows in the step must not take those of the next.
+            self._batches = []
         return logs, _figures(logs)
 
     def _extras(self, scale: float, highest: float) -> tuple[Any, Any]:

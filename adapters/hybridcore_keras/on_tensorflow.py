@@ -76,6 +76,9 @@ class TensorFlowPort(StatefulPort):
         self._set_rates(scale, highest)
         iterator = self._iterator if self._batches is None else iter(self._batches)
         logs = self._function(iterator)
+        if self._batches is None:
+            # They are used up, and what follows in the step must not take those of the next.
+            self._batches = []
         if self._traced is None:
             self._traced = super().variables
         return logs, self._figures(logs)

@@ -144,9 +144,15 @@ class SnapshotBank:
             rows = [*rows[:-1], self._read()]
         groups = np.broadcast_to(coefficients, (len(self.groups), len(rows)))
         weights = ops.convert_to_tensor(groups.astype(np.float32))
-        self._port.assign(self._combined(rows, self._base, weights))
-        if take:
-            self._add(exact=False)
+        base = self._base
+        try:
+            self._port.assign(self._combined(rows, base, weights))
+            if take:
+                self._add(exact=False)
+        except BaseException:
+            if take:
+                self._port.assign(self._parts(rows[-1], base))
+            raise
 
     def save(self) -> None:
         """Keep the weights as the recovery point."""

@@ -211,7 +211,8 @@ class ExactBucket:
         self.rows[row], self._views[row] = values, self._split(values)
 
     def _part(self, row: int, columns: slice) -> torch.Tensor:
-        return self.rows[row][columns].to(self._device, non_blocking=True)
+        part = self.rows[row][columns]
+        return part if self._link is None else part.to(self._device, non_blocking=True)
 
     def _blocks(self, start: int, stop: int, longest: int) -> Iterator[slice]:
         for begin in range(start, stop, longest):

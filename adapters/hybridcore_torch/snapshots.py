@@ -137,7 +137,8 @@ class SnapshotBank:
         snapshot, the point is the newest from then on.
         """
         order = self._order[-coefficients.shape[1] :]
-        (alone, *others) = np.flatnonzero(coefficients.any(axis=0)).tolist()
+        columns = zip(*coefficients.tolist(), strict=True)
+        (alone, *others) = [i for i, column in enumerate(columns) if any(column)]
         if not (others or take):
             self._load(order[alone])
             return

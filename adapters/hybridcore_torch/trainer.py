@@ -205,8 +205,8 @@ class HybridTrainer:
 
         Until it has been validated the weights may be worse than those before it. Both are
         evaluated, and those with the lower loss stay. An outer step that has led to no number is
-        taken back. Where there is nothing to end nothing is done. It is no step, and training may
-        go on after it:
+        taken back, for which the newest is evaluated where no full step has followed it. Where
+        there is nothing to end nothing is done. It is no step, and training may go on after it:
 
             for x, y in loader:
                 trainer.step(lambda: F.cross_entropy(model(x), y))

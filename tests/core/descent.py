@@ -103,8 +103,8 @@ class Watched(Descent):
             assert directive.coefficients is not None
             # In a jump, or an outer step between full steps, which may be taken back.
             back = np.array_equal(directive.coefficients, [[1.0, 0.0]])
-            between = directive.snapshot or back
-            assert self.engine.phase is (Phase.FULL if between else Phase.PREDICT)
+            phase = Phase.FULL if directive.snapshot else Phase.PREDICT
+            assert back or self.engine.phase is phase
         if action is Action.SAVE:
             # The newest snapshot holds the weights, so that standing still is exact.
             assert np.array_equal(self.bank[-1], self.x)

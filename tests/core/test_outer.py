@@ -336,14 +336,13 @@ def test_they_stand_for_fewer_as_they_fade(trusting, monkeypatch):
 
 def test_they_are_at_least_an_interval_apart():
     descent = Watched(NOISY, noise=0.3)
-    seen, gaps, since = 0, [], 0
-    for _ in range(1000):
-        descent.step()
-        since += 1
-        now = descent.engine.counters.outer_steps
-        if now > seen:
+    descent.run(1000)
+    gaps, since = [], 0
+    for directive in descent.directives:
+        since += directive.action is Action.FULL
+        if directive.action is Action.MOVE:
             gaps.append(since)
-            seen, since = now, 0
+            since = 0
     assert set(gaps[1:]) >= {INTERVAL}
     assert min(gaps) >= INTERVAL
 

@@ -8,7 +8,7 @@ from descent import Overstepping, Watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcore import Action, HybridTrainerConfig, Observation
+from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.outer import SELDOM, WEIGHED, OuterMomentum
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
@@ -127,21 +127,49 @@ def test_one_that_leads_to_no_number_is_taken_back(weighed):
     assert told.count("outer step taken back") == 4
 
 
+def ended(descent):
+    """Weights after the run has been ended, twice, and probes that it took."""
+    engine, count = descent.engine, descent.engine.counters.probes
+    for _ in range(2):
+        engine.finish()
+        while not engine.step_done:
+            engine.observe(descent.carry_out(engine.next()))
+    return descent.x, engine.counters.probes - count
+
+
 def test_the_end_of_a_run_takes_one_back_that_leads_to_no_number():
     descent = Overstepping(NOISY, noise=0.3)
-    outer, engine = descent.engine.controller.outer, descent.engine
+    outer = descent.engine.controller.outer
     descent.run(descent.began)
     outer.load_state_dict(outer.state_dict() | {"weighed": [WEIGHED, 1]})
     while not outer.dead_end:
         descent.step()
     edge = descent.edge
-    for _ in range(2):
-        engine.finish()
-        while not engine.step_done:
-            engine.observe(descent.carry_out(engine.next()))
-        assert np.array_equal(descent.x, edge)
-    assert descent.returns == 1
+    x, probes = ended(descent)
+    assert np.array_equal(x, edge)
+    assert (descent.returns, probes) == (1, 0)
     assert not outer.active
+
+
+@pytest.mark.parametrize("phase", [Phase.FULL, Phase.PREDICT, Phase.CORRECT])
+@pytest.mark.parametrize("bad", [True, False])
+def test_the_end_of_a_run_looks_at_one_that_no_good_batch_has_followed(phase, bad):
+    descent = Overstepping(NOISY, noise=0.3)
+    descent.began = math.inf
+    outer, engine = descent.engine.controller.outer, descent.engine
+    descent.run(300)
+    while not (outer.unproven and engine.phase is phase):
+        descent.step()
+    there = descent.x
+    descent.edge = descent.bank[-2] if bad else None
+    x, probes = ended(descent)
+    # Where it is fine it may be looked at again.
+    assert probes == (1 if bad else 2)
+    assert descent.returns == bad
+    assert np.array_equal(x, descent.bank[-2] if bad else there)
+    assert outer.active != bad
+    assert engine.phase is (Phase.FULL if bad else phase)
+    descent.run(100)
 
 
 def test_one_is_not_taken_back_for_batches_that_are_bad_themselves():

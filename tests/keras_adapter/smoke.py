@@ -60,6 +60,14 @@ for config in (None, HybridTrainerConfig(enabled=False), HybridTrainerConfig(war
 assert all(np.array_equal(a, b) for a, b in zip(finals[0], finals[1], strict=True))
 assert all(np.allclose(a, b, 1e-3, 1e-5) for a, b in zip(finals[0], finals[2], strict=True))
 
+# Mini-batches have outer steps, at the end of steps too, and each of them is seen.
+model, hybrid = build(keras.optimizers.Adam(1e-2)), HybridCallback(HybridTrainerConfig())
+fit(model, hybrid, epochs=8, batch_size=32)
+noisy = hybrid.statistics()
+assert noisy.outer_steps > 20, noisy
+assert noisy.steps == 8 * 57
+assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == noisy.full_steps
+
 # A factor on the rate that ends at the highest one is plain fit at that rate.
 plain, model = (build(keras.optimizers.SGD(0.1)) for _ in range(2))
 fit(plain, epochs=1)

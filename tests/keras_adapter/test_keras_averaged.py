@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras_problems import digits, perceptron, same, weights
 
-from hybridcore import ConfigError, HybridTrainerConfig, ProtocolError
+from hybridcore import Action, ConfigError, HybridTrainerConfig, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
 from hybridcore_keras import HybridCallback
 
@@ -22,15 +22,22 @@ def noisy(hybrid, *callbacks, epochs=4, rate=1e-2, seed=0):
 
 
 class Weights(keras.callbacks.Callback):
-    """The weights after each full step."""
+    """The weights that each full step left, before an outer step moved them on."""
 
     def __init__(self, hybrid):
         super().__init__()
         self.hybrid, self.seen = hybrid, []
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self.hybrid.statistics().full_steps > len(self.seen):
-            self.seen.append([np.array(w, np.float64) for w in self.model.get_weights()])
+    def on_train_begin(self, logs=None):
+        engine = self.hybrid.engine
+        observe = engine.observe
+
+        def watched(observation):
+            if engine.next().action is Action.FULL:
+                self.seen.append([np.array(w, np.float64) for w in self.model.get_weights()])
+            observe(observation)
+
+        engine.observe = watched
 
 
 def test_it_is_the_polynomial_mean_of_what_fit_went_through():

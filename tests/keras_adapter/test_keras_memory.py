@@ -20,7 +20,7 @@ from keras_problems import (
     weights,
 )
 
-from hybridcore import ConfigError, Phase
+from hybridcore import ConfigError, HybridTrainerConfig, Phase
 from hybridcore.memory import SCALED
 from hybridcore_keras import HybridCallback
 from hybridcore_keras.averages import WeightAverage
@@ -128,6 +128,40 @@ def test_a_jump_that_cannot_be_validated_is_taken_back(monkeypatch):
     while hybrid.engine.phase is Phase.CORRECT:
         train(model, 1, hybrid)
     assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8"])
+@pytest.mark.parametrize("number", [3, 20])
+def test_an_outer_step_that_finds_no_room_leaves_the_weights_where_they_were(
+    kind, number, monkeypatch, caplog
+):
+    """Weighed ones, which go on with a full step, and those at the end of one."""
+    x, y = digits()
+    model, hybrid = perceptron(), HybridCallback(HybridTrainerConfig(snapshot_kind=kind))
+    move, add, moves, kept = SnapshotBank.move, SnapshotBank._add, [], []
+
+    def moved(bank, coefficients, *, take=False):
+        moves.append(take)
+        if sum(moves) != number or kept:
+            move(bank, coefficients, take=take)
+            return
+        kept.append(weights(model))
+        monkeypatch.setattr(SnapshotBank, "_add", lambda *_, **__: (_ for _ in ()).throw(short()))
+        try:
+            move(bank, coefficients, take=take)
+        except tf.errors.ResourceExhaustedError:
+            kept.append(weights(model))
+            raise
+        finally:
+            monkeypatch.setattr(SnapshotBank, "_add", add)
+
+    monkeypatch.setattr(SnapshotBank, "move", moved)
+    model.fit(x, y, batch_size=32, epochs=8, verbose=0, callbacks=[hybrid])
+    before, after = kept
+    assert same(before, after)
+    assert caplog.text.count("memory has run out") == 1
+    assert hybrid.statistics().steps == 8 * 57
+    assert int(model.optimizer.iterations) == hybrid.statistics().full_steps
 
 
 def test_other_errors_and_the_step_s_own_memory_are_none_of_this(monkeypatch):

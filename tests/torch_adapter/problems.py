@@ -76,3 +76,10 @@ def leaping(seed):
 
 def weights(model):
     return [p.detach().clone() for p in model.parameters()]
+
+
+def left_by(optimizer, model):
+    """Weights that its steps leave, as a list that grows: before an outer step moves them on."""
+    left = [weights(model)]
+    optimizer.register_step_post_hook(lambda *_: left.append(weights(model)))
+    return left
