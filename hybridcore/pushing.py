@@ -14,7 +14,6 @@ from hybridcore.types import NAN, Action, Directive, Turn
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
-_PROBE = Directive(Action.PROBE)
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
 _SKIP = Directive(Action.SKIP)
 _BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
@@ -75,7 +74,7 @@ def push(controller: Controller) -> Turn:
 
 def prove(controller: Controller) -> Turn:
     """Look at the newest outer step as the run ends, and take it back if it leads to no number."""
-    if controller.outer.dead_end or not math.isfinite((yield _PROBE).loss):
+    if controller.outer.dead_end or not math.isfinite((yield Directive(Action.PROBE)).loss):
         yield from _go_back(controller)
 
 
