@@ -363,7 +363,7 @@ class Engine:
             bad = not (observation.applied or observation.overflow)
             counters.divergences += bad and directive.action is Action.FULL
             counters.secant_steps += directive.action is Action.GRADIENT
-            meter.full_seconds.append(observation.seconds)
+            meter.full_time.add(observation.seconds)
             if math.isfinite(observation.loss):
                 self._floor.see(observation.loss)
         elif directive.action is Action.SKIP:
@@ -373,4 +373,4 @@ class Engine:
             counters.outer_steps += directive.snapshot
         elif directive.action is Action.PROBE:
             counters.probes += 1
-            meter.probe_seconds.append(observation.seconds)
+            meter.probe_time.add(observation.seconds)

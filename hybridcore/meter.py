@@ -18,16 +18,16 @@ steps: the lower end. The estimate lets it fall with the root of the number of s
 minimum a loss can fall more slowly than by any such law, so the upper end is open.
 
 Cost is in full steps. A forward pass counts by its measured time, and so does what hybridcore
-itself does.
+itself does: all by means over the run, as whatever else the machine does is spread over all of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +43,8 @@ MARGIN = 0.3
 MOST_A_STEP = 5.0
 # No jump stands for more full steps, however little the full steps beside it achieved.
 MOST_STEPS = 600.0
+# Times that a mean takes in at once, and what one of them counts for at most, in their medians.
+BLOCK, OUTLIER = 101, 3.0
 
 
 class Interval(NamedTuple):
@@ -114,6 +116,56 @@ class SecantCredit:
 
 
 @dataclass(slots=True)
+class MeanTime:
+    """Mean of wall-clock times, of which none counts for more than `OUTLIER` times the usual one.
+
+    A first step that compiles, or a machine that was asleep, says nothing of the others.
+
+    Attributes
+    ----------
+    newest : list of float
+        Seconds that have not been taken in yet, fewer than `BLOCK`.
+    usual : float
+        Median of those that were taken in last; 0 before there are any.
+    total : float
+        Sum of all that have been taken in.
+    count : int
+        Number of those.
+    """
+
+    newest: list[float] = field(default_factory=list)
+    usual: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Count one more, of so many `seconds`."""
+        self.newest.append(seconds)
+        if len(self.newest) == BLOCK:
+            self.usual = median(self.newest)
+            self.total, self.count = self._sums()
+            self.newest.clear()
+
+    @property
+    def mean(self) -> float:
+        """Mean in seconds; NaN before the first."""
+        total, count = self._sums()
+        return total / count if count else math.nan
+
+    def _sums(self) -> tuple[float, int]:
+        if not self.newest:
+            return self.total, self.count
+        most = OUTLIER * (self.usual or median(self.newest))
+        total = self.total + sum(min(seconds, most) for seconds in self.newest)
+        return total, self.count + len(self.newest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, as the arguments that make another."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return state | {"newest": list(self.newest)}
+
+
+@dataclass(slots=True)
 class Meter:
     """Times full steps and probes, and compares predicting with full-step stretches.
 
@@ -121,8 +173,8 @@ class Meter:
     ----------
     stretches : list of Stretch
         Finished stretches, oldest first.
-    full_seconds, probe_seconds : deque of float
-        The newest wall-clock times; their medians give the cost of a probe.
+    full_time, probe_time : MeanTime
+        Wall-clock times of full steps and of probes.
     overhead_seconds : float
         Time that hybridcore itself took: snapshots, decisions, moves.
     mark : (log loss, full steps, probes)
@@ -130,8 +182,8 @@ class Meter:
     """
 
     stretches: list[Stretch] = field(default_factory=list)
-    full_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
-    probe_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=101))
+    full_time: MeanTime = field(default_factory=MeanTime)
+    probe_time: MeanTime = field(default_factory=MeanTime)
     overhead_seconds: float = 0.0
     mark: tuple[float, int, int] = (math.nan, 0, 0)
     secants: SecantCredit = field(default_factory=SecantCredit)
@@ -183,16 +235,14 @@ class Meter:
     @property
     def probe_cost(self) -> float:
         """Time of one forward pass in full steps, measured; a third before the first probe."""
-        if not self.full_seconds or not self.probe_seconds:
-            return NOMINAL_PROBE_COST
-        return float(np.median(self.probe_seconds) / max(np.median(self.full_seconds), 1e-12))
+        cost = self.probe_time.mean / max(self.full_time.mean, 1e-12)
+        return cost if math.isfinite(cost) else NOMINAL_PROBE_COST
 
     @property
     def overhead(self) -> float:
         """Time that hybridcore itself took, in full steps."""
-        if not self.full_seconds:
-            return 0.0
-        return self.overhead_seconds / max(float(np.median(self.full_seconds)), 1e-12)
+        mean = self.full_time.mean
+        return 0.0 if math.isnan(mean) else self.overhead_seconds / max(mean, 1e-12)
 
     def cost(self, full_steps: float, probes: float) -> float:
         """Cost of `full_steps` and `probes` in full steps, without the overhead."""
@@ -254,22 +304,35 @@ class Meter:
         """Return the whole state as lists and numbers."""
         return {
             "stretches": [list(s) for s in self.stretches],
-            "full_seconds": list(self.full_seconds),
-            "probe_seconds": list(self.probe_seconds),
+            "full_time": self.full_time.state_dict(),
+            "probe_time": self.probe_time.state_dict(),
             "overhead_seconds": self.overhead_seconds,
             "mark": list(self.mark),
-            "secants": asdict(self.secants),
+            "secants": {name: getattr(self.secants, name) for name in SecantCredit.__slots__},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.stretches = [Stretch(float(p), int(n), bool(b)) for p, n, b in state["stretches"]]
-        self.full_seconds = deque(state["full_seconds"], maxlen=101)
-        self.probe_seconds = deque(state["probe_seconds"], maxlen=101)
+        self.full_time, self.probe_time = _time_of(state, "full"), _time_of(state, "probe")
         self.overhead_seconds = float(state["overhead_seconds"])
         self.secants = SecantCredit(**state["secants"])
         log_loss, full_steps, probes = state["mark"]
         self.mark = (float(log_loss), int(full_steps), int(probes))
+
+
+def _time_of(state: dict[str, Any], name: str) -> MeanTime:
+    """Take back the times of full steps or of probes, also as the newest 101 of them."""
+    times = MeanTime()
+    if f"{name}_seconds" in state:
+        for seconds in state[f"{name}_seconds"]:
+            times.add(float(seconds))
+        return times
+    found = state[f"{name}_time"]
+    times.newest = [float(seconds) for seconds in found["newest"]]
+    times.usual, times.total = float(found["usual"]), float(found["total"])
+    times.count = int(found["count"])
+    return times
 
 
 def _worth(progress: float, beside: Sequence[Stretch]) -> float:

@@ -3,23 +3,64 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcore.meter import MARGIN, MOST_STEPS, NOMINAL_PROBE_COST, Meter, Stretch
+from hybridcore.meter import (
+    BLOCK,
+    MARGIN,
+    MOST_STEPS,
+    NOMINAL_PROBE_COST,
+    OUTLIER,
+    MeanTime,
+    Meter,
+    Stretch,
+)
 
 
 def timed(full=3.0, probe=1.0):
     meter = Meter()
-    meter.full_seconds.extend([full, full, 100.0])
-    meter.probe_seconds.extend([probe, probe, 100.0])
+    for _ in range(3):
+        meter.full_time.add(full)
+        meter.probe_time.add(probe)
     return meter
 
 
-def test_probe_cost_is_the_ratio_of_medians():
+def test_probe_cost_is_the_ratio_of_means():
     assert Meter().probe_cost == NOMINAL_PROBE_COST
     assert timed(4.0, 1.0).probe_cost == 0.25
+
+
+@given(st.lists(st.floats(0.0, 100.0), min_size=1, max_size=BLOCK))
+def test_mean_time_is_a_mean_without_outliers(seconds):
+    time = MeanTime()
+    assert math.isnan(time.mean)
+    for each in seconds:
+        time.add(each)
+    expected = np.minimum(seconds, OUTLIER * np.median(seconds)).mean()
+    assert time.mean == pytest.approx(expected)
+
+
+def test_mean_time_knows_an_outlier_by_what_was_usual_before():
+    time = MeanTime()
+    for seconds in [1.0] * BLOCK + [1e4]:
+        time.add(seconds)
+    assert time.mean == pytest.approx((BLOCK + OUTLIER) / (BLOCK + 1))
+
+
+def test_mean_time_is_of_the_whole_run():
+    rng = np.random.default_rng(0)
+    # The first step compiles, and the machine is slower in the second half and asleep once in it.
+    seconds = np.concatenate([rng.uniform(1.0, 2.0, 2000), rng.uniform(2.0, 3.0, 2000)])
+    slow = seconds.copy()
+    slow[[0, 3000]] = 1e4
+    time = MeanTime()
+    for each in slow:
+        time.add(float(each))
+    assert time.mean == pytest.approx(seconds.mean(), rel=0.003)
+    assert len(time.newest) < BLOCK
 
 
 def jump(progress, steps=8):
@@ -160,8 +201,8 @@ stretches = st.lists(
 )
 def test_the_interval_always_holds_the_estimate(stretches, probes, step, probe, overhead):
     meter = Meter(stretches=stretches, overhead_seconds=overhead)
-    meter.full_seconds.append(step)
-    meter.probe_seconds.append(probe)
+    meter.full_time.add(step)
+    meter.probe_time.add(probe)
     steps = sum(stretch.full_steps for stretch in stretches)
     speedup, interval = meter.speedup(steps, probes)
     assert 0.0 <= interval.low <= speedup <= interval.high
@@ -181,7 +222,7 @@ def test_overhead_counts_as_work():
 
 def test_probes_alone_or_a_clock_that_stands_still_do_no_harm():
     meter = Meter()
-    meter.probe_seconds.append(1.0)
+    meter.probe_time.add(1.0)
     assert meter.probe_cost == NOMINAL_PROBE_COST
     assert meter.overhead == 0.0
     meter = timed(full=0.0, probe=0.0)
@@ -189,16 +230,19 @@ def test_probes_alone_or_a_clock_that_stands_still_do_no_harm():
     assert math.isfinite(meter.speedup(10, 10)[0])
 
 
-def test_probe_cost_follows_the_newest_times():
-    meter = timed(full=1.0, probe=1.0)
-    for _ in range(101):
-        meter.full_seconds.append(4.0)
-        meter.probe_seconds.append(1.0)
-    assert meter.probe_cost == 0.25
+def test_the_newest_times_of_an_older_checkpoint_are_taken_for_the_run():
+    state = timed().state_dict()
+    del state["full_time"], state["probe_time"]
+    state |= {"full_seconds": [4.0] * 101, "probe_seconds": [1.0, 1.0, 1.0]}
+    meter = Meter()
+    meter.load_state_dict(state)
+    assert (meter.full_time.mean, meter.probe_cost) == (4.0, 0.25)
 
 
 def test_a_mark_that_is_nan_survives_a_checkpoint():
     meter = timed()
+    for _ in range(BLOCK):
+        meter.full_time.add(2.0)
     meter.stretches = [plain(0.2), jump(0.4)]
     meter.close_stretch(math.nan, 66, 12, predicting=False)
     state = meter.state_dict()
@@ -207,12 +251,12 @@ def test_a_mark_that_is_nan_survives_a_checkpoint():
     assert math.isnan(other.mark[0])
     assert other.mark[1:] == (66, 12)
     assert other.speedup(66, 12) == meter.speedup(66, 12)
-    assert other.full_seconds.maxlen == other.probe_seconds.maxlen == 101
+    assert (other.full_time, other.probe_time) == (meter.full_time, meter.probe_time)
     # A state that was handed out does not move with the meter, nor with its restored twin.
     before = json.dumps(state)
     for each in (meter, other):
         each.stretches.append(plain(1.0))
-        each.full_seconds.append(9.0)
+        each.full_time.add(9.0)
     assert json.dumps(state) == before
 
 

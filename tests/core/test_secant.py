@@ -377,7 +377,7 @@ def test_they_stand_for_themselves_at_least_and_for_more_the_more_they_gain(stre
 
 def test_the_meter_counts_them_apart():
     meter = Meter()
-    meter.full_seconds.extend([3.0, 3.0])
+    meter.full_time.add(3.0)
     meter.close_stretch(2.0, 100, 0, predicting=False, progress=math.nan)
     meter.secants.measure(meter.outside(100), 0.01)
     meter.close_block(1.5, 140, 0)
