@@ -31,7 +31,7 @@ from hybridcore.phases import Event, Phase, transition
 from hybridcore.planning import Flight
 from hybridcore.pushing import go_ahead, prove, push, rest, settle
 from hybridcore.secant import SecantDescent, Stage
-from hybridcore.types import FULL_STEP, NAN, Action, Directive, Observation, Turn
+from hybridcore.types import FULL_STEP, NAN, SKIP, Action, Directive, Observation, Turn
 
 logger = logging.getLogger("hybridcore")
 
@@ -128,6 +128,9 @@ class Controller:
 
     def quiet_steps(self) -> int:
         """Coming steps that are :attr:`quiet_step` and nothing else, whatever is seen in them."""
+        if self.stands_still:
+            # The last one ends the phase.
+            return self.outer.allowance.ahead - 1
         if self.phase in (Phase.PREDICT, Phase.CORRECT):
             return 0
         until = self.secant.until_due(self.taken)
@@ -145,11 +148,14 @@ class Controller:
 
     @property
     def quiet_step(self) -> Directive:
-        """Full step that each of :meth:`quiet_steps` is."""
-        return self.outer.allowance.full_step(FULL_STEP)
+        """Step that each of :meth:`quiet_steps` is."""
+        return SKIP if self.stands_still else self.outer.allowance.full_step(FULL_STEP)
 
     def absorb(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
-        """Take in the figures of a full step that `directive` asked for."""
+        """Take in the figures of a step that `directive` asked for."""
+        if directive.action is Action.SKIP:
+            self.outer.allowance.ahead -= 1
+            return
         self.forecast_loss = NAN
         level = self.monitor.level
         if not observation.applied:
@@ -359,6 +365,8 @@ class Controller:
         self.gram = None if gram is None else np.array(gram, dtype=np.float64)
         self.rates = deque(state["rates"], maxlen=self.rates.maxlen)
         self.secant.load_state_dict(state["secant"])
+        if self.stands_still:
+            self.forecast_loss = self.outer.loss
         counts = map(int, state["counts"])
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
         self.events.clear()

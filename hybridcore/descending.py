@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hybridcore.phases import Event, Phase
 from hybridcore.search import beside_mark
 from hybridcore.secant import Stage
-from hybridcore.types import NAN, Action, Directive, Observation, Turn
+from hybridcore.types import NAN, SKIP, Action, Directive, Observation, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
@@ -121,7 +121,7 @@ def leap(controller: Controller) -> Turn:
             controller.forecast_loss = controller.secant.loss
             controller.note("leap cut short", steps=controller.taken + 1)
             event = Event.DIVERGED
-    yield Directive(Action.SKIP)
+    yield SKIP
     controller.taken += 1
     if event is not None:
         controller.leap = 0

@@ -164,10 +164,9 @@ class DivergenceMonitor:
         oscillation = severities[_OSCILLATION] = self._oscillation()
         explosion = vanishing = 0.0
         if norm >= 0.0:
-            explosion, vanishing = self._compare(norm)
-            severities[_EXPLOSION], severities[_VANISHING] = explosion, vanishing
             calm = deviation <= 1.0 and oscillation <= 1.0
-            self._feed_baseline(norm, calm, explosion <= 1.0 and vanishing <= 1.0)
+            explosion, vanishing = self._compare(norm, calm)
+            severities[_EXPLOSION], severities[_VANISHING] = explosion, vanishing
         return self._judge(deviation > 1.0 or explosion > 1.0, oscillation > 1.0 or vanishing > 1.0)
 
     def observe_prediction(self, forecast_loss: float, probe_loss: float) -> DivergenceLevel:
@@ -274,26 +273,25 @@ class DivergenceMonitor:
         share = self._turns.bit_count() / _PLACES
         return max(0.0, (share - NOISE_OSCILLATION) / (OSCILLATION - NOISE_OSCILLATION))
 
-    def _compare(self, norm: float) -> tuple[float, float]:
-        """Severities of gradient explosion and vanishing."""
-        if self._norms < LEAST_OBSERVATIONS:
-            return 0.0, 0.0
-        if norm == 0.0:
-            return 0.0, MOST_SEVERITY
-        # Limited before the exponential, which would overflow.
-        ratio = math.exp(min(max(math.log(norm) - self._baseline, -100.0), 100.0))
-        explosion = min(ratio / GRADIENT_EXPLOSION, MOST_SEVERITY)
-        return explosion, min(GRADIENT_VANISHING / ratio, MOST_SEVERITY)
-
-    def _feed_baseline(self, norm: float, calm: bool, usual: bool) -> None:
-        """Move the log baseline, slowly: a norm may fall 100 times in a run, not in a moment."""
+    def _compare(self, norm: float, calm: bool) -> tuple[float, float]:
+        """Severities of gradient explosion and vanishing; feed the log baseline if it is `calm`."""
+        above = (math.log(norm) if norm > 0.0 else -math.inf) - self._baseline
+        explosion = vanishing = 0.0
+        if self._norms >= LEAST_OBSERVATIONS:
+            # Limited before the exponential, which would overflow.
+            ratio = math.exp(min(max(above, -100.0), 100.0))
+            explosion = min(ratio / GRADIENT_EXPLOSION, MOST_SEVERITY)
+            vanishing = min(GRADIENT_VANISHING / ratio, MOST_SEVERITY)
+        usual = explosion <= 1.0 and vanishing <= 1.0
         self._restless = 0 if usual else self._restless + 1
         if self._restless >= BASELINE_PATIENCE:
             self._norms = self._restless = 0
+        # Slowly: a norm may fall 100 times in a run, not in a moment.
         if norm > 0.0 and ((calm and usual) or self._norms == 0):
             self._norms += 1
             rate = BASELINE_RATE if self._norms > 1.0 / BASELINE_RATE else 1.0 / self._norms
-            self._baseline += rate * (math.log(norm) - self._baseline)
+            self._baseline += rate * above
+        return explosion, vanishing
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, without the settings, as numbers and lists."""

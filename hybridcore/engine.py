@@ -334,7 +334,7 @@ class Engine:
         """Take in what was put off, because on a short step each line of Python counts."""
         unread, self._unread = self._unread, []
         for observation in unread:
-            self._account(FULL_STEP, observation)
+            self._account(self._quiet_step, observation)
             self._controller.absorb(self._above_floor(observation), self._quiet_step)
             # After each, or it would matter when they are read.
             self._lower_floor()

@@ -13,7 +13,7 @@ from hybridcore.divergence import RecoveryAction
 from hybridcore.phases import Event, Phase
 from hybridcore.planning import Flight, learning_rate_ahead, path_confidence
 from hybridcore.search import AVERAGED_SNAPSHOTS, beside_mark, probe_average, usable
-from hybridcore.types import NAN, Action, Directive, Observation, Turn
+from hybridcore.types import NAN, SKIP, Action, Directive, Observation, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
@@ -23,7 +23,6 @@ SHORTENED = 0.5
 ABORT_RISE = math.log(1.3)
 PATIENT_STEPS = 3
 
-_SKIP = Directive(Action.SKIP)
 _PROBE = Directive(Action.PROBE)
 
 
@@ -92,7 +91,7 @@ def predict(controller: Controller) -> Turn:
             if event is Event.DIVERGED:
                 controller.astray = True
                 yield controller.move(flight.best_share)
-    yield _SKIP
+    yield SKIP
     controller.astray = False
     controller.taken += 1
     if event is not None:

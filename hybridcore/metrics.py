@@ -29,7 +29,8 @@ class Counters:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals as plain numbers and dictionaries."""
-        return dataclasses.asdict(self)
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return state | {name: dict(state[name]) for name in ("phase_steps", "phase_seconds")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""

@@ -141,7 +141,7 @@ class PhaseController(Protocol):
 
     @property
     def quiet_step(self) -> Directive:
-        """Full step that each of :meth:`quiet_steps` is."""
+        """Step that each of :meth:`quiet_steps` is."""
         ...
 
     def absorb(self, observation: Observation, directive: Directive) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 
 from hybridcore.outer import is_due
 from hybridcore.phases import Event, Phase, transition
-from hybridcore.types import NAN, Action, Directive, Turn
+from hybridcore.types import NAN, SKIP, Action, Directive, Turn
 
 if TYPE_CHECKING:
     from hybridcore.controller import Controller
 
 _OWN_PROBE = Directive(Action.PROBE, own_batch=True)
-_SKIP = Directive(Action.SKIP)
 _BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
 
 
@@ -93,8 +92,7 @@ def go_ahead(controller: Controller) -> Turn:
     """Take a predicted step that outer steps, or the rate, have made up for."""
     outer = controller.outer
     controller.forecast_loss = outer.loss
-    yield _SKIP
-    outer.allowance.ahead -= 1
+    controller.absorb((yield SKIP), SKIP)
     if not outer.allowance.ahead:
         controller.phase = transition(Phase.PREDICT, Event.HORIZON_REACHED)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hybridcore.types import NAN, Observation
@@ -99,4 +99,4 @@ class OptimizerTrial:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, as the arguments that make another."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}

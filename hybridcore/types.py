@@ -112,6 +112,7 @@ class Directive(NamedTuple):
 
 
 FULL_STEP = Directive(Action.FULL)
+SKIP = Directive(Action.SKIP)
 
 
 class Observation(NamedTuple):

@@ -78,9 +78,9 @@ class Structure:
         self._present = self._look()
         return True
 
-    def _look(self) -> tuple[object, ...]:
-        return tuple(
+    def _look(self) -> list[tuple[object, ...]]:
+        return [
             (id(p), p.requires_grad, p.shape, p.dtype, p.device)
             for group in self._optimizer.param_groups
             for p in group["params"]
-        )
+        ]

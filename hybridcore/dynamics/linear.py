@@ -101,7 +101,7 @@ class LinearDynamics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state as plain numbers."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""

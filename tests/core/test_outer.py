@@ -1,11 +1,12 @@
 """Outer momentum: its snapshots against the recursion itself, and when the engine takes it."""
 
+import copy
 import itertools
 import json
 
 import numpy as np
 import pytest
-from descent import Watched, text
+from descent import Descent, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -309,6 +310,37 @@ def test_outer_steps_stand_for_predicted_ones(settings, floor, trusting):
     assert 0.8 * STANDS_FOR * counters.outer_steps < worth
     expected = min(worth, most * (len(predicted) + 1))
     assert expected - 2 * most <= counters.predicted_steps <= expected
+
+
+def test_when_they_are_read_changes_nothing_in_them(trusting):
+    runs = []
+    for looks in (False, True):
+        descent, seen = Descent(NOISY, noise=0.3), []
+        for _ in range(1000):
+            phase = descent.step()
+            seen.append((phase, descent.engine.forecast_loss, descent.engine.touches_weights))
+            if looks:
+                assert descent.engine.counters.steps == len(seen)
+        assert np.isfinite([loss for phase, loss, _ in seen if phase is Phase.PREDICT]).all()
+        runs.append((repr(seen), text(descent.engine.state_dict())))
+    assert "PREDICT" in runs[0][0]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("into", range(8))
+def test_a_state_from_among_them_resumes_exactly(into, trusting):
+    first = Descent(NOISY, noise=0.3)
+    while first.engine.phase is not Phase.PREDICT:
+        first.step()
+    for _ in range(into):
+        assert first.step() is Phase.PREDICT
+    second = Descent(NOISY, noise=0.3)
+    second.engine.load_state_dict(json.loads(text(first.engine.state_dict())))
+    second.x, second.bank, second.random = first.x, first.bank, copy.deepcopy(first.random)
+    for _ in range(100):
+        assert first.step() is second.step()
+        assert repr(first.engine.forecast_loss) == repr(second.engine.forecast_loss)
+    assert np.array_equal(first.x, second.x)
 
 
 @pytest.mark.parametrize("batches", [24, 36, 60, 72, 78, 120, 360])
