@@ -60,7 +60,7 @@ class Stepper:
         self._ranks = ranks
         # What of a step the plain loop would not have done.
         self._watching = 0.0
-        self._told = False
+        self._told_of_schedule = self._told_of_none = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -85,8 +85,9 @@ class Stepper:
         """Let the scheduler, if there is one, take a step."""
         if self._scheduler is None:
             return
-        if self._epoch is not None and self._epoch != self._present_epoch and not self._told:
-            self._told = True
+        moved = self._epoch is not None and self._epoch != self._present_epoch
+        if moved and not self._told_of_schedule:
+            self._told_of_schedule = True
             logger.warning(
                 "the scheduler was stepped between two steps: leave scheduler.step() out of the "
                 "loop, which the trainer calls"
@@ -153,6 +154,8 @@ class Stepper:
         rates = self._learning_rates
         if gone_through:
             if math.isfinite(norm):
+                if not norm:
+                    self._tell_of_none()
                 if update:
                     self._update_scaled(scale(rates))
             else:
@@ -245,6 +248,15 @@ class Stepper:
         if not guarded or math.isfinite(loss.item()):
             self._backward(loss if parts == 1 else loss / parts)
         return loss.detach()
+
+    def _tell_of_none(self) -> None:
+        """Say, once, that nothing is trained, if there are no gradients at all."""
+        if not self._told_of_none and all(p.grad is None for p in self._used()):
+            self._told_of_none = True
+            logger.warning(
+                "no parameter of the optimizer got a gradient, so nothing is trained: let the "
+                "closure return a loss of the trainer's own model"
+            )
 
     def _unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """Keep a data-parallel model from averaging gradients before the last part of a batch."""

@@ -280,6 +280,26 @@ def test_batches_that_are_left_out_are_said_and_save_nothing(caplog):
     assert "(0% fewer backward passes)" in str(trainer.statistics())
 
 
+def test_a_loss_of_another_model_is_told_once(caplog):
+    model, optimizer, _ = regression()
+    _, _, of_another = regression()
+    before = [p.clone() for p in model.parameters()]
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    run(trainer, of_another, 10)
+    assert all(map(torch.equal, before, model.parameters()))
+    said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "a loss of the trainer's own model" in said[0]
+
+
+def test_gradients_that_are_zero_are_some(caplog):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(10):
+        assert trainer.step(lambda: 0.0 * closure()).gradient_norm == 0.0
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_a_loop_that_steps_by_itself_too_is_told(caplog):
     model, optimizer, closure = regression()
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
