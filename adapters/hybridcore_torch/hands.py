@@ -148,6 +148,7 @@ class Hands:
         if self._ranks.several:
             self._ranks.check_even()
         self._ranks.turn += 1
+        self._moving = False
         if action is Action.FULL or action is Action.GRADIENT:
             assert closure is not None
             return self._pass(directive, closure)
@@ -163,9 +164,9 @@ class Hands:
         if action is Action.MOVE:
             assert directive.coefficients is not None
             # Within a jump it can be done again, from the same snapshots.
+            # An outer step is under way until the engine has been told of it.
             self._moving, grows = directive.snapshot, self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
-            self._moving = False
             if grows:
                 self._measure()
         elif action is Action.REACH:
@@ -264,6 +265,7 @@ class Hands:
                 self.bank.forget()
         if not pairs:
             self.secants, self._on_trial = None, False
+        self._moving = False
         self.watch()
 
     @property

@@ -70,7 +70,9 @@ def test_an_interrupted_fit_can_be_begun_again(config, times, record_property):
     model, hybrid = regression(), HybridCallback(config)
     seen = Seen(hybrid, model)
     interrupted, unseen, phases = 0, 0, set()
-    while interrupted < times:
+    wanted = {Phase.WARMUP, Phase.FULL, Phase.PREDICT}
+    # Where lines fall depends on how many there are.
+    while interrupted < times or (interrupted < 4 * times and not phases >= wanted):
         # One in three comes while fit begins; the others when there may be a jump.
         line = rng.randrange(1, 13_000 if interrupted % 3 else 300)
         try:
@@ -87,9 +89,9 @@ def test_an_interrupted_fit_can_be_begun_again(config, times, record_property):
             assert stepped or any(same(now, w) for w in seen.weights)
             seen.weights = [now, *seen.weights]
             hybrid.state_dict()
-    assert phases >= {Phase.WARMUP, Phase.FULL, Phase.PREDICT}
+    assert phases >= wanted
     # Or nothing was compared.
-    assert unseen < 0.9 * times
+    assert unseen < 0.9 * interrupted
     # Whatever the last interrupt left, fit without the callback is plain, at the plain rate.
     steps, before = hybrid.engine.counters.steps, int(model.optimizer.iterations)
     train(model, 1, steps_per_epoch=7)

@@ -291,3 +291,29 @@ def test_a_falling_rate_is_passed_faster():
         ahead += ends[0] < ends[1]
     assert ahead >= 4
     assert saved > 0
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_one_that_is_interrupted_at_its_end_is_not_taken_twice(weighed, monkeypatch, trusting):
+    trainer, closure, _ = noisy()
+    engine, hands, seen = trainer.engine, trainer._hands, []
+    outer, observe = engine.controller.outer, engine.observe
+
+    def watched():
+        seen.append(weights(trainer.model))
+        return closure()
+
+    def interrupted(observation):
+        if hands._moving and outer.to_be_weighed == weighed:
+            raise KeyboardInterrupt
+        observe(observation)
+
+    monkeypatch.setattr(engine, "observe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        [trainer.step(watched) for _ in range(500)]
+    moved = weights(trainer.model)
+    # Its batch, or the newest before it, has seen other weights.
+    assert not all(map(torch.equal, seen[-1], moved))
+    monkeypatch.setattr(engine, "observe", observe)
+    trainer.step(watched)
+    assert all(map(torch.equal, seen[-1], moved))
