@@ -106,7 +106,7 @@ def correct(controller: Controller) -> Turn:
             controller.note("jump kept", arm=controller.in_flight.jump.extrapolator)
             controller.enter(Event.VALIDATED)
         else:
-            yield from roll_back(controller)
+            yield from roll_back(controller, "the loss is not lower")
         yield from controller.full()
         return
     due = controller.taken + 1 in (settling // 2, settling)
@@ -115,14 +115,15 @@ def correct(controller: Controller) -> Turn:
     bad = not (observation.applied or observation.overflow)
     controller.lost = controller.lost + 1 if bad else 0
     # One bad batch is the data's fault, several in a row are the jump's.
-    hopeless = controller.lost >= PATIENT_STEPS
+    why = "bad batches" if controller.lost >= PATIENT_STEPS else None
     # The fast directions that a jump excites fall back within a few steps, or never.
     if controller.taken >= PATIENT_STEPS and usable(observation.loss):
         # The trend from before the jump: a probe's loss may be of other data.
         rise = math.log(observation.loss) - controller.dynamics.forecast(0.0).mean
-        hopeless = hopeless or rise > ABORT_RISE + controller.margin
-    if hopeless:
-        yield from roll_back(controller)
+        if rise > ABORT_RISE + controller.margin:
+            why = "the loss of full steps rose"
+    if why is not None:
+        yield from roll_back(controller, why)
 
 
 def validate(controller: Controller) -> Generator[Directive, Observation, bool]:
@@ -156,16 +157,16 @@ def finish(controller: Controller) -> Turn:
         _come_down(controller)
         controller.enter(Event.VALIDATED)
     else:
-        yield from roll_back(controller)
+        yield from roll_back(controller, "the loss is not lower")
 
 
-def roll_back(controller: Controller) -> Turn:
-    """Undo the jump."""
+def roll_back(controller: Controller, why: str) -> Turn:
+    """Undo the jump, and say `why`."""
     yield Directive(Action.ROLLBACK)
     controller.lost = 0
     reward(controller, 0.0)
     controller.counters.rollbacks += 1
-    controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator)
+    controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator, why=why)
     controller.close(controller.meter.mark[0], predicting=True, progress=0.0)
     _come_down(controller)
     controller.enter(Event.ROLLED_BACK)

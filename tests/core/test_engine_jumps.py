@@ -16,6 +16,11 @@ from hybridcore.planning import Jump
 # -- jumps that go wrong --------------------------------------------------------------------------
 
 
+def why_rolled_back(descent):
+    events = descent.engine.take_events()
+    return {event["why"] for event in events if event["event"] == "jump rolled back"}
+
+
 def test_a_rollback_puts_the_weights_back_and_doubles_the_wait():
     descent = Watched()
     descent.penalty = 10.0
@@ -40,6 +45,19 @@ def test_a_jump_is_given_up_after_a_few_settling_steps():
     while descent.engine.counters.rollbacks == 0:
         phases.append(descent.step())
     assert phases.count(Phase.CORRECT) == 3
+    assert why_rolled_back(descent) == {"the loss of full steps rose"}
+
+
+def test_bad_batches_in_a_row_behind_a_jump_take_it_back():
+    descent = Descent()
+    while descent.engine.phase is not Phase.CORRECT:
+        descent.step()
+    for _ in range(3):
+        assert descent.engine.counters.rollbacks == 0
+        descent.step(bad=True)
+    assert descent.engine.counters.rollbacks == 1
+    assert why_rolled_back(descent) == {"bad batches"}
+    assert np.array_equal(descent.x, descent.saved)
 
 
 def test_validation_that_fails_rolls_back():
@@ -56,6 +74,7 @@ def test_validation_that_fails_rolls_back():
     assert descent.engine.counters.rollbacks >= 1
     assert descent.engine.controller.pace.patience > 1
     assert (Phase.CORRECT, Action.ROLLBACK) in descent.log
+    assert why_rolled_back(descent) == {"the loss is not lower"}
 
 
 def test_a_loss_that_rises_on_the_way_sends_the_weights_back_to_the_best_point():
