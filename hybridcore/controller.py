@@ -365,8 +365,8 @@ class Controller:
         self.gram = None if gram is None else np.array(gram, dtype=np.float64)
         self.rates = deque(state["rates"], maxlen=self.rates.maxlen)
         self.secant.load_state_dict(state["secant"])
-        if self.stands_still:
-            self.forecast_loss = self.outer.loss
+        self.forecast_loss = self.outer.loss if self.stands_still else NAN
+        self.prediction_error = None
         counts = map(int, state["counts"])
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
         self.events.clear()

@@ -165,7 +165,7 @@ class DivergenceMonitor:
         explosion = vanishing = 0.0
         if norm >= 0.0:
             calm = deviation <= 1.0 and oscillation <= 1.0
-            explosion, vanishing = self._compare(norm, calm)
+            explosion, vanishing = self._follow_norm(norm, calm)
             severities[_EXPLOSION], severities[_VANISHING] = explosion, vanishing
         return self._judge(deviation > 1.0 or explosion > 1.0, oscillation > 1.0 or vanishing > 1.0)
 
@@ -273,14 +273,14 @@ class DivergenceMonitor:
         share = self._turns.bit_count() / _PLACES
         return max(0.0, (share - NOISE_OSCILLATION) / (OSCILLATION - NOISE_OSCILLATION))
 
-    def _compare(self, norm: float, calm: bool) -> tuple[float, float]:
-        """Severities of gradient explosion and vanishing; feed the log baseline if it is `calm`."""
+    def _follow_norm(self, norm: float, calm: bool) -> tuple[float, float]:
+        """Severities of gradient explosion and vanishing; the baseline follows usual norms."""
         above = (math.log(norm) if norm > 0.0 else -math.inf) - self._baseline
         explosion = vanishing = 0.0
         if self._norms >= LEAST_OBSERVATIONS:
             # Limited before the exponential, which would overflow.
             ratio = math.exp(min(max(above, -100.0), 100.0))
-            explosion = min(ratio / GRADIENT_EXPLOSION, MOST_SEVERITY)
+            explosion = min(ratio / GRADIENT_EXPLOSION, MOST_SEVERITY) if norm else 0.0
             vanishing = min(GRADIENT_VANISHING / ratio, MOST_SEVERITY)
         usual = explosion <= 1.0 and vanishing <= 1.0
         self._restless = 0 if usual else self._restless + 1

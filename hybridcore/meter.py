@@ -17,8 +17,9 @@ before them is known, and that falls. If it stayed as it was they would stand fo
 steps: the lower end. The estimate lets it fall with the root of the number of steps; towards its
 minimum a loss can fall more slowly than by any such law, so the upper end is open.
 
-Cost is in full steps. A forward pass counts by its measured time, and so does what hybridcore
-itself does: all by means over the run, as whatever else the machine does is spread over all of it.
+Cost is in full steps, of the mean time that they took in the run, as whatever else the machine does
+lengthens everything. A forward pass counts by its measured time, and so does what hybridcore itself
+does.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ MARGIN = 0.3
 MOST_A_STEP = 5.0
 # No jump stands for more full steps, however little the full steps beside it achieved.
 MOST_STEPS = 600.0
-# Times that a mean takes in at once, and what one of them counts for at most, in their medians.
+# Times that a mean takes in at once, and what one of them counts for at most, in usual ones.
 BLOCK, OUTLIER = 101, 3.0
+# Times that are enough to tell what is usual now.
+FEW = 5
 
 
 class Interval(NamedTuple):
@@ -114,6 +117,11 @@ class SecantCredit:
         self.earlier = list(self.stands_for()[:2])
         self.steps, self.speed, self.progress = outside + self.earlier[1], speed, 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, as the arguments that make another."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return state | {"earlier": list(self.earlier)}
+
 
 @dataclass(slots=True)
 class MeanTime:
@@ -155,7 +163,10 @@ class MeanTime:
     def _sums(self) -> tuple[float, int]:
         if not self.newest:
             return self.total, self.count
-        most = OUTLIER * (self.usual or median(self.newest))
+        # A few may all be outliers; more of them, and they are what is usual now.
+        now = median(self.newest) if len(self.newest) >= FEW or not self.usual else 0.0
+        # Of a clock too coarse for them most are zero.
+        most = OUTLIER * max(self.usual, now) or math.inf
         total = self.total + sum(min(seconds, most) for seconds in self.newest)
         return total, self.count + len(self.newest)
 
@@ -308,7 +319,7 @@ class Meter:
             "probe_time": self.probe_time.state_dict(),
             "overhead_seconds": self.overhead_seconds,
             "mark": list(self.mark),
-            "secants": {name: getattr(self.secants, name) for name in SecantCredit.__slots__},
+            "secants": self.secants.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -316,7 +327,8 @@ class Meter:
         self.stretches = [Stretch(float(p), int(n), bool(b)) for p, n, b in state["stretches"]]
         self.full_time, self.probe_time = _time_of(state, "full"), _time_of(state, "probe")
         self.overhead_seconds = float(state["overhead_seconds"])
-        self.secants = SecantCredit(**state["secants"])
+        secants = state["secants"]
+        self.secants = SecantCredit(**secants | {"earlier": list(secants["earlier"])})
         log_loss, full_steps, probes = state["mark"]
         self.mark = (float(log_loss), int(full_steps), int(probes))
 

@@ -97,6 +97,8 @@ def test_gradient_thresholds(ratio, signal, triggered, baseline):
     expected = {Signal.GRADIENT_EXPLOSION: ratio / 10.0}
     expected[Signal.GRADIENT_VANISHING] = min(0.01 / ratio, 100.0) if ratio else 100.0
     assert severity(monitor, signal) == pytest.approx(expected[signal], rel=1e-6)
+    if not ratio:
+        assert severity(monitor, Signal.GRADIENT_EXPLOSION) == 0.0
 
 
 @pytest.mark.parametrize("probe", [1.0, 1e-200, 1e200, -3.0])
