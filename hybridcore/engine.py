@@ -363,7 +363,9 @@ class Engine:
             bad = not (observation.applied or observation.overflow)
             counters.divergences += bad and directive.action is Action.FULL
             counters.secant_steps += directive.action is Action.GRADIENT
-            meter.full_time.add(observation.seconds)
+            if directive.action is Action.FULL:
+                # A quasi-Newton step leaves the optimizer out, and is no unit.
+                meter.full_time.add(observation.seconds)
             if math.isfinite(observation.loss):
                 self._floor.see(observation.loss)
         elif directive.action is Action.SKIP:

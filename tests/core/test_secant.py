@@ -47,6 +47,8 @@ def test_from_the_first_of_them_the_speedup_is_open_above():
         assert statistics.measured_speedup_interval.high == math.inf
         assert "not known for quasi-Newton steps, at least" in str(statistics)
         descent.step()
+    # The unit of costs is a step with the optimizer.
+    assert descent.engine.meter.full_time.mean == pytest.approx(descent.seconds)
 
 
 @pytest.mark.parametrize("plain_metric", [True, False])
