@@ -28,7 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from statistics import median
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,7 +150,7 @@ class MeanTime:
         """Count one more, of so many `seconds`."""
         self.newest.append(seconds)
         if len(self.newest) == BLOCK:
-            self.usual = median(self.newest)
+            self.usual = median_low(self.newest)
             self.total, self.count = self._sums()
             self.newest.clear()
 
@@ -164,7 +164,7 @@ class MeanTime:
         if not self.newest:
             return self.total, self.count
         # A few may all be outliers; more of them, and they are what is usual now.
-        now = median(self.newest) if len(self.newest) >= FEW or not self.usual else 0.0
+        now = median_low(self.newest) if len(self.newest) >= FEW or not self.usual else 0.0
         # Of a clock too coarse for them most are zero.
         most = OUTLIER * max(self.usual, now) or math.inf
         total = self.total + sum(min(seconds, most) for seconds in self.newest)
