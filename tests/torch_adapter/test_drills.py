@@ -13,6 +13,7 @@ from torch import nn
 
 from hybridcore import DivergenceError, HybridTrainerConfig, ModelError, Phase
 from hybridcore.rotation import checkpoints_in
+from hybridcore.secant import MOST_REJECTED
 from hybridcore_torch import HybridTrainer
 
 JUMPING = dataclasses.replace(BRISK, secant_pairs=0)
@@ -278,6 +279,21 @@ def test_batches_that_are_left_out_are_said_and_save_nothing(caplog):
     said = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert [message.split()[-1] for message in said] == ["1", "10"]
     assert "(0% fewer backward passes)" in str(trainer.statistics())
+
+
+def test_among_quasi_newton_steps_several_bad_batches_are_an_error():
+    model, optimizer, closure = regression()
+    config = dataclasses.replace(BRISK, secant_pairs=8, on_divergence="raise")
+    trainer = HybridTrainer(model, optimizer, config)
+    while trainer.statistics().secant_steps < 10 or trainer.engine.phase is not Phase.FULL:
+        trainer.step(closure)
+    for _ in range(MOST_REJECTED):
+        trainer.step(lambda: closure() * math.nan)
+        assert finite(model)
+    with pytest.raises(DivergenceError):
+        trainer.step(lambda: closure() * math.nan)
+    assert trainer.statistics().divergences == 1
+    assert finite(model)
 
 
 def test_a_loss_of_another_model_is_told_once(caplog):
