@@ -1,7 +1,7 @@
 """Record real training runs: loss, gradient norm and learning rate of every step.
 
     python -m benchmarks.record_runs
-    python -m benchmarks.record_runs --only siren-adam-constant
+    python -m benchmarks.record_runs --only siren
     python -m benchmarks.record_runs --fresh
 
 trains plainly, without hybridcore, and writes benchmarks/recordings/. Only figures are kept, no
@@ -45,8 +45,9 @@ from hybridcore.cli.workloads import WORKLOADS, Closure, scheduler
 Step = Callable[[int], Closure]
 Build = Callable[[int, int], tuple[nn.Module, Step]]
 RESTARTS = 4
-# Added to the seed of a fresh run, and as often again by one as the run diverges.
-FRESH_SEED = 100
+# Added to the seeds of `RUNS`, and as often again by one as a run diverges.
+SEEDS = (0, 100, 200, 300)
+FRESH_SEEDS = (400, 500, 600)
 TEXT_BYTES = 2_000_000
 CONTEXT = 48
 HOURS = 24
@@ -83,7 +84,7 @@ class Settings:
     @property
     def name(self) -> str:
         """Name of the recording."""
-        return f"{self.workload}-{self.optimizer}-{self.schedule}"
+        return f"{self.workload}-{self.optimizer}-{self.schedule}-{self.seed}"
 
 
 def _existing(name: str) -> Build:
@@ -308,15 +309,15 @@ def record(settings: Settings, advance: Callable[[], None]) -> dict[str, NDArray
     return {"loss": rows[:, 0], "gradient_norm": rows[:, 1], "learning_rate": rows[:, 2]}
 
 
-def _fresh(
+def _finite(
     settings: Settings, advance: Callable[[], None]
 ) -> tuple[Settings, dict[str, NDArray[np.float32]]]:
-    """Record with the next seed from `FRESH_SEED` on whose losses stay finite."""
-    for seed in itertools.count(settings.seed + FRESH_SEED):
-        fresh = replace(settings, seed=seed)
-        series = record(fresh, advance)
+    """Record with the next seed from that of `settings` on whose losses stay finite."""
+    for seed in itertools.count(settings.seed):
+        run = replace(settings, seed=seed)
+        series = record(run, advance)
         if np.isfinite(series["loss"]).all():
-            return fresh, series
+            return run, series
     raise AssertionError
 
 
@@ -355,25 +356,22 @@ def _entry(settings: Settings, series: dict[str, NDArray[np.float32]]) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=[run.name for run in RUNS], metavar="NAME")
+    parser.add_argument("--only", choices=sorted(BUILDERS), metavar="WORKLOAD")
     parser.add_argument("--fresh", action="store_true", help="with seeds that chose nothing")
     arguments = parser.parse_args()
-    folder = FRESH if arguments.fresh else FOLDER
+    folder, seeds = (FRESH, FRESH_SEEDS) if arguments.fresh else (FOLDER, SEEDS)
     folder.mkdir(exist_ok=True)
     path = folder / INDEX
     torch.set_num_threads(1)
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     console = Console(file=sys.stderr)
     with Progress(console=console) as progress:
-        for run in RUNS:
-            if arguments.only not in (None, run.name):
+        for seed, run in itertools.product(seeds, RUNS):
+            if arguments.only not in (None, run.workload):
                 continue
+            run = replace(run, seed=run.seed + seed)
             task = progress.add_task(run.name, total=run.steps)
-            advance = functools.partial(progress.advance, task)
-            if arguments.fresh:
-                run, series = _fresh(run, advance)
-            else:
-                series = record(run, advance)
+            run, series = _finite(run, functools.partial(progress.advance, task))
             np.savez_compressed(folder / f"{run.name}.npz", allow_pickle=False, **series)
             index[run.name] = _entry(run, series)
             # After each run, so that an interrupted recording leaves a true index.

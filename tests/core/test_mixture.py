@@ -69,7 +69,7 @@ class Oracle:
             self.sums[j] = 0.97 * self.sums[j] + 1.0
         self.y.append(y)
         count = len(self.y)
-        self.level += max(0.1, 1.0 / count) * (y - self.level)
+        self.level += max(0.03, 1.0 / count) * (y - self.level)
         if parameters is not None:
             if self.law is not None:
                 self.offsets += law(self.law, count) - law(parameters, count)
@@ -96,6 +96,7 @@ class Oracle:
             padded = np.vstack((logs[:1], logs, logs[-1:]))
             logs = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
         weights = np.exp(-20.0 * (logs - logs.min(axis=1)[:, None]))
+        weights[:, 7] *= 30.0
         return weights / weights.sum(axis=1)[:, None]
 
 

@@ -20,14 +20,15 @@ PLACES = np.log(KNOTS)
 LEADS = KNOTS.size
 RING = 76  # more than the longest lead
 
-LEVEL_GAIN = 0.1
+LEVEL_GAIN = 0.03
 DISCOUNTS = np.array([0.8, 0.95, 0.99])
 LINES = DISCOUNTS.size
 OFFSET_GAINS = np.array([0.1, 0.03, 0.01])
 OFFSETS = OFFSET_GAINS.size
 OFFSET_SHARES = np.array([0.3, 0.6, 1.0])
 # A level, lines, shrunken lines, the law, and the law moved by shares of its recent misses.
-EXPERTS = 1 + 2 * LINES + 1 + OFFSETS * OFFSET_SHARES.size
+LAW = 1 + 2 * LINES
+EXPERTS = LAW + 1 + OFFSETS * OFFSET_SHARES.size
 
 # Steps after a restart from which on experts are compared.
 SETTLING = 10
@@ -36,6 +37,9 @@ ERROR_DISCOUNT = 0.97
 MOST_ERROR = 9.0
 LEAST_WEIGHT = 5.0  # from which on that is known
 STEEPNESS = 20.0
+# Weight of the law where errors are alike, others' being 1. Where batches are noisy they are, and
+# what is fitted to the whole run has the least of that noise.
+LAW_PRIOR = 30.0
 # Below the rounding of float32 losses no expert is better than another.
 LEAST_ERROR = 1e-14
 # Passes of a mean over neighbouring leads, with the logarithms of the errors: a bell of about two
@@ -201,7 +205,7 @@ def foretell(s: FloatArray, lead: float, out: FloatArray) -> None:
             shrunken = slope * max(surely, 0.0)
         out[1 + k] = mean_y + slope * (lead - mean_t)
         out[1 + LINES + k] = mean_y + shrunken * (lead - mean_t)
-    place = 1 + 2 * LINES
+    place = LAW
     plain = law(s, math.log(s[COUNT] + lead)) if s[HAS_LAW] > 0.0 else s[LEVEL]
     out[place] = plain
     for i in range(OFFSET_SHARES.size):
@@ -236,6 +240,8 @@ def weigh(s: FloatArray, weights: FloatArray) -> None:
         total = 0.0
         for e in range(EXPERTS):
             weights[j, e] = math.exp(-STEEPNESS * (weights[j, e] - lowest))
+            if e == LAW:
+                weights[j, e] *= LAW_PRIOR
             total += weights[j, e]
         for e in range(EXPERTS):
             weights[j, e] /= total
