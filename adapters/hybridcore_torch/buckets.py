@@ -11,11 +11,25 @@ from numpy.typing import NDArray
 from hybridcore_torch.ranks import local
 
 Groups = dict[int, list[torch.nn.Parameter]]
+# Values over which a sum of products is taken in the precision of its terms.
+_PART = 4096
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
     """Return `values` in float32 at least: half precision cannot hold small displacements."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def inner_products(rows: torch.Tensor) -> torch.Tensor:
+    """Return those of `rows` (m, n), as (m, m) float64: in their own precision over parts only."""
+    m, n = rows.shape
+    if n <= _PART:
+        return (rows @ rows.T).double()
+    whole = n - n % _PART
+    parts = rows[:, :whole].view(m, -1, _PART).transpose(0, 1)
+    out = torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = rows[:, whole:]
+    return out + rest @ rest.T
 
 
 class ExactBucket:
@@ -32,9 +46,9 @@ class ExactBucket:
         way of one row on the device.
     """
 
-    # Columns that products, and moves, work on at a time: few enough for the displacements to stay
-    # in the cache, and enough for the calls not to count.
-    _longest, _longest_move = 2**16, 2**18
+    # Columns that are worked on at a time: few enough for the displacements to stay in the cache,
+    # and enough for the calls not to count.
+    _longest = 2**18
     # Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
     _small = 2**20
 
@@ -114,12 +128,12 @@ class ExactBucket:
         *older, newest = order
         shape = (len(older), min(stop - start, self._longest))
         moved = wide(torch.empty(shape, dtype=self._dtype, device=self._device))
-        for columns in self._blocks(start, stop, self._longest):
+        for columns in self._blocks(start, stop):
             origin = wide(self._part(newest, columns))
             block = moved[:, : len(origin)]
             for row, displacement in zip(older, block, strict=True):
                 torch.sub(self._part(row, columns), origin, out=displacement)
-            out[:-1, :-1] += block @ block.T
+            out[:-1, :-1] += inner_products(block)
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.
@@ -141,7 +155,7 @@ class ExactBucket:
             point = torch.empty_like(point)
         alike = [(0, 0, len(point))] if len(weights) == 1 else self.spans
         for group, start, stop in alike:
-            for columns in self._blocks(start, stop, self._longest_move):
+            for columns in self._blocks(start, stop):
                 self._write(order, weights[group], columns, point[columns])
         if into is not None:
             self.rows[into].copy_(point)
@@ -157,7 +171,7 @@ class ExactBucket:
                 group, _, end = next(spans)
             row = weights[0] if len(weights) == 1 else weights[group]
             flat = p.view(-1) if p.is_contiguous() else wide(p.new_empty(size))
-            for columns in self._blocks(start, start + size, self._longest_move):
+            for columns in self._blocks(start, start + size):
                 target = flat[columns.start - start : columns.stop - start]
                 point = wide(target)
                 self._write(order, row, columns, point)
@@ -214,9 +228,9 @@ class ExactBucket:
         part = self.rows[row][columns]
         return part if self._link is None else part.to(self._device, non_blocking=True)
 
-    def _blocks(self, start: int, stop: int, longest: int) -> Iterator[slice]:
-        for begin in range(start, stop, longest):
-            yield slice(begin, min(stop, begin + longest))
+    def _blocks(self, start: int, stop: int) -> Iterator[slice]:
+        for begin in range(start, stop, self._longest):
+            yield slice(begin, min(stop, begin + self._longest))
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, self._sizes)

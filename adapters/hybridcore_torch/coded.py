@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from hybridcore_torch import codes
-from hybridcore_torch.buckets import Groups, wide
+from hybridcore_torch.buckets import Groups, inner_products, wide
 from hybridcore_torch.ranks import local
 
 
@@ -56,7 +56,7 @@ class CodedBucket:
     """
 
     # Values that are worked on at a time, a multiple of what shares a scale.
-    _longest = 1024 * codes.BLOCK
+    _longest = 2048 * codes.BLOCK
 
     def __init__(self, groups: Groups, kind: str) -> None:
         self.parameters = [local(p) for group in groups.values() for p in group]
@@ -174,24 +174,19 @@ class CodedBucket:
 
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
-        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
-        scratch = self._scratch(len(order))
+        coded = [i for i, row in enumerate(order) if row != self._origin]
+        scratch = self._scratch(len(coded))
+        products = torch.zeros(len(coded), len(coded), dtype=torch.float64, device=self._device)
         for block in self._blocks:
             if start <= block.base < stop:
-                self._add_products(order, block, scratch, out)
-        return out + out.tril(-1).T
-
-    def _add_products(
-        self, order: Sequence[int], block: Block, scratch: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        *older, newest = order
-        away = self._moved(newest, block, scratch[-1])
-        for row, moved in zip(older, scratch, strict=False):
-            self._moved(row, block, moved).sub_(away)
-        moved = scratch[:-1, : block.size]
-        # Each of them once.
-        for i, mine in enumerate(moved):
-            out[i, : i + 1] += moved[: i + 1] @ mine
+                for i, displacement in zip(coded, scratch, strict=True):
+                    self._moved(order[i], block, displacement)
+                products += inner_products(scratch[:, : block.size])
+        # About the origin, from which the newest is about as far as from the oldest.
+        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
+        at = torch.tensor(coded, dtype=torch.long, device=self._device)
+        out[at.unsqueeze(1), at] = products
+        return (out - out[-1]) - (out[:, -1:] - out[-1, -1])
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.

@@ -19,6 +19,7 @@ from hybridcore import (
     Phase,
 )
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.buckets import inner_products
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import MOST_GROUPS, by_depth
 from hybridcore_torch.snapshots import SnapshotBank
@@ -243,6 +244,17 @@ def test_gram_and_move_equal_numpy(dtype, tolerance, size):
         moved = kept - kept[-1]
         gram = bank.gram()[0]
         np.testing.assert_allclose(gram, moved @ moved.T, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize("size", [5, 4096, 4097, 300_001])
+def test_inner_products_lose_nothing_by_their_number(size):
+    torch.manual_seed(0)
+    # Terms of one sign and of few bits, whose rounding goes the same way again and again.
+    rows = (0.5 + torch.rand(3, size)).bfloat16().float()
+    expected = rows.double() @ rows.double().T
+    found = inner_products(rows)
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, expected, rtol=5e-6, atol=0.0)
 
 
 def test_gradient_norm():
