@@ -311,9 +311,16 @@ class JAXPort:
         compiled = self.compiled(function)
         return lambda *arguments: _copies(compiled(self._state[_WEIGHTS], *arguments))
 
-    def assign(self, values: Sequence[Any]) -> None:
-        """Put the weights at `values`, one for each of `variables`."""
-        self._state[_WEIGHTS] = _copies(list(values))
+    def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function that returns values of the weights, and more; put them there."""
+        compiled = self.compiled(function)
+
+        def write(*arguments: Any) -> Any:
+            values, more = compiled(*arguments)
+            self._state[_WEIGHTS] = _copies(list(values))
+            return more
+
+        return write
 
     def others(self) -> list[Any]:
         """Variables that :meth:`keep` copies, in its order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -29,7 +29,6 @@ class TensorFlowPort(StatefulPort):
         self._iterator: Any = None
         self._probe_function: Any = None
         self._gradient_function: Any = None
-        self._writer: Any = None
         self._traced: list[Any] | None = None
 
     @property
@@ -41,7 +40,7 @@ class TensorFlowPort(StatefulPort):
         return list(self._traced)
 
     def _renew(self) -> None:
-        self._probe_function = self._gradient_function = self._writer = self._traced = None
+        self._probe_function = self._gradient_function = self._traced = None
 
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
@@ -161,15 +160,22 @@ class TensorFlowPort(StatefulPort):
             lambda *arguments: function([tf.identity(v.value) for v in variables], *arguments)
         )
 
-    def assign(self, values: Sequence[Any]) -> None:
-        """Put the weights at `values`, one for each of `variables`."""
-        if self._writer is None:
-            variables = self.variables
+    def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function that returns values of the weights, and more; put them there."""
+        variables = self.variables
 
-            def write(new: Sequence[Any]) -> None:
-                for variable, value in zip(variables, new, strict=True):
+        def write(*arguments: Any) -> Any:
+            values, more = function(*arguments)
+            # Or some were written before memory runs out for others.
+            with tf.control_dependencies(values):
+                for variable, value in zip(variables, values, strict=True):
                     variable.assign(value)
+            return more
 
-            self._writer = self.compiled(write)
-        with self.strategy.scope():
-            self._writer(list(values))
+        compiled = self.compiled(write)
+
+        def call(*arguments: Any) -> Any:
+            with self.strategy.scope():
+                return compiled(*arguments)
+
+        return call

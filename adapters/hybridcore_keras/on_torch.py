@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -86,8 +86,14 @@ class TorchPort(StatefulPort):
             lambda *arguments: function([v.value.clone() for v in variables], *arguments)
         )
 
-    def assign(self, values: Sequence[Any]) -> None:
-        """Put the weights at `values`, one for each of `variables`."""
-        with torch.no_grad():
-            for variable, value in zip(self.variables, values, strict=True):
+    def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, which returns values of the weights and more; put them there."""
+        variables = self.variables
+
+        def write(*arguments: Any) -> Any:
+            values, more = function(*arguments)
+            for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
+            return more
+
+        return self.compiled(write)

@@ -126,8 +126,12 @@ class Port(Protocol):
         """
         ...
 
-    def assign(self, values: Sequence[Any]) -> None:
-        """Put the weights at `values`, one for each of `variables`."""
+    def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function of tensors that returns values, one for each of `variables`, and more.
+
+        What is made of it puts the weights at the values, if all of them could be computed, and
+        returns what is more. That shares no memory with the weights.
+        """
         ...
 
     def others(self) -> list[Any]:

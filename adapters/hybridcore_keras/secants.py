@@ -69,13 +69,12 @@ class SecantBank:
         self._variables = port.variables
         self._capacity = capacity
         self._read = port.reader(_flat)
-        self._flatten = port.compiled(_flat)
-        self._difference = port.compiled(lambda new, old: new - old)
+        self._pair = port.compiled(_pair)
         self._add_square = port.compiled(lambda total, new: total + new * new)
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
-        self._point = port.compiled(self._reached)
-        self._parts = port.compiled(self._split)
+        self._reach = port.writer(lambda *point: (self._reached(*point), None))
+        self._put = port.writer(lambda flat: (self._split(flat), None))
         self.clear()
 
     @property
@@ -100,10 +99,11 @@ class SecantBank:
 
     def take(self) -> None:
         """Make weights and gradients as they are the base, and keep the pair from the last one."""
-        weights, gradient = self._read(), self._flatten(self._port.gradients)
-        if self._base is not None:
-            self._moved.append(self._difference(weights, self._base[0]))
-            self._changed.append(self._difference(gradient, self._base[1]))
+        weights = self._read()
+        gradient, pair = self._pair(weights, self._port.gradients, self._base)
+        if pair is not None:
+            self._moved.append(pair[0])
+            self._changed.append(pair[1])
         if not self._is_metric:
             total = ops.zeros_like(gradient) if self._metric is None else self._metric
             self._metric = self._add_square(total, gradient)
@@ -128,12 +128,12 @@ class SecantBank:
         assert self._base is not None
         pairs = list(self._moved), list(self._changed)
         shares = ops.convert_to_tensor(coefficients.astype(np.float32))
-        self._port.assign(self._point(*self._base, *pairs, self._metric, shares))
+        self._reach(*self._base, *pairs, self._metric, shares)
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
         assert self._base is not None
-        self._port.assign(self._parts(self._base[0]))
+        self._put(self._base[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base and metric as NumPy arrays."""
@@ -187,6 +187,14 @@ class SecantBank:
 
 def _flat(values: Sequence[Any]) -> Any:
     return ops.concatenate([ops.reshape(value, (-1,)) for value in values])
+
+
+def _pair(
+    weights: Any, gradients: Sequence[Any], base: tuple[Any, Any] | None
+) -> tuple[Any, tuple[Any, Any] | None]:
+    """Return the gradients as one, and what has changed since `base`."""
+    gradient = _flat(gradients)
+    return gradient, None if base is None else (weights - base[0], gradient - base[1])
 
 
 def _metric(total: Any, count: Any) -> Any:

@@ -53,7 +53,6 @@ class SnapshotBank:
         self.capacity = capacity
         self.groups = groups
         self.kind = kind
-        self._port = port
         self._variables = port.variables
         self._buckets: list[list[int]] = []
         self._owners: list[int] = []
@@ -73,8 +72,9 @@ class SnapshotBank:
         self._coded = port.reader(lambda present, base: self._encode(self._flatten(present), base))
         self._recoded = port.compiled(self._recode)
         self._inner_products = port.compiled(self._blocks)
-        self._combined = port.compiled(self._combine)
-        self._parts = port.compiled(lambda row, base: self._split(self._exact(row, base)))
+        self._moved = port.writer(lambda *point: (self._combine(*point), None))
+        self._moved_on = port.writer(self._combine_and_flatten)
+        self._put = port.writer(lambda row, base: (self._split(self._exact(row, base)), None))
 
     @property
     def identities(self) -> list[int]:
@@ -116,7 +116,7 @@ class SnapshotBank:
             return
         row = self._coded(self._base)
         if self._recovery is not None:
-            self._put(row)
+            self._put(row, self._base)
         self._rows = [*kept, row]
 
     def gram(self) -> NDArray[np.float64]:
@@ -138,7 +138,7 @@ class SnapshotBank:
         rows = self._rows[-coefficients.shape[1] :]
         (alone, *others) = np.flatnonzero(coefficients.any(axis=0)).tolist()
         if not (others or take):
-            self._put(rows[alone])
+            self._put(rows[alone], self._base)
             return
         if take and self.kind in CODED:
             rows = [*rows[:-1], self._read()]
@@ -146,12 +146,16 @@ class SnapshotBank:
         weights = ops.convert_to_tensor(groups.astype(np.float32))
         base = self._base
         try:
-            self._port.assign(self._combined(rows, base, weights))
-            if take:
-                self._add(exact=False)
+            if take and self.kind not in CODED:
+                row = self._moved_on(rows, base, weights)
+                self._rows = [*self._rows[-self.capacity + 1 :], row]
+            else:
+                self._moved(rows, base, weights)
+                if take:
+                    self._add(exact=False)
         except BaseException:
             if take:
-                self._port.assign(self._parts(rows[-1], base))
+                self._put(rows[-1], base)
             raise
 
     def save(self) -> None:
@@ -161,7 +165,7 @@ class SnapshotBank:
     def restore(self) -> None:
         """Put the weights back to the recovery point."""
         assert self._recovery is not None
-        self._put(self._recovery)
+        self._put(self._recovery, self._base)
 
     def forget(self) -> None:
         """Do without the recovery point."""
@@ -178,7 +182,7 @@ class SnapshotBank:
     def put_back(self) -> None:
         """Undo what was done to the weights since :meth:`set_aside`, if that was not done yet."""
         if self._waiting is not None:
-            self._put(self._waiting)
+            self._put(self._waiting, self._base)
             self._waiting = None
 
     def _keep(self, *, coded: bool = False) -> Flat:
@@ -188,9 +192,6 @@ class SnapshotBank:
             if bool(ops.convert_to_numpy(self._holds(newest, self._base))):
                 return newest
         return list(self._read())
-
-    def _put(self, row: Flat) -> None:
-        self._port.assign(self._parts(row, self._base))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the snapshots, the base and the recovery point as lists of NumPy arrays.
@@ -326,6 +327,10 @@ class SnapshotBank:
             moved = ops.transpose(ops.reshape(moved, (len(rows) - 1, -1, width)), (1, 0, 2))
             out.append(ops.matmul(moved, ops.transpose(moved, (0, 2, 1))))
         return out
+
+    def _combine_and_flatten(self, *point: Any) -> tuple[list[Any], Flat]:
+        values = self._combine(*point)
+        return values, self._flatten(values)
 
     def _combine(self, rows: Sequence[Flat], base: Flat | None, weights: Any) -> list[Any]:
         points = []
