@@ -81,6 +81,7 @@ class Hands:
         self._probe = probe
         self._probe_data: tuple[Any, ...] = ()
         self._tried = probe is None
+        self._compiled = False
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
         self.room = Room(config, config.secant_pairs, host=False)
@@ -309,8 +310,12 @@ class Hands:
                 self.snapshots.restore()
             elif coefficients is not None:
                 self.snapshots.move(coefficients)
-            start = perf_counter()
             own = self._probe is None or directive.own_batch
+            if own and not self._compiled:
+                # The first one compiles, and would tell a wrong price of all.
+                self.port.probe(None)
+                self._compiled = True
+            start = perf_counter()
             loss = self.port.probe(None if own else self._held_out())
             objective = loss if directive.own_batch else NAN
             return Observation(loss=loss, seconds=perf_counter() - start, objective=objective)
