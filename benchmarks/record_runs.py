@@ -371,9 +371,9 @@ def main() -> None:
                 continue
             run = replace(run, seed=run.seed + seed)
             task = progress.add_task(run.name, total=run.steps)
-            run, series = _finite(run, functools.partial(progress.advance, task))
+            taken, series = _finite(run, functools.partial(progress.advance, task))
             np.savez_compressed(folder / f"{run.name}.npz", allow_pickle=False, **series)
-            index[run.name] = _entry(run, series)
+            index[run.name] = _entry(taken, series)
             # After each run, so that an interrupted recording leaves a true index.
             text = json.dumps(dict(sorted(index.items())), indent=1) + "\n"
             path.write_text(text, encoding="utf-8")

@@ -189,16 +189,11 @@ def models() -> str:
                     f"| {scores['calibration_error']:.2f} |"
                 )
     counts = [len(result["recordings"]) for result in (fresh, chosen)]
-    best = fresh["ceiling_of_noisy_runs"]["5"]["raw"]["beats"]
     lines += [
         "",
         f"Share of windows of {counts[0]} and {counts[1]} recorded runs on which the forecast's "
         "error is below the baseline's, rounded down; fresh runs have seeds by which nothing was "
-        "chosen. Recorded by "
-        f"`{fresh['command']}` and `{chosen['command']}`. A forecast that is told all but the "
-        "noise of the batches would be below a line, 5 steps ahead, on "
-        f"{best['linear']:.0%} of the windows of fresh mini-batch runs, and below a power law on "
-        f"{best['power law']:.0%}.",
+        f"chosen. Recorded by `{fresh['command']}` and `{chosen['command']}`.",
     ]
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ def inner_products(rows: torch.Tensor) -> torch.Tensor:
     if n <= _PART:
         return (rows @ rows.T).double()
     whole = n - n % _PART
-    parts = rows[:, :whole].view(m, -1, _PART).transpose(0, 1)
+    parts = rows[:, :whole].view(m, n // _PART, _PART).transpose(0, 1)
     out = torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = rows[:, whole:]
     return out + rest @ rest.T
@@ -46,8 +46,8 @@ class ExactBucket:
         way of one row on the device.
     """
 
-    # Columns that are worked on at a time: few enough for the displacements to stay in the cache,
-    # and enough for the calls not to count.
+    # Columns that are worked on at a time: few enough for the displacements to stay in the last
+    # cache, and enough for the calls not to count.
     _longest = 2**18
     # Values up to which a whole row more, for a moment, is worth less than the calls that it saves.
     _small = 2**20

@@ -174,19 +174,16 @@ class CodedBucket:
 
     def gram(self, order: Sequence[int], start: int, stop: int) -> torch.Tensor:
         """Inner products of the rows of `order` about the last of them, (m, m) float64."""
-        coded = [i for i, row in enumerate(order) if row != self._origin]
-        scratch = self._scratch(len(coded))
-        products = torch.zeros(len(coded), len(coded), dtype=torch.float64, device=self._device)
+        *older, newest = order
+        scratch = self._scratch(len(order))
+        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
         for block in self._blocks:
             if start <= block.base < stop:
-                for i, displacement in zip(coded, scratch, strict=True):
-                    self._moved(order[i], block, displacement)
-                products += inner_products(scratch[:, : block.size])
-        # About the origin, from which the newest is about as far as from the oldest.
-        out = torch.zeros(len(order), len(order), dtype=torch.float64, device=self._device)
-        at = torch.tensor(coded, dtype=torch.long, device=self._device)
-        out[at.unsqueeze(1), at] = products
-        return (out - out[-1]) - (out[:, -1:] - out[-1, -1])
+                away = self._moved(newest, block, scratch[-1])
+                for row, displacement in zip(older, scratch, strict=False):
+                    self._moved(row, block, displacement).sub_(away)
+                out[:-1, :-1] += inner_products(scratch[:-1, : block.size])
+        return out
 
     def move(self, order: Sequence[int], weights: NDArray[np.float64], into: int | None) -> None:
         """Put the parameters at the newest row plus weighted displacements from it.

@@ -246,6 +246,29 @@ def test_gram_and_move_equal_numpy(dtype, tolerance, size):
         np.testing.assert_allclose(gram, moved @ moved.T, rtol=tolerance, atol=tolerance * size)
 
 
+@pytest.mark.parametrize("kind", ["exact", "int8", "bfloat16"])
+def test_a_single_snapshot_has_no_displacements(kind):
+    bank = SnapshotBank([[nn.Parameter(torch.ones(5000))]], 4, kind=kind)
+    bank.take(fresh=True)
+    assert bank.gram().tolist() == [[[0.0]]]
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_small_displacements_far_from_the_origin_are_as_exact_as_their_codes(kind):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(100_001))
+    bank, kept = SnapshotBank([[p]], 4, kind=kind), []
+    for size in (0.0, 1.0, 1e-5, 1e-5):
+        with torch.no_grad():
+            p.add_(size * torch.randn_like(p))
+        bank.take(fresh=not bank.count)
+    for row in np.eye(4):
+        bank.move(row[None])
+        kept.append(p.detach().double().numpy())
+    moved = np.array(kept) - kept[-1]
+    np.testing.assert_allclose(bank.gram()[0][1:, 1:], (moved @ moved.T)[1:, 1:], rtol=1e-3)
+
+
 @pytest.mark.parametrize("size", [5, 4096, 4097, 300_001])
 def test_inner_products_lose_nothing_by_their_number(size):
     torch.manual_seed(0)

@@ -35,8 +35,8 @@ class RSSMDynamics:
     widened or narrowed until nine in ten of its recent forecasts were covered.
 
     - *Predicts* the log loss, and with its head by how much jumps will miss.
-    - *Pays* nowhere that was measured: below a line on 77 % of the windows 15 steps ahead, as the
-      mixture is without it (``benchmarks/results/forecast_skill.json``).
+    - *Pays* nowhere that was measured: below a line on 75 % of the windows 15 steps ahead, as the
+      mixture is without it (``benchmarks/results/forecast_skill-fresh.json``).
     - *Hurts* where it jumps later: 0.60 / 0.74 of plain's cost on SIREN and PINN where the default
       came to 0.59 / 0.63 (``benchmarks/results/ablation.json``, from before it had the mixture).
     - *Costs* a forward pass of five members a step, a truncated backward pass every few, and

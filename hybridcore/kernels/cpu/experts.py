@@ -240,7 +240,8 @@ def weigh(s: FloatArray, weights: FloatArray) -> None:
         total = 0.0
         for e in range(EXPERTS):
             weights[j, e] = math.exp(-STEEPNESS * (weights[j, e] - lowest))
-            if e == LAW:
+            # Before there is one, and while it does not know where a restart has led, it has none.
+            if e == LAW and s[HAS_LAW] > 0.0 and s[SINCE_RESTART] >= SETTLING:
                 weights[j, e] *= LAW_PRIOR
             total += weights[j, e]
         for e in range(EXPERTS):
