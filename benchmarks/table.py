@@ -1,7 +1,7 @@
-"""The README's figures, from the recorded results.
+"""The figures of the README and of the measurements beside it, from the recorded results.
 
 python benchmarks/table.py          # print them
-python benchmarks/table.py --write  # and put them into README.md, between the markers
+python benchmarks/table.py --write  # and put them into both README.md, between the markers
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.harm import ratio  # noqa: E402
 from benchmarks.proving_ground.results import Ground, tables  # noqa: E402
 from benchmarks.proving_ground.runs import RESULTS  # noqa: E402
 
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 SMOOTH = {"siren": "SIREN fits china.jpg", "burgers": "PINN, viscous Burgers equation"}
 NOISY = {"fashion": "MLP, Fashion-MNIST, batches of 64"}
 # Of plain's steps: about as many as take its processor time, and as many as end at its loss.
@@ -314,9 +314,10 @@ def updated(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update both README.md")
     if parser.parse_args().write:
-        README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
     for content in BLOCKS.values():
         print(content() + "\n")
 

@@ -25,7 +25,8 @@ against the other, and what their blend explained there says how much of it is b
   cases is the reference's.
 
 :meth:`Corrector.refine` is the micro-correction inside a jump. It guards jumps that go too far, and
-gains nothing for those that were chosen by a probe (the same file, and README).
+gains nothing for those that were chosen by a probe (the same file, and the table of it in
+``benchmarks/README.md``).
 """
 
 from __future__ import annotations

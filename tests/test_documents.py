@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from documents import BLOCK, ROOT, apply, block, blocks, document, sides
 
 README, CONTRIBUTING = document("README"), document("CONTRIBUTING")
+MEASURED = document("benchmarks/README")
 if CONTRIBUTING is None:
     pytest.skip("the documents are in the source tree alone", allow_module_level=True)
 
@@ -103,7 +104,7 @@ def test_the_figure_is_the_phase_table():
 
 
 def test_what_the_documents_name_is_there():
-    text = README + CONTRIBUTING
+    text = README + CONTRIBUTING + MEASURED
     targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`make (\w+)`", text)) <= set(targets)
     assert set(targets) - {"help"} <= set(re.findall(r"`make (\w+)`", CONTRIBUTING))
@@ -114,8 +115,12 @@ def test_what_the_documents_name_is_there():
     for module in re.findall(r"`python -m ([\w.]+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-    for link in re.findall(r"\]\((?!http)([^)#]+)", re.sub(BLOCK, "", text)):
-        assert (ROOT / link).exists(), link
+    for folder, page in ((ROOT, README + CONTRIBUTING), (ROOT / "benchmarks", MEASURED)):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", re.sub(BLOCK, "", page)):
+            assert (folder / link).exists(), link
+    headings = re.findall(r"^## (.*)$", MEASURED, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-").replace("'", "") for heading in headings}
+    assert set(re.findall(r"benchmarks/README\.md#([\w-]+)", README)) <= anchors
 
 
 def test_every_example_is_in_the_index():
@@ -192,7 +197,7 @@ def test_every_method_has_a_card_and_every_figure_of_it_is_recorded():
     extrapolators, others = cards()
     costs = recorded_costs()
     log = (ROOT / "benchmarks/proving_ground/LOG.md").read_text()
-    known = set(re.findall(r"\d+\.\d\d+", README + log))
+    known = set(re.findall(r"\d+\.\d\d+", README + MEASURED + log))
     together = {number for arm in costs.values() for task in arm.values() for number in task}
     for method in (*extrapolators.values(), *others):
         text = inspect.getdoc(method)
@@ -212,7 +217,7 @@ def test_every_method_has_a_card_and_every_figure_of_it_is_recorded():
     assert f"come to {' / '.join(both)}." in " ".join(extrapolation.__doc__.split())
     alone = [costs["nesterov"][name][1] for name in ("siren", "burgers")]
     said = f"default comes to {' and '.join(both)}, and `nesterov` alone to {' and '.join(alone)} "
-    assert said in " ".join(README.split())
+    assert said in " ".join(MEASURED.split())
 
 
 def test_every_public_name_has_a_docstring():

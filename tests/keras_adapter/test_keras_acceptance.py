@@ -189,6 +189,15 @@ def test_noisy_training_gets_outer_steps_and_no_jumps():
     assert statistics.outer_steps > 30
 
 
+def test_no_probe_is_charged_with_its_compilation():
+    x, y = digits()
+    model, hybrid = perceptron(), HybridCallback()
+    while not hybrid.statistics().probes:
+        model.fit(x, y, batch_size=32, verbose=0, callbacks=[hybrid])
+    # Compiled in the time of some dozens of steps.
+    assert hybrid.statistics().probe_cost < 10.0
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_batch_costs_itself_and_nothing_else(bad):
     for victim in (0, 30, 46):
