@@ -52,6 +52,12 @@ def check_arguments(
         raise ModelError(
             f"parameter {lazy} of a lazy layer has no shape yet: call the model on one batch first"
         )
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ModelError(
+            f"parameter {meta} is on the meta device and has no values: call model.to_empty(device="
+            "...) and initialize it before optimizer and trainer are built"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ModelError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it "

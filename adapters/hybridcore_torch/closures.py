@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def training_loss(closure: Closure) -> torch.Tensor:
     ClosureError
         If it does not return a scalar tensor with a graph.
     """
-    loss = closure()
+    loss = _called(closure)
     if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
         raise _no_loss(loss, "closure")
     if not loss.requires_grad:
@@ -97,11 +98,18 @@ class Prober:
 def _mean(closure: Closures, name: str) -> float:
     total = 0.0
     for part in parts(closure):
-        loss = part()
+        loss = _called(part)
         if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
             raise _no_loss(loss, name)
         total += float(loss.detach())
     return total / len(parts(closure))
+
+
+def _called(closure: Closure) -> Any:
+    # Around the step, autocast keeps what it has cast: of weights that have moved since then, or
+    # without a graph.
+    torch.clear_autocast_cache()
+    return closure()
 
 
 def _no_loss(loss: object, name: str) -> ClosureError:

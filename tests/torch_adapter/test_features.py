@@ -1,15 +1,21 @@
 """What loops use beside a model and an optimizer: each trains as plainly, and is predicted."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import BRISK, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hybridcore import HybridTrainerConfig
+from hybridcore import HybridTrainerConfig, ModelError
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.closures import Prober
+from hybridcore_torch.decay import Decay
+from hybridcore_torch.groups import trainable_parameters
+from hybridcore_torch.recovery import RecoveryPoint
 
 STEPS = 420
 X = torch.linspace(-1, 1, 64).unsqueeze(1)
@@ -223,3 +229,192 @@ def test_a_user_s_own_average_follows_the_weights():
                 mean.copy_(p if step == 0 else torch.lerp(mean, p, 0.1))
     for mean, p in zip(by_hand_average, average.module.parameters(), strict=True):
         torch.testing.assert_close(mean, p, rtol=1e-4, atol=1e-6)
+
+
+def test_a_user_s_own_average_sees_the_weights_of_predicted_steps():
+    model, optimizer, loss = plain()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(CONFIG, secant_pairs=0))
+    total, moved = [torch.zeros_like(p) for p in model.parameters()], 0
+    for _ in range(STEPS):
+        before = weights(model)
+        result = trainer.step(loss)
+        average.update_parameters(model)
+        moved += result.was_predicted and not all(map(torch.equal, before, weights(model)))
+        for seen, p in zip(total, weights(model), strict=True):
+            seen.add_(p)
+    assert moved > 5
+    for seen, mean in zip(total, average.module.parameters(), strict=True):
+        torch.testing.assert_close(seen / STEPS, mean.detach(), rtol=1e-3, atol=1e-5)
+
+
+# -- each of them by itself, where the whole would not tell that it is broken ---------------------
+
+
+@pytest.mark.parametrize("pairs", [0, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_inside_of_autocast_is_predicted_too(dtype, pairs):
+    """Autocast keeps the weights that it has cast until it ends, here after several passes."""
+    model = network()
+    scaler = torch.amp.GradScaler("cpu", 2.0**10) if dtype is torch.float16 else None
+    config = dataclasses.replace(CONFIG, secant_pairs=pairs)
+    trainer = HybridTrainer(model, adam(model), config, scaler=scaler)
+    for _ in range(STEPS):
+        with torch.autocast("cpu", dtype):
+            trainer.step(lambda: F.mse_loss(model(X).float(), Y))
+    statistics = trainer.statistics()
+    assert statistics.predicted_steps + statistics.secant_steps >= 50
+
+
+def test_a_probe_inside_of_autocast_leaves_the_pass_behind_it_its_graph():
+    model = network()
+    prober, loss = Prober(model), lambda: F.mse_loss(model(X).float(), Y)
+    with torch.autocast("cpu", torch.bfloat16):
+        prober.loss(loss, "closure")
+        here = prober.loss(loss, "closure")
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)
+        assert prober.loss(loss, "closure") != here
+        HybridTrainer(model, adam(model)).step(loss)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_a_loss_in_half_precision_is_one():
+    model = network().bfloat16()
+    x, y = X.bfloat16(), Y.bfloat16()
+    trainer = HybridTrainer(model, adam(model))
+    assert trainer.step(lambda: F.mse_loss(model(x), y)).loss > 0.0
+
+
+def test_gradients_are_clipped_by_value_in_a_hook_of_the_optimizer():
+    def build():
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer.register_step_pre_hook(
+            lambda *_: nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        )
+        return model, optimizer, loss_of(model)
+
+    model, optimizer, loss = build()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    other, optimizer, loss = build()
+    trainer = HybridTrainer(other, optimizer)
+    for _ in range(60):
+        trainer.step(loss)
+    assert all(map(torch.equal, weights(model), weights(other)))
+
+
+def test_a_compiled_closure_is_compiled_once():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = network()
+    closure = torch.compile(loss_of(model), backend="aot_eager", fullgraph=True)
+    trainer = HybridTrainer(model, adam(model), CONFIG)
+    for _ in range(STEPS):
+        trainer.step(closure)
+    assert trainer.statistics().probes > 0
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_each_group_is_scaled_from_its_own_rate():
+    model = network()
+    rest = [*model[2].parameters(), *model[4].parameters()]
+    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": rest}]
+    optimizer, seen = torch.optim.SGD(groups, 3e-2), []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append([g["lr"] for g in o.param_groups]))
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+    for _ in range(300):
+        trainer.step(loss_of(model))
+    assert any(first != 1e-3 for first, _ in seen)
+    assert all(second == pytest.approx(30 * first) for first, second in seen)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 3e-2]
+
+
+def test_each_group_has_its_own_decay():
+    model = network()
+    rest = [*model[2].parameters(), *model[4].parameters()]
+    groups = [{"params": model[0].parameters()}, {"params": rest, "weight_decay": 1e-2}]
+    optimizer = torch.optim.SGD(groups, 3e-2)
+    loss_of(model)().backward()
+    decay = Decay(optimizer, list(model.parameters()))
+    expected = 0.5e-2 * sum(float(p.detach().double().square().sum()) for p in rest)
+    assert decay.penalty() == pytest.approx(expected, rel=1e-6)
+
+
+OPTIMIZERS = {
+    "fused": lambda parameters: torch.optim.Adam(parameters, 1e-2, fused=True),
+    "foreach": lambda parameters: torch.optim.Adam(parameters, 1e-2, foreach=True),
+    "muon": lambda parameters: torch.optim.Muon(parameters, 1e-2),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, 1e-2),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_state_of_every_optimizer_comes_back(kind):
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False))
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    x = torch.randn(8, 6)
+
+    def steps(count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def state():
+        return {(p, k): v for p, kept in optimizer.state.items() for k, v in kept.items()}
+
+    steps(3)
+    before = copy.deepcopy(list(state().values()))
+    point = RecoveryPoint(model, optimizer, None)
+    steps(3)
+    point.restore(model, optimizer, None)
+    assert len(state()) == len(before) > 0
+    for now, then in zip(state().values(), before, strict=True):
+        assert type(now) is type(then)
+        torch.testing.assert_close(now, then, rtol=0.0, atol=0.0)
+    steps(2)
+
+
+def test_a_scaler_comes_back_with_a_rollback():
+    model, optimizer, _ = plain()
+    scaler = torch.amp.GradScaler("cpu", 2.0**10)
+    scaler.scale(torch.zeros(()))
+    point = RecoveryPoint(model, optimizer, scaler)
+    scaler.update(2.0)
+    point.restore(model, optimizer, scaler)
+    assert scaler.get_scale() == 2.0**10
+
+
+def test_a_tied_weight_counts_once():
+    model, optimizer, _ = tied()
+    found = trainable_parameters(model, optimizer)
+    assert len(found) == len({id(p) for p in found}) == 5
+
+
+def test_weights_stay_channels_last():
+    model, optimizer, loss = channels_last()
+    trainer = HybridTrainer(model, optimizer, CONFIG)
+    for _ in range(STEPS):
+        trainer.step(loss)
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    statistics = trainer.statistics()
+    assert statistics.predicted_steps + statistics.secant_steps > 0
+
+
+def test_a_model_that_is_on_the_meta_device_still_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(3, 2)
+    with pytest.raises(ModelError, match=r"weight is on the meta device .*to_empty"):
+        HybridTrainer(model, adam(model))
+
+
+def test_a_probe_is_of_all_parts():
+    model = nn.Linear(1, 1)
+    parts = [lambda: model.weight.sum() * 0.0 + 1.0, lambda: model.weight.sum() * 0.0 + 3.0]
+    assert Prober(model).loss(parts, "closure") == 2.0
