@@ -177,10 +177,11 @@ class Room:
         if before.snapshots and not self.plan.snapshots:
             logger.warning(
                 "memory=%r has no room for %d snapshots of kind %r, so nothing is extrapolated: "
-                "allow more, or leave snapshot_kind='auto'",
+                "allow more%s",
                 self._config.memory,
                 FEWEST,
                 self.plan.kind,
+                "" if self._config.snapshot_kind == "auto" else ", or leave snapshot_kind='auto'",
             )
         if before.average and not self.plan.average:
             logger.warning(

@@ -146,6 +146,11 @@ def read(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         into: dict[str, torch.Tensor] = {}
         for place in places:
+            if place[0] == "model" and place[1] not in here:
+                raise CheckpointError(
+                    f"{path} holds {place[1]}, which the model does not have: it is of another "
+                    "model, or of one that was not in the same wrapper"
+                )
             like = here[place[1]] if place[0] == "model" else trained[int(place[2])]
             kept: Any = stored[_name(place)]
             if like.shape != kept.size:

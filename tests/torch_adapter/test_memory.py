@@ -363,12 +363,16 @@ def test_memory_that_is_not_there_is_said():
     assert trainer.statistics().memory == dict.fromkeys(trainer.statistics().memory, 0)
 
 
-@pytest.mark.parametrize(("memory", "told"), [("64MiB", 1), ("9x", 0)])
-def test_that_there_is_no_room_for_snapshots_is_told_at_once(caplog, memory, told):
-    config = HybridTrainerConfig(memory=memory, snapshot_kind="host")
+@pytest.mark.parametrize(
+    ("memory", "kind", "told", "advice"),
+    [("64MiB", "host", 1, 1), ("9x", "host", 0, 0), ("1x", "auto", 1, 0)],
+)
+def test_that_there_is_no_room_for_snapshots_is_told_at_once(caplog, memory, kind, told, advice):
+    config = HybridTrainerConfig(memory=memory, snapshot_kind=kind)
     p = nn.Parameter(torch.empty(17_000_000))
     HybridTrainer(nn.ParameterList([p]), torch.optim.AdamW([p]), config)
-    assert caplog.text.count("no room for 4 snapshots of kind 'host'") == told
+    assert caplog.text.count("no room for 4 snapshots of kind") == told
+    assert caplog.text.count("or leave snapshot_kind='auto'") == advice
 
 
 def test_where_room_is_short_the_average_gives_way_to_what_a_jump_keeps(monkeypatch):

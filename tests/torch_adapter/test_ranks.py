@@ -25,7 +25,15 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Phase, ProtocolError
+from hybridcore import (
+    Action,
+    CheckpointError,
+    ConfigError,
+    Directive,
+    HybridTrainerConfig,
+    Phase,
+    ProtocolError,
+)
 from hybridcore_torch import HybridTrainer
 
 pytestmark = [
@@ -367,6 +375,12 @@ def test_sharded_weights_are_saved_and_loaded_by_other_ranks(tmp_path, last, pha
         assert after["losses"][0] == pytest.approx(before["losses"][jump - 1], rel=0.05)
     assert after["predicted"] > before["predicted"]
     assert after["losses"][-1] < after["losses"][0]
+    if world == 1:
+        wrapped = nn.Sequential(problem()[0])
+        with pytest.raises(CheckpointError, match=r"0\.weight, which the model does not have"):
+            HybridTrainer.load(
+                tmp_path / "checkpoint", wrapped, torch.optim.Adam(wrapped.parameters(), 3e-3)
+            )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "root"])
