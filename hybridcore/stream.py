@@ -216,16 +216,7 @@ class Stream:
         return f"Stream({len(self.steps)} steps, complete={self.complete})"
 
     def column(self, name: str) -> list[float]:
-        """One field of all steps as numbers, NaN where there is none.
-
-        Raises
-        ------
-        StreamError
-            If there are steps, and none has such a field.
-        """
-        names = dict.fromkeys(name for step in self.steps for name in step)
-        if names and name not in names:
-            raise StreamError(f"column {name!r} is in no step: there are {', '.join(names)}")
+        """One field of all steps as numbers, NaN where there is none."""
         values = (step.get(name) for step in self.steps)
         return [float("nan") if value is None else float(value) for value in values]
 

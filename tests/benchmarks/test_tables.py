@@ -1,4 +1,4 @@
-"""The README's tables are those of the recorded results, and each drill has its tests."""
+"""The tables of the documents are those of the recorded results, and each drill has its tests."""
 
 import ast
 import re
@@ -8,11 +8,13 @@ import pytest
 from benchmarks import drills, table
 
 
-def test_the_readme_s_tables_are_those_of_the_results():
-    text = table.README.read_text(encoding="utf-8")
+def test_the_tables_of_both_pages_are_those_of_the_results():
+    pages = [page.read_text(encoding="utf-8") for page in table.PAGES]
+    together = "".join(pages)
     for name in table.BLOCKS:
-        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1, name
-    assert table.updated(text) == text
+        for marker in (f"<!-- {name} -->", f"<!-- end of {name} -->"):
+            assert together.count(marker) == 1, marker
+    assert [table.updated(text) for text in pages] == pages
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,6 @@ def test_the_reader_gives_back_what_was_written(recorded):
     assert len(stream.steps) == 450
     assert stream.config == BRISK.to_dict()
     assert stream.column("loss") == [result.loss for result in results]
-    with pytest.raises(StreamError, match=r"'los' is in no step: there are .*\bloss\b"):
-        stream.column("los")
     errors = stream.column("prediction_error")
     assert [math.isnan(e) for e in errors] == [r.prediction_error is None for r in results]
     assert stream.statistics[-1] == {**trainer.statistics().to_dict(), "step": 450}
