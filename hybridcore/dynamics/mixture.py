@@ -24,9 +24,10 @@ class ExpertMixture:
     1), by itself and moved by shares of its recent misses. All see every step, and each is charged
     the squared error of its forecasts at nine leads. The weights at a lead are
     ``error ** -STEEPNESS`` of discounted errors: inverse-error combination (Bates & Granger 1969),
-    made steep, and ``LAW_PRIOR`` times that for the law by itself. The spread is that of a normal
-    distribution with the mean absolute error that the mixture itself had. The law keeps counts and
-    sums in bins of log steps, so that a step costs the same however many there were.
+    made steep, and ``LAW_PRIOR`` times that for the law by itself, once it is fitted and knows
+    where a restart has led. The spread is that of a normal distribution with the mean absolute
+    error that the mixture itself had. The law keeps counts and sums in bins of log steps, so that a
+    step costs the same however many there were.
 
     - *Predicts* the log loss of full steps to come, and how far off that may be.
     - *Pays* in forecasts: 15 steps ahead its error is below a line's on 75 % of the windows of 54
