@@ -179,6 +179,13 @@ def is_built(model: Any) -> bool:
     return all(layer.built for layer in model._flatten_layers())
 
 
+def recurrent_states(model: Any) -> list[Any]:
+    """Variables of stateful recurrent layers, which Keras does not list among those of `model`."""
+    layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
+    found = keras.tree.flatten([getattr(layer, "states", None) for layer in layers])
+    return [variable for variable in found if variable is not None]
+
+
 def build_optimizer(model: Any) -> None:
     """Have the optimizer of `model` make its variables, which it does in its first step else."""
     if not model.optimizer.built:

@@ -12,7 +12,7 @@ from keras import ops
 
 from hybridcore import CheckpointError, Engine
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.ports import build_optimizer, scope_of
+from hybridcore_keras.ports import build_optimizer, recurrent_states, scope_of
 from hybridcore_keras.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_keras.secants import SecantBank
 from hybridcore_keras.snapshots import SnapshotBank, as_numpy
@@ -51,7 +51,7 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
         model, optimizer = callback._trained
         # With JAX a model has no weights of its own while fit runs.
         getattr(model, "jax_state_sync", lambda: None)()
-        state["model"] = _values(model.variables)
+        state["model"] = _values(_variables(model))
         if optimizer.built:
             state["optimizer"] = {"kind": _kind(optimizer), **_values(optimizer.variables)}
     hands = callback._hands
@@ -162,9 +162,10 @@ def fitted(
 
     def put() -> None:
         with scope_of(model):
-            for name, owner in (("model", model), ("optimizer", model.optimizer)):
+            owners = {"model": _variables(model), "optimizer": model.optimizer.variables}
+            for name, variables in owners.items():
                 if state[name] is not None:
-                    _assign(owner.variables, state[name]["values"])
+                    _assign(variables, state[name]["values"])
         callback.engine, callback._logs = engine, logs
         if hands is not None:
             hands.restart()
@@ -183,7 +184,7 @@ def fitted(
 
 def check_untouched(model: Any, saved: dict[str, Any]) -> None:
     """Raise :class:`hybridcore.CheckpointError` if the weights are not those of the state."""
-    for variable, value in zip(model.variables, saved["values"], strict=True):
+    for variable, value in zip(_variables(model), saved["values"], strict=True):
         if not variable.trainable:
             continue
         present = ops.convert_to_numpy(variable.value)
@@ -243,6 +244,10 @@ def _copies(state: dict[str, Any], hands: Hands, room: Room, pairs: int) -> dict
 # -- model and optimizer ------------------------------------------------------------------------
 
 
+def _variables(model: Any) -> list[Any]:
+    return [*model.variables, *recurrent_states(model)]
+
+
 def _values(variables: Sequence[Any]) -> dict[str, Any]:
     return {
         "names": [variable.path for variable in variables],
@@ -254,8 +259,9 @@ def _values(variables: Sequence[Any]) -> dict[str, Any]:
 
 def _check_model(state: dict[str, Any], model: Any) -> None:
     if state["model"] is not None:
-        _check_variables("model", state["model"], model.variables)
-        flags = zip(model.variables, state["model"]["trainable"], strict=True)
+        variables = _variables(model)
+        _check_variables("model", state["model"], variables)
+        flags = zip(variables, state["model"]["trainable"], strict=True)
         differ = [variable.path for variable, was in flags if variable.trainable != was]
         if differ:
             raise CheckpointError(

@@ -12,7 +12,7 @@ from keras import ops
 
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, build_optimizer, is_built
+from hybridcore_keras.ports import Figures, build_optimizer, is_built, recurrent_states
 from hybridcore_keras.rates import Rates
 
 FIGURES = "hybrid_figures"
@@ -294,7 +294,9 @@ class StatefulPort:
             variable.assign(value)
 
     def _beside(self) -> list[Any]:
-        return [*self.model.non_trainable_variables, *self.model.metrics_variables]
+        model = self.model
+        beside = [*model.non_trainable_variables, *model.metrics_variables]
+        return [*beside, *recurrent_states(model)]
 
     def _figures(self, logs: dict[str, Any]) -> Figures:
         self._passed = True
@@ -306,7 +308,9 @@ class StatefulPort:
         Rate and iterations stay where they are: the one is the user's, the other counts passes.
         """
         inner = self.rates.optimizer
-        found = [*self.model.non_trainable_variables, *self.optimizer.variables]
+        model = self.model
+        beside = [*model.non_trainable_variables, *recurrent_states(model)]
+        found = [*beside, *self.optimizer.variables]
         return [v for v in found if v is not inner._learning_rate and v is not inner._iterations]
 
     def keep(self) -> list[Any]:

@@ -333,6 +333,36 @@ def test_probes_leave_no_trace():
     assert losses[0] == losses[1] != losses[2]
 
 
+def recurrent():
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input(batch_shape=(30, 8, 8)), keras.layers.GRU(6, stateful=True)]
+    return compiled(keras.Sequential([*layers, keras.layers.Dense(10)]))
+
+
+def test_a_stateful_layer_sees_each_batch_once_and_its_state_is_saved():
+    x, y = digits()
+    data = {"x": x[:180].reshape(-1, 8, 8), "y": y[:180], "batch_size": 30, "shuffle": False}
+    models, hybrid = (
+        [recurrent() for _ in range(3)],
+        HybridCallback(HybridTrainerConfig(warmup_steps=999)),
+    )
+    models[0].fit(**data, epochs=3, verbose=0)
+    models[1].fit(**data, epochs=3, verbose=0, callbacks=[hybrid])
+    assert hybrid.statistics().probes > 0
+    states = [model.layers[0].states[0].numpy() for model in models[:2]]
+    np.testing.assert_allclose(states[1], states[0], atol=1e-4)
+    other = HybridCallback(hybrid.config)
+    other.load_state_dict(hybrid.state_dict())
+    began = []
+
+    class Began(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            began.append(self.model.layers[0].states[0].numpy())
+
+    models[2].fit(**data, epochs=1, steps_per_epoch=1, verbose=0, callbacks=[other, Began()])
+    assert same(began[:1], states[1:])
+
+
 @pytest.mark.parametrize("built", [True, False])
 def test_a_probe_of_the_users_is_evaluated_once_and_leaves_no_trace(built):
     x, y = digits()

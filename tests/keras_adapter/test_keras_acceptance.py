@@ -124,8 +124,9 @@ def test_predicted_steps_run_no_backward_pass():
     assert watch.iterations[-1] == round(400 * (1 - statistics.backward_reduction))
 
 
-def test_nothing_is_traced_again():
-    traces = 0
+@pytest.mark.parametrize("data", ["whole", "ragged"])
+def test_nothing_is_traced_again(data):
+    traces, (x, y) = 0, digits()
 
     class Counted(keras.Model):
         def __init__(self):
@@ -147,7 +148,11 @@ def test_nothing_is_traced_again():
         # Otherwise the function of plain fit is traced once more, because it builds the optimizer.
         model.optimizer.build(model.trainable_variables)
         for _ in range(fits):
-            train(model, 150, *callbacks)
+            if data == "whole":
+                train(model, 150, *callbacks)
+            else:
+                # The last batch is smaller than the others.
+                model.fit(x, y, batch_size=60, epochs=5, verbose=0, callbacks=[*callbacks])
         return traces
 
     plain = run()
@@ -155,6 +160,7 @@ def test_nothing_is_traced_again():
     # One more for the probe's function, and none in a second fit.
     assert run(hybrid, fits=2) == plain + 1
     assert hybrid.statistics().probes > 0
+    assert hybrid.statistics().predicted_steps > 0
     assert hybrid.statistics().steps == 300
 
 
