@@ -114,6 +114,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._left: list[float] | None = None
         # Each fit has one of its own.
         self._history: Any = None
+        # What the last full step told, and with the forecasts since then, as it is told to Keras.
+        self._full_logs: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
@@ -335,10 +337,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
             if predicted or math.isfinite(engine.forecast_loss):
                 # A trial point that was taken back counts as little as a jump that was never made.
-                self._logs = self._mean.with_forecast(self._logs, engine.forecast_loss)
+                self._mean.add(engine.forecast_loss)
             else:
-                self._logs = hands.logs
-                self._mean.full_steps += 1
+                self._full_logs = hands.logs
+                self._mean.full_steps += of_step.applied
+            self._logs = self._mean.of(self._full_logs)
             result = hands.port.finish(self._logs)
             seconds = perf_counter() - start
             engine.count_time(phase, seconds, seconds - working)
@@ -375,7 +378,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if hands is not None and hands.room.snapshots != self.engine.snapshots:
             self.engine.regroup(pairs, hands.room.snapshots)
             self.engine.take_events()
-        self._hands, self._logs = hands, {}
+        self._hands, self._full_logs = hands, {}
         self._trained, self._left = (model, model.optimizer), None
 
     def _train_plainly(self, *arguments: Any) -> Any:
@@ -424,7 +427,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._left = self.hands.fingerprint()
             if self._mean.forecasts:
                 return logs
-        return type(self._model)._get_metrics_result_or_logs(self._model, logs)
+        found = type(self._model)._get_metrics_result_or_logs(self._model, logs)
+        if logs is self._logs and not self._mean.full_steps and "loss" in found:
+            # All batches were left out, and Keras's mean of none is a loss of zero.
+            return {**found, "loss": logs["loss"]}
+        return found
 
     @property
     def hands(self) -> Hands:

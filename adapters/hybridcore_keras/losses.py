@@ -44,17 +44,27 @@ def check_reports_loss(model: Any, logs: Any) -> None:
 
 
 class RunningMean:
-    """Mean of an epoch's losses, forecasts of predicted steps among them."""
+    """Mean of an epoch's losses, forecasts of predicted steps among them.
+
+    Attributes
+    ----------
+    full_steps, forecasts : int
+        Losses of either kind so far.
+    """
 
     def __init__(self) -> None:
-        self.full_steps = 0
-        self.forecasts: list[float] = []
+        self.full_steps = self.forecasts = 0
+        self._forecast = 0.0
 
-    def with_forecast(self, logs: dict[str, Any], forecast: float) -> dict[str, Any]:
-        """Return `logs` with `forecast` taken into the mean that they hold."""
-        if not math.isfinite(forecast):
-            return dict(logs)
-        steps = self.full_steps + len(self.forecasts)
-        before = float(logs["loss"]) * steps if steps else 0.0
-        self.forecasts.append(forecast)
-        return {**logs, "loss": (before + forecast) / (steps + 1)}
+    def add(self, forecast: float) -> None:
+        """Count a step of which there is a forecast alone."""
+        if math.isfinite(forecast):
+            self.forecasts += 1
+            self._forecast += forecast
+
+    def of(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Return `logs` of the last full step with the forecasts in the mean that they hold."""
+        if not self.forecasts or (self.full_steps and "loss" not in logs):
+            return logs
+        full = self.full_steps * float(logs["loss"]) if self.full_steps else 0.0
+        return {**logs, "loss": (full + self._forecast) / (self.full_steps + self.forecasts)}

@@ -117,7 +117,9 @@ class JAXPort:
             total = sum(new[_METRICS][place] for place in places[0::2])
             count = sum(new[_METRICS][place] for place in places[1::2])
             mean = total / jnp.where(count == 0.0, 1.0, count)
-            logs["loss"] = jnp.where(sum(counts) == 0.0, logs["loss"], mean)
+            # Where all batches so far were left out there is no mean, and zero would be the best.
+            unused = (sum(counts) == 0.0) | (count == 0.0)
+            logs["loss"] = jnp.where(unused, logs["loss"], mean)
         logs[_FIGURES] = jnp.stack([jnp.asarray(v, jnp.float32) for v in (loss, norm, rate)])
         return logs, (*new, extras)
 

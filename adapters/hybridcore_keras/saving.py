@@ -43,7 +43,7 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
         **dict.fromkeys((*COPIES, "beside", "model", "optimizer")),
         "skipped": 0,
         "snapshots": True,
-        "logs": keras.tree.map_structure(_plain, callback._logs),
+        "logs": keras.tree.map_structure(_plain, callback._full_logs),
         "epoch": callback.epoch,
         "random": random_states(),
     }
@@ -166,7 +166,7 @@ def fitted(
             for name, variables in owners.items():
                 if state[name] is not None:
                     _assign(variables, state[name]["values"])
-        callback.engine, callback._logs = engine, logs
+        callback.engine, callback._full_logs = engine, logs
         if hands is not None:
             hands.restart()
             hands.room, hands.pairs, hands.peaks = room, pairs, peaks

@@ -116,8 +116,9 @@ class StatefulPort:
             tracker.total.assign(before[0] + ops.where(good, total, ops.zeros_like(total)))
             tracker.count.assign(before[1] + ops.where(good, count, ops.zeros_like(count)))
         if trackers and "loss" in logs:
-            used = ops.not_equal(sum(counts), 0.0)
             total, count = sum(t.total.value for t in trackers), sum(t.count for t in trackers)
+            # Where all batches so far were left out there is no mean, and zero would be the best.
+            used = ops.logical_and(ops.not_equal(sum(counts), 0.0), ops.not_equal(count, 0.0))
             mean = ops.divide_no_nan(total, count)
             logs["loss"] = ops.where(used, mean, ops.cast(logs["loss"], mean.dtype))
         logs[FIGURES] = ops.stack([loss, ops.cast(self._norm, "float32"), rate])
