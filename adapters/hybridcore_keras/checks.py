@@ -86,10 +86,32 @@ def check_model(model: Any) -> None:
             "MultiOptimizer keeps several counts of iterations and learning rates, which cannot be "
             "kept in step with predicted batches: use one optimizer for the whole model"
         )
+    own = optimizer, getattr(optimizer, "inner_optimizer", None)
+    others = [
+        name
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer) and not any(value is one for one in own)
+    ]
+    if others:
+        raise ModelError(
+            f"model has optimizers besides model.optimizer ({', '.join(others)}), and a predicted "
+            "batch or a probe can be kept from one only: use one optimizer for the whole model, or "
+            "train without HybridCallback"
+        )
     if is_built(model) and not model.trainable_variables:
         raise ModelError(
             "model has no trainable variable (all layers have trainable=False or none has "
             "weights): unfreeze at least one and compile again"
+        )
+
+
+def check_steps(steps: int) -> None:
+    """Raise :class:`hybridcore.ModelError` unless ``train_step`` took one step of the optimizer."""
+    if steps != 1:
+        raise ModelError(
+            f"train_step takes {steps} steps of model.optimizer in a batch, and it must take one: "
+            "sum the losses of a batch and call apply_gradients() once, or train without "
+            "HybridCallback"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax import tree_util
 
 from hybridcore import ModelError
+from hybridcore_keras.checks import check_steps
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
 from hybridcore_keras.ports import Figures
@@ -42,8 +43,8 @@ class JAXPort:
         self.model = model
         self.optimizer = model.optimizer
         self.variables: list[Any] = list(model.trainable_variables)
-        self.skipped = 0
         self.rates = Rates(self.optimizer)
+        self.skipped = self.rates.skipped_before()
         self._plain_step = model.train_step
         self._plain_apply = self.optimizer.stateless_apply
         self._plain_function: Any = None
@@ -57,6 +58,8 @@ class JAXPort:
         self._keeping = False
         self._kept: list[Any] = []
         self._told: tuple[Any, Any] | None = None
+        # Steps of the optimizer in the present batch.
+        self._steps = 0
         self._state: list[Any] = []
         self._iterator: Any = None
         self._batches: list[Any] | None = None
@@ -80,7 +83,7 @@ class JAXPort:
         """Give model and optimizer back as they were."""
         vars(self.model).pop("train_step", None)
         vars(self.optimizer).pop("stateless_apply", None)
-        self.rates.remove()
+        self.rates.remove(self.skipped)
         self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
@@ -92,19 +95,21 @@ class JAXPort:
         for place in places:
             metrics[place] = jnp.zeros_like(metrics[place])
         self.rates.offset, (self.rates.scale, self.rates.highest) = extras
-        self._told = None
+        self._told, self._steps = None, 0
         try:
             with self.rates.inside():
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
         finally:
             self._settle_rates()
         check_reports_loss(self.model, logs)
+        check_steps(self._steps)
         logs, new = dict(logs), list(new)
         new[_METRICS] = list(new[_METRICS])
         totals = [new[_METRICS][place] for place in places[0::2]]
         counts = [new[_METRICS][place] for place in places[1::2]]
         loss = batch_loss(totals, counts, logs)
-        norm, rate = self._told or (jnp.zeros(()), jnp.zeros(()))
+        assert self._told is not None
+        norm, rate = self._told
         for place in places:
             new[_METRICS][place] += old[_METRICS][place]
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -146,6 +151,7 @@ class JAXPort:
     def _apply(self, variables: Any, gradients: Any, weights: Any) -> Any:
         if self._probing:
             return weights, variables
+        self._steps += 1
         norm = gradient_norm(gradients, lambda v: jnp.sum(v * v))
         mapping = list(zip(self.optimizer.variables, variables, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
@@ -350,6 +356,4 @@ def _figures(logs: dict[str, Any]) -> Figures:
     return Figures(*np.asarray(logs.pop(_FIGURES)).tolist())
 
 
-@jax.jit
-def _copies(values: Any) -> Any:
-    return tree_util.tree_map(jnp.copy, values)
+_copies: Callable[[Any], Any] = jax.jit(lambda values: tree_util.tree_map(jnp.copy, values))

@@ -6,9 +6,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
+
+# Where the schedule of an optimizer stands is nowhere in it, and the next fit may have a callback
+# of its own.
+_SKIPPED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 class Rates:
@@ -45,9 +50,15 @@ class Rates:
         """Take over the optimizer's look-up."""
         vars(self.optimizer)["_get_current_learning_rate"] = self._current
 
-    def remove(self) -> None:
-        """Give it back."""
+    def remove(self, skipped: int) -> None:
+        """Give it back, after `skipped` batches that the optimizer does not count."""
         vars(self.optimizer).pop("_get_current_learning_rate", None)
+        _SKIPPED[self.optimizer] = skipped
+
+    def skipped_before(self) -> int:
+        """Batches that the optimizer did not count so far, of which another callback may know."""
+        begun = int(ops.convert_to_numpy(self.optimizer._iterations))
+        return _SKIPPED.get(self.optimizer, 0) if begun else 0
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:

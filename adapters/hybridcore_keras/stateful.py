@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from hybridcore_keras.checks import check_steps
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
 from hybridcore_keras.ports import Figures, build_optimizer, is_built, recurrent_states
@@ -35,8 +36,8 @@ class StatefulPort:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.optimizer = model.optimizer
-        self.skipped = 0
         self.rates = Rates(self.optimizer)
+        self.skipped = self.rates.skipped_before()
         self.rates.scale = _held(1.0, "float32")
         self.rates.highest = _held(math.inf, "float32")
         self.rates.offset = _held(0, "int")
@@ -53,6 +54,8 @@ class StatefulPort:
         self._kept: dict[int, Any] = {}
         self._norm: Any = None
         self._trackers: list[Any] = []
+        # Steps of the optimizer in the present batch.
+        self._steps = 0
         self._batches: list[Any] | None = None
         # Whether a pass has come to its end, and with it all that makes variables.
         self._passed = False
@@ -78,6 +81,7 @@ class StatefulPort:
             model.make_train_function(force=True)
             self._function, self._applier = model.train_function, None
             self._renew()
+        self._set_rates(self._scale, self._highest)
 
     def _renew(self) -> None:
         """Forget what was compiled before."""
@@ -86,7 +90,7 @@ class StatefulPort:
         """Give model and optimizer back as they were."""
         vars(self.model).pop("train_step", None)
         vars(self.optimizer).pop("apply", None)
-        self.rates.remove()
+        self.rates.remove(self.skipped)
         self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
@@ -101,11 +105,12 @@ class StatefulPort:
         kept = [self._read(variable) for variable in guarded]
         for tracker in trackers:
             tracker.reset_state()
-        self._norm, self._kept = ops.zeros((), "float32"), {}
+        self._norm, self._kept, self._steps = ops.zeros((), "float32"), {}, 0
         rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside():
             logs = self._plain_step(data)
         check_reports_loss(model, logs)
+        check_steps(self._steps)
         logs = dict(logs)
         totals = [self._read(tracker.total) for tracker in trackers]
         counts = [self._read(tracker.count) for tracker in trackers]
@@ -147,6 +152,7 @@ class StatefulPort:
     def _apply(self, gradients: Any, variables: Any = None) -> None:
         if self._probing:
             return
+        self._steps += 1
         gradients = list(gradients)
         variables = None if variables is None else list(variables)
         optimizer = self.optimizer

@@ -79,6 +79,43 @@ def test_several_epochs_with_validation_data():
     assert history["val_accuracy"][-1] > 0.8
 
 
+def test_an_epoch_without_a_good_batch_tells_no_loss_and_no_best_one():
+    model, hybrid = regression(metrics=["accuracy"]), HybridCallback(BRISK)
+    stopping = keras.callbacks.EarlyStopping("loss", patience=2)
+    history = train(model, 9, hybrid, stopping, data=spoiled([4, 6], np.nan))
+    assert np.flatnonzero(np.isnan(history["loss"])).tolist() == [4, 6]
+    assert stopping.best == history["loss"][-1] == min(np.delete(history["loss"], [4, 6]))
+    # Among good ones a bad batch is none of those that are averaged.
+    history = train(model, 1, hybrid, data=spoiled([4, 6], np.nan), steps_per_epoch=9)
+    assert 0.5 * stopping.best < history["loss"][0] < 2.0 * stopping.best
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_losses_and_forecasts():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    seen, expected, mixed, before = [], [], [], 0
+
+    class Note(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            seen.clear()
+
+        def on_train_batch_end(self, batch, logs=None):
+            nonlocal before
+            self.predicted = hybrid.engine.counters.predicted_steps > before
+            if self.predicted:
+                seen.append(hybrid.engine.forecast_loss)
+            before = hybrid.engine.counters.predicted_steps
+
+        def on_epoch_end(self, epoch, logs=None):
+            full = 40 - len(seen)
+            mean = float(self.model._loss_tracker.result())
+            expected.append((full * mean + sum(seen)) / 40)
+            mixed.append(full < 40 and not self.predicted)
+
+    history = train(model, 4, hybrid, Note(), steps_per_epoch=40)
+    np.testing.assert_allclose(history["loss"], expected, rtol=1e-5)
+    assert any(mixed)
+
+
 def test_a_dataset_without_repeat():
     x, y = digits()
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(900)
@@ -125,6 +162,23 @@ def test_a_schedule_stands_where_it_would_in_plain_fit():
     predicts(model, 200, note)
     expected = [float(schedule(step + 1)) for step in range(200)]
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
+
+
+def test_a_schedule_goes_on_in_a_fit_with_another_callback():
+    schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 600, 1e-4)
+    model = regression(keras.optimizers.Adam(schedule))
+    seen = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: seen.append(float(model.optimizer.learning_rate))
+    )
+    predicts(model, 200)
+    assert int(model.optimizer.iterations) < 200
+    train(model, 1, HybridCallback(BRISK), note)
+    np.testing.assert_allclose(seen, [float(schedule(200))], rtol=1e-5)
+    # Who counts from zero begins the schedule anew.
+    model.optimizer.iterations.assign(0)
+    train(model, 1, HybridCallback(BRISK), note)
+    np.testing.assert_allclose(seen[1], 1e-2, rtol=1e-5)
 
 
 def test_a_rollback_restores_all_but_the_schedule():
@@ -289,12 +343,40 @@ def test_a_train_step_that_reports_its_loss_and_one_that_does_not():
         model = Reports()
         model.label = label
         model.compile(keras.optimizers.Adam(1e-2))
-        model._loss_tracker = None
         if label == "loss":
             predicts(model)
         else:
             with pytest.raises(ModelError, match="key 'loss'"):
                 train(model, 1, HybridCallback(BRISK))
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_train_step_takes_one_step_of_the_optimizer(steps):
+    class Steps(Custom):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = CROSS_ENTROPY(y, self(x, training=True))
+            found = tape.gradient(loss, self.trainable_variables)
+            for _ in range(steps):
+                self.optimizer.apply(found, self.trainable_variables)
+            self.mean.update_state(loss)
+            return {"loss": self.mean.result()}
+
+    model = Steps()
+    model.compile(keras.optimizers.Adam(1e-2))
+    with pytest.raises(ModelError, match=f"takes {steps} steps of model.optimizer"):
+        train(model, 1, HybridCallback(BRISK))
+
+
+def test_a_second_optimizer_is_refused():
+    model = Custom()
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.critic = keras.optimizers.Adam(1e-2)
+    with pytest.raises(ModelError, match=r"besides model.optimizer \(critic\)"):
+        train(model, 1, HybridCallback(BRISK))
+    model.critic = model.optimizer
+    train(model, 1, HybridCallback(BRISK))
 
 
 def test_a_functional_model_with_two_outputs_and_batch_norm_and_dropout():
