@@ -57,7 +57,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     they would in plain ``fit``. Quasi-Newton steps are full steps too, whether the optimizer sees
     their gradients or the trial point is taken back.
 
-    Used in a second ``fit`` of the same model and optimizer, it goes on where it was.
+    Used in a second ``fit`` of the same model and optimizer, it goes on where it was; another
+    callback begins anew, but for the place of the schedule.
 
     Parameters
     ----------

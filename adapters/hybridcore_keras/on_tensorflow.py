@@ -113,8 +113,8 @@ class TensorFlowPort(StatefulPort):
 
     @property
     def _takes_batches(self) -> bool:
-        model = self.model
-        return self._alone and model.steps_per_execution == 1 and not model.run_eagerly
+        model, eager = self.model, tf.config.functions_run_eagerly()
+        return self._alone and model.steps_per_execution == 1 and not (eager or model.run_eagerly)
 
     def _called(self, function: Any, batches: Any) -> Any:
         """Run `function`, one of Keras's, on `batches` out of the iterator."""

@@ -63,7 +63,7 @@ class Port(Protocol):
     def pull(self) -> int:
         """Take one execution's batches out of the iterator, and return how many.
 
-        After :meth:`full` in the same step there are none to be taken.
+        After :meth:`full` in the same step no more are taken.
 
         Raises
         ------
