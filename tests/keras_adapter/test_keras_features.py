@@ -1,0 +1,360 @@
+"""Single features of the adapter, each against plain `fit`, NumPy or a formula."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras_problems import (
+    BRISK,
+    CROSS_ENTROPY,
+    compiled,
+    digits,
+    perceptron,
+    regression,
+    same,
+    train,
+    weights,
+)
+
+from hybridcore import Action, Directive, HybridTrainerConfig
+from hybridcore_keras import HybridCallback
+from hybridcore_keras.averages import WeightAverage
+from hybridcore_keras.gradients import gradient_norm
+from hybridcore_keras.ports import port_of
+
+# What Keras does to TensorFlow's tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+FULL = HybridTrainerConfig(warmup_steps=999)
+SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.2, 300, 1e-3)
+
+
+def batch():
+    return tuple(map(tf.constant, digits()))
+
+
+def normalised():
+    return [keras.layers.BatchNormalization()]
+
+
+def trained(model, steps=1):
+    """A callback that has taken `model` through so many full steps."""
+    hybrid = HybridCallback(FULL)
+    train(model, steps, hybrid)
+    return hybrid
+
+
+def gradients(model, loss=CROSS_ENTROPY):
+    """What TensorFlow itself finds for all digits."""
+    x, y = batch()
+    with tf.GradientTape() as tape:
+        value = loss(y, model(x, training=True))
+    return [g.numpy() for g in tape.gradient(value, model.trainable_variables)]
+
+
+def euclidean(values):
+    return np.sqrt(sum(np.square(np.asarray(v, np.float64)).sum() for v in values))
+
+
+def state_of(model):
+    return [np.array(v) for v in (*model.variables, *model.optimizer.variables)]
+
+
+def close(found, expected, rtol=1e-4, atol=1e-6):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
+
+
+# -- rollback and schedule ------------------------------------------------------------------------
+
+
+def test_a_rollback_restores_moments_statistics_and_averages_but_not_rate_and_iterations():
+    layers = lambda: [keras.layers.BatchNormalization(), keras.layers.Dropout(0.1)]  # noqa: E731
+    model = perceptron(keras.optimizers.Adam(1e-2, use_ema=True), layers=layers)
+    hybrid, optimizer = trained(model, 2), model.optimizer
+    own = {id(optimizer.iterations), id(optimizer._learning_rate)}
+    others = [v for v in (*model.variables, *optimizer.variables) if id(v) not in own]
+    # Weights, statistics and the seed; two moments and an average for each of six weights.
+    assert len(others) == 6 + 2 + 1 + 3 * 6
+    before = [v.numpy() for v in others]
+    with hybrid.hands.port.alone(batch()):
+        hybrid.hands.carry_out(Directive(Action.SAVE))
+        for _ in range(2):
+            hybrid.hands.carry_out(Directive(Action.FULL))
+        assert not any(np.array_equal(v.numpy(), b) for v, b in zip(others, before, strict=True))
+        optimizer.learning_rate = 3e-3
+        hybrid.hands.carry_out(Directive(Action.ROLLBACK))
+    assert same([v.numpy() for v in others], before)
+    assert int(optimizer.iterations) == 4
+    assert float(optimizer.learning_rate) == pytest.approx(3e-3)
+
+
+def test_a_resumed_run_goes_on_at_the_rate_of_the_schedule():
+    model = regression(keras.optimizers.SGD(SCHEDULE))
+    hybrid = trained(model, 2)
+    hybrid.hands.port.skip(40)
+    again, resumed = regression(keras.optimizers.SGD(SCHEDULE)), HybridCallback(FULL)
+    resumed.load_state_dict(hybrid.state_dict())
+    step = zip(weights(model), gradients(model), strict=True)
+    train(again, 1, resumed)
+    assert int(again.optimizer.iterations) == 3
+    close(weights(again), [w - float(SCHEDULE(42)) * g for w, g in step])
+
+
+def test_predicted_executions_advance_the_schedule_by_all_of_their_batches():
+    schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 300, 1e-3)
+    model = regression(keras.optimizers.Adam(schedule), steps_per_execution=3)
+    hybrid, rates = HybridCallback(BRISK), []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: rates.append(float(model.optimizer.learning_rate))
+    )
+    train(model, 1, hybrid, note, steps_per_epoch=3 * 60)
+    statistics = hybrid.statistics()
+    assert statistics.predicted_steps > 3
+    assert int(model.optimizer.iterations) == 3 * statistics.full_steps
+    close(rates, [float(schedule(3 * step)) for step in range(1, 61)], rtol=1e-5)
+
+
+# -- bad batches ----------------------------------------------------------------------------------
+
+
+def test_a_batch_of_bad_loss_and_good_gradients_is_left_out():
+    def loss(y, predicted):
+        # Labels below zero mark the bad batch; what is added to it has no gradient.
+        value = CROSS_ENTROPY(tf.where(y < 0, -y - 1, y), predicted)
+        return value + tf.where(y[0] < 0, np.float32("nan"), 0.0)
+
+    model, states = perceptron(layers=normalised, loss=loss), []
+    x, y = batch()
+    assert all(np.isfinite(g).all() for g in gradients(model, lambda y, p: loss(-y - 1, p)))
+    signs = tf.data.Dataset.from_tensor_slices([1, 1, -1, 1])
+    data = signs.map(lambda sign: (x, tf.where(sign < 0, -y - 1, y)))
+    hybrid = HybridCallback(FULL)
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: states.append(state_of(model))
+    )
+    train(model, 1, hybrid, note, data=data, steps_per_epoch=4)
+    assert hybrid.statistics().divergences == 1
+    assert [same(*pair) for pair in itertools.pairwise(states)] == [False, True, False]
+
+
+# -- quasi-Newton steps ---------------------------------------------------------------------------
+
+
+def test_the_gradients_kept_are_applied_at_scaled_rates():
+    model = perceptron(keras.optimizers.SGD(0.2))
+    port = trained(model).hands.port
+    before, expected = weights(model), gradients(model)
+    with port.alone(batch()):
+        port.gradient()
+        port.apply(0.0)
+        assert same(weights(model), before)
+        for scale, highest, rate in ((1.0, np.inf, 0.2), (0.5, np.inf, 0.1), (5.0, 0.3, 0.3)):
+            model.set_weights(before)
+            port.apply(scale, highest)
+            moved = [now - w for now, w in zip(weights(model), before, strict=True)]
+            close(moved, [-rate * g for g in expected])
+
+
+def test_a_base_stays_where_it_is_though_the_optimizer_moves_weights_at_a_rate_of_zero():
+    # Only of optimizers that are known by name there are quasi-Newton steps.
+    class SGD(keras.optimizers.SGD):
+        def update_step(self, gradient, variable, learning_rate):
+            super().update_step(gradient, variable, learning_rate)
+            self.assign_add(variable, keras.ops.full_like(variable, 0.125))
+
+    model = regression(SGD(0.1))
+    hands = trained(model).hands
+    with hands.port.alone(batch()):
+        hands.carry_out(Directive(Action.FULL, pair=True, fresh_pairs=True))
+        trial = weights(model)
+        hands.carry_out(Directive(Action.GRADIENT))
+        hands.carry_out(Directive(Action.BASE))
+        assert same(weights(model), trial)
+        hands.port.apply(0.0)
+        assert not same(weights(model), trial)
+
+
+# -- compiled anew --------------------------------------------------------------------------------
+
+
+def test_after_another_compile_passes_are_those_of_the_new_loss_and_layers():
+    model, optimizer = perceptron(keras.optimizers.SGD(0.2)), keras.optimizers.SGD(0.2)
+    compiled(model, optimizer)
+    hybrid = trained(model)
+    port = hybrid.hands.port
+    with port.alone(batch()):
+        port.probe(None)
+        port.gradient()
+        port.apply(1.0)
+
+    def loss(y, predicted):
+        return 3.0 * CROSS_ENTROPY(y, predicted) + 1.0
+
+    model.layers[0].trainable = False
+    compiled(model, optimizer, loss=loss)
+    train(model, 1, hybrid)
+    assert hybrid.hands.port is port
+    x, y = batch()
+    before, expected = weights(model), gradients(model, loss)
+    with port.alone((x, y)):
+        assert port.probe(None) == pytest.approx(float(loss(y, model(x))), rel=1e-5)
+        _, figures = port.gradient()
+        port.apply(1.0)
+    assert figures.gradient_norm == pytest.approx(euclidean(expected), rel=1e-4)
+    assert same(weights(model)[:2], before[:2])
+    close(weights(model)[2:], [w - 0.2 * g for w, g in zip(before[2:], expected, strict=True)])
+
+
+def test_copies_are_of_the_layers_that_are_trained_now_though_values_are_equal():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    first, second = keras.layers.Dense(10), keras.layers.Dense(10)
+    model = keras.Model(inputs, keras.layers.Add()([first(inputs), second(inputs)]))
+    second.trainable, optimizer = False, keras.optimizers.SGD(0.3)
+    compiled(model, optimizer)
+    optimizer.build([*first.variables, *second.variables])
+    hybrid = HybridCallback(BRISK)
+    train(model, 1, hybrid, steps_per_epoch=40)
+    assert hybrid.hands.identities == [id(v) for v in first.variables]
+    second.set_weights(first.get_weights())
+    first.trainable, second.trainable = False, True
+    compiled(model, optimizer)
+    before, predicted = first.get_weights(), hybrid.statistics().predicted_steps
+    train(model, 1, hybrid, steps_per_epoch=110)
+    assert hybrid.hands.identities == [id(v) for v in second.variables]
+    assert hybrid.statistics().predicted_steps > predicted
+    assert same(first.get_weights(), before)
+
+
+def test_after_fit_nothing_of_the_callbacks_is_left_on_model_and_optimizer():
+    plain, model = perceptron(), perceptron()
+    train(plain, 2)
+    hybrid = trained(model, 2)
+    for theirs, ours in ((plain, model), (plain.optimizer, model.optimizer)):
+        assert vars(ours).keys() == vars(theirs).keys()
+    port = hybrid.hands.port
+    held = [*vars(model).values(), *vars(model.optimizer).values()]
+    assert not {id(hybrid), id(port), id(port.rates)} & {
+        id(getattr(value, "__self__", None)) for value in held
+    }
+
+
+# -- two replicas ---------------------------------------------------------------------------------
+
+
+class Norms(keras.callbacks.Callback):
+    """Tells what gradient norm the engine is told of each full step."""
+
+    def __init__(self, hybrid):
+        super().__init__()
+        self.hybrid, self.seen = hybrid, []
+
+    def on_train_begin(self, logs=None):
+        carry_out = self.hybrid.hands.carry_out
+
+        def heard(directive):
+            observation = carry_out(directive)
+            self.seen.append(observation.gradient_norm)
+            return observation
+
+        self.hybrid.hands.carry_out = heard
+
+
+def replicas(model):
+    """Values of all variables on each replica."""
+    owners = (*model.variables, *model.optimizer.variables)
+    local = model.distribute_strategy.experimental_local_results
+    values = [local(variable.value) for variable in owners]
+    return [[np.array(v[n if len(v) > 1 else 0]) for v in values] for n in range(2)]
+
+
+def test_two_replicas_take_the_steps_of_one_and_leave_out_what_is_bad_on_one_of_them():
+    x, y = (array[:1796] for array in digits())
+    inputs = np.stack([x] * 4)
+    # The second half of a batch is the second replica's.
+    inputs[2, 1000:] = np.nan
+    data = tf.data.Dataset.from_tensor_slices((inputs, np.stack([y] * 4)))
+    names = [device.name for device in tf.config.list_logical_devices("CPU")]
+    strategy = tf.distribute.MirroredStrategy(names)
+
+    def run(model):
+        hybrid, states = HybridCallback(FULL), []
+        norms = Norms(hybrid)
+        note = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: states.append((replicas(model), logs["loss"]))
+        )
+        train(model, 1, hybrid, norms, note, data=data, steps_per_epoch=4)
+        assert hybrid.statistics().divergences == 1
+        return norms.seen, states
+
+    build = lambda: perceptron(keras.optimizers.SGD(0.2), metrics=["accuracy"])  # noqa: E731
+    with strategy.scope():
+        model = build()
+    assert strategy.num_replicas_in_sync == 2
+    norms, states = run(model)
+    alone, whole = run(build())
+    np.testing.assert_allclose(norms, alone, rtol=1e-4)
+    for (first, second), _ in states:
+        assert same(first, second)
+        assert all(np.isfinite(v).all() for v in first)
+    assert same(states[1][0][0], states[2][0][0])
+    assert not same(states[2][0][0], states[3][0][0])
+    close(states[3][0][0], whole[3][0][0])
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def sum_of_squares(values):
+    return tf.reduce_sum(values * values)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e25, 1e-25, 0.0])
+def test_the_gradient_norm_is_that_of_float64(size):
+    rng = np.random.default_rng(0)
+    arrays = [(size * rng.normal(size=shape)).astype("float32") for shape in ((7, 3), (5,), ())]
+    found = gradient_norm([*map(tf.constant, arrays), None], sum_of_squares)
+    assert float(found) == pytest.approx(euclidean(arrays), rel=1e-5)
+    assert float(gradient_norm([None], sum_of_squares)) == 0.0
+
+
+def test_the_norm_of_an_embeddings_gradient_is_that_of_its_rows():
+    embedding = keras.layers.Embedding(9, 4)
+    rows = tf.constant([1, 5, 7])
+    embedding.build()
+    factors = tf.reshape(tf.range(12.0), (3, 4))
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(embedding(rows) * factors)
+    gradient = tape.gradient(value, embedding.embeddings.value)
+    assert isinstance(gradient, tf.IndexedSlices)
+    found = gradient_norm([gradient], sum_of_squares)
+    assert float(found) == pytest.approx(np.sqrt(sum(n**2 for n in range(12))), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_moves_of_an_average_in_half_precision_are_not_lost(dtype):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, dtype=dtype)])
+    average = WeightAverage(port_of(compiled(model)))
+    ones = [np.ones(w.shape, "float32") for w in weights(model)]
+    model.set_weights(ones)
+    average.add(1.0)
+    # The next number of bfloat16 is 1 + 1 / 128, and one of a hundred moves is 100 times less.
+    model.set_weights([(1.0 + 1 / 128) * w for w in ones])
+    for _ in range(100):
+        average.add(0.01)
+    close(average.state_dict(), [w * (1.0 + (1.0 - 0.99**100) / 128) for w in ones], rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"steps_per_execution": 2}, {"run_eagerly": True}])
+def test_the_end_of_data_of_unknown_length_ends_an_epoch_and_nothing_else(how):
+    x, y = digits()
+    data = tf.data.Dataset.from_tensor_slices((x[:60], y[:60])).batch(15).filter(lambda *_: True)
+    model, hybrid = regression(**how), HybridCallback(FULL)
+    # As in plain fit.
+    with pytest.warns(UserWarning, match="ran out of data"):
+        model.fit(data, epochs=3, verbose=0, shuffle=False, callbacks=[hybrid])
+    assert hybrid.statistics().steps == 3 * 4 // how.get("steps_per_execution", 1)
+    assert int(model.optimizer.iterations) == 3 * 4
