@@ -1,5 +1,7 @@
 """Small real problems that the Keras adapter's tests train on."""
 
+from functools import cache
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -38,6 +40,19 @@ def spoiled(victims, value):
         lambda i: tf.where(tf.reduce_any(bad == i), tf.constant(value), tf.constant(1.0))
     )
     return factors.map(lambda factor: (x * factor, y))
+
+
+@cache
+def mirrored():
+    """Two replicas, each of which gets its half of a batch.
+
+    There is one for all tests: a second one would number its sums as the first one did, and
+    TensorFlow takes sums of one number for the same.
+    """
+    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
+    strategy = tf.distribute.MirroredStrategy(devices)
+    assert strategy.num_replicas_in_sync == 2
+    return strategy
 
 
 def compiled(model, optimizer=None, **arguments):

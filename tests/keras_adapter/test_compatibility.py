@@ -15,6 +15,7 @@ from keras_problems import (
     compiled,
     digits,
     forever,
+    mirrored,
     perceptron,
     regression,
     same,
@@ -578,9 +579,6 @@ def test_constraints_hold_after_a_jump():
 
 
 def test_mirrored_strategy():
-    devices = [device.name for device in tf.config.list_logical_devices("CPU")]
-    strategy = tf.distribute.MirroredStrategy(devices)
-    assert strategy.num_replicas_in_sync == 2
-    with strategy.scope():
+    with mirrored().scope():
         model = perceptron(layers=lambda: [keras.layers.BatchNormalization()])
     predicts(model, 150, data=forever(1796))

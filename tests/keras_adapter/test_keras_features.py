@@ -11,6 +11,7 @@ from keras_problems import (
     CROSS_ENTROPY,
     compiled,
     digits,
+    mirrored,
     perceptron,
     regression,
     same,
@@ -67,6 +68,12 @@ def close(found, expected, rtol=1e-4, atol=1e-6):
         np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
+def marked(y, predicted):
+    """A loss that is not finite, though its gradient is, where the first label is below zero."""
+    value = CROSS_ENTROPY(tf.where(y < 0, -y - 1, y), predicted)
+    return value + tf.where(y[0] < 0, np.float32("nan"), 0.0)
+
+
 # -- rollback and schedule ------------------------------------------------------------------------
 
 
@@ -121,14 +128,9 @@ def test_predicted_executions_advance_the_schedule_by_all_of_their_batches():
 
 
 def test_a_batch_of_bad_loss_and_good_gradients_is_left_out():
-    def loss(y, predicted):
-        # Labels below zero mark the bad batch; what is added to it has no gradient.
-        value = CROSS_ENTROPY(tf.where(y < 0, -y - 1, y), predicted)
-        return value + tf.where(y[0] < 0, np.float32("nan"), 0.0)
-
-    model, states = perceptron(layers=normalised, loss=loss), []
+    model, states = perceptron(layers=normalised, loss=marked), []
     x, y = batch()
-    assert all(np.isfinite(g).all() for g in gradients(model, lambda y, p: loss(-y - 1, p)))
+    assert all(np.isfinite(g).all() for g in gradients(model, lambda y, p: marked(-y - 1, p)))
     signs = tf.data.Dataset.from_tensor_slices([1, 1, -1, 1])
     data = signs.map(lambda sign: (x, tf.where(sign < 0, -y - 1, y)))
     hybrid = HybridCallback(FULL)
@@ -263,46 +265,64 @@ class Norms(keras.callbacks.Callback):
         self.hybrid.hands.carry_out = heard
 
 
-def replicas(model):
-    """Values of all variables on each replica."""
-    owners = (*model.variables, *model.optimizer.variables)
-    local = model.distribute_strategy.experimental_local_results
-    values = [local(variable.value) for variable in owners]
+def on_two(build):
+    with mirrored().scope():
+        return build()
+
+
+def on_replicas(variables, local):
+    """Values of `variables` on each replica, or twice those that all of them share."""
+    values = [local(variable.value) for variable in variables]
     return [[np.array(v[n if len(v) > 1 else 0]) for v in values] for n in range(2)]
 
 
-def test_two_replicas_take_the_steps_of_one_and_leave_out_what_is_bad_on_one_of_them():
+def test_two_replicas_take_the_steps_of_one():
+    # They halve what they are given.
     x, y = (array[:1796] for array in digits())
-    inputs = np.stack([x] * 4)
-    # The second half of a batch is the second replica's.
-    inputs[2, 1000:] = np.nan
-    data = tf.data.Dataset.from_tensor_slices((inputs, np.stack([y] * 4)))
-    names = [device.name for device in tf.config.list_logical_devices("CPU")]
-    strategy = tf.distribute.MirroredStrategy(names)
+    data = tf.data.Dataset.from_tensors((x, y)).repeat()
 
     def run(model):
-        hybrid, states = HybridCallback(FULL), []
+        hybrid = HybridCallback(FULL)
         norms = Norms(hybrid)
-        note = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda batch, logs: states.append((replicas(model), logs["loss"]))
-        )
-        train(model, 1, hybrid, norms, note, data=data, steps_per_epoch=4)
-        assert hybrid.statistics().divergences == 1
-        return norms.seen, states
+        train(model, 1, hybrid, norms, data=data, steps_per_epoch=3)
+        return norms.seen, weights(model)
 
-    build = lambda: perceptron(keras.optimizers.SGD(0.2), metrics=["accuracy"])  # noqa: E731
-    with strategy.scope():
-        model = build()
-    assert strategy.num_replicas_in_sync == 2
-    norms, states = run(model)
-    alone, whole = run(build())
-    np.testing.assert_allclose(norms, alone, rtol=1e-4)
+    build = lambda: perceptron(keras.optimizers.SGD(0.2))  # noqa: E731
+    (norms, reached), (expected, where) = run(on_two(build)), run(build())
+    np.testing.assert_allclose(norms, expected, rtol=1e-4)
+    close(reached, where)
+
+
+def test_a_batch_that_is_bad_on_one_replica_is_left_out_on_both():
+    x, y = (array[:1796] for array in digits())
+    inputs, labels = np.stack([x] * 5), np.stack([y] * 5)
+    inputs[1, 1000:] = np.nan
+    # Of the other replica the loss alone is bad.
+    labels[3, :100] = -labels[3, :100] - 1
+    data = tf.data.Dataset.from_tensor_slices((inputs, labels))
+    optimizer = lambda: keras.optimizers.SGD(0.2, momentum=0.9)  # noqa: E731
+    model = on_two(
+        lambda: perceptron(optimizer(), layers=normalised, loss=marked, metrics=["accuracy"])
+    )
+    local, states = model.distribute_strategy.experimental_local_results, []
+
+    class Note(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            trained = [*model.trainable_variables, *model.optimizer.variables]
+            beside = [*model.non_trainable_variables, *model.metrics_variables]
+            states.append((on_replicas(trained, local), on_replicas(beside, local)))
+
+    hybrid = HybridCallback(FULL)
+    train(model, 1, hybrid, Note(), data=data, steps_per_epoch=5)
+    assert hybrid.statistics().divergences == 2
     for (first, second), _ in states:
         assert same(first, second)
         assert all(np.isfinite(v).all() for v in first)
-    assert same(states[1][0][0], states[2][0][0])
-    assert not same(states[2][0][0], states[3][0][0])
-    close(states[3][0][0], whole[3][0][0])
+    steps = [same(before[0][0], after[0][0]) for before, after in itertools.pairwise(states)]
+    assert steps == [True, False, True, False]
+    # Of statistics and metrics each replica has its own.
+    for before, after in zip(*(state[1] for state in states[:2]), strict=True):
+        assert same(before, after)
 
 
 # -- numbers --------------------------------------------------------------------------------------
