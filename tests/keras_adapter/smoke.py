@@ -20,18 +20,18 @@ data = load_digits()
 x, y = (data.data / 16.0).astype("float32"), data.target.astype("int32")
 
 
-def build(optimizer, *hidden):
+def build(optimizer, *hidden, **more):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.compile(optimizer, loss, metrics=["accuracy"], **more)
     return model
 
 
-def fit(model, *callbacks, epochs=150, inputs=x, batch_size=2000, **more):
+def fit(model, *callbacks, epochs=150, inputs=x, labels=y, batch_size=2000, **more):
     arguments = {"batch_size": batch_size, "epochs": epochs, "verbose": 0, "shuffle": False}
     arguments |= more
-    return model.fit(inputs, y, callbacks=list(callbacks), **arguments).history
+    return model.fit(inputs, labels, callbacks=list(callbacks), **arguments).history
 
 
 # Predicted steps, with a schedule, normalisation and a probe of the user's.
@@ -177,3 +177,76 @@ assert statistics.secant_steps > 20, statistics
 assert statistics.predicted_steps > 20, statistics
 assert history["loss"][-1] < 1e-4 * history["loss"][0]
 assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == statistics.full_steps
+
+# A schedule stands in a step of any kind where plain fit would be after as many batches.
+FULL = HybridTrainerConfig(warmup_steps=999)
+batch = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+decay = keras.optimizers.schedules.PolynomialDecay(0.2, 50, 0.01)
+plain, model, other = (build(keras.optimizers.SGD(rate)) for rate in (0.2, decay, decay))
+fit(plain, epochs=1)
+plain.optimizer.learning_rate = float(keras.ops.convert_to_numpy(decay(41)))
+fit(plain, epochs=1)
+for late in (model, other):
+    hybrid = HybridCallback(FULL)
+    fit(late, hybrid, epochs=1)
+    port = hybrid.hands.port
+    port.skip(40)
+    if late is model:
+        fit(late, hybrid, epochs=1)
+        continue
+    with port.alone(batch):
+        port.gradient()
+        port.apply(1.0)
+expected = plain.get_weights()
+for late in (model, other):
+    assert int(keras.ops.convert_to_numpy(late.optimizer.iterations)) == 2
+    found = late.get_weights()
+    assert all(np.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, expected, strict=True))
+
+# The gradient norm is that of the loss, whatever the optimizer multiplies it by.
+norms = []
+for optimizer in (
+    keras.optimizers.SGD(0.1),
+    keras.optimizers.SGD(0.1, loss_scale_factor=8.0),
+    keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+):
+    hybrid = HybridCallback(FULL)
+    fit(build(optimizer), hybrid, epochs=1)
+    with hybrid.hands.port.alone(batch):
+        norms.append(hybrid.hands.port.full()[1].gradient_norm)
+assert np.isfinite(norms).all()
+assert np.allclose(norms, norms[0], 1e-3), norms
+
+# A rollback restores the optimizer, but not its count of steps and the user's rate.
+model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
+hybrid, optimizer = HybridCallback(FULL), model.optimizer
+fit(model, hybrid, epochs=2)
+own = {id(optimizer.iterations), id(optimizer._learning_rate)}
+others = [*model.non_trainable_variables, *optimizer.variables]
+others = [v for v in others if id(v) not in own]
+before = [np.array(keras.ops.convert_to_numpy(v)) for v in others]
+with hybrid.hands.port.alone(batch):
+    kept = hybrid.hands.port.keep()
+fit(model, hybrid, epochs=2)
+optimizer.learning_rate = 3e-3
+moved = [np.array(keras.ops.convert_to_numpy(v)) for v in others]
+with hybrid.hands.port.alone(batch):
+    hybrid.hands.port.put_back(kept)
+after = [np.array(keras.ops.convert_to_numpy(v)) for v in others]
+assert not any(np.array_equal(a, b) for a, b in zip(before, moved, strict=True))
+assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+assert int(keras.ops.convert_to_numpy(optimizer.iterations)) == 4
+assert abs(float(keras.ops.convert_to_numpy(optimizer.learning_rate)) - 3e-3) < 1e-9
+
+# A predicted execution counts all of its batches; torch knows none of several.
+if backend == "jax":
+    model = build(keras.optimizers.Adam(schedule), steps_per_execution=3)
+    hybrid = HybridCallback(BRISK)
+    fit(model, hybrid, epochs=60, inputs=np.tile(x, (3, 1)), labels=np.tile(y, 3), batch_size=1797)
+    statistics = hybrid.statistics()
+    assert statistics.predicted_steps > 3, statistics
+    assert statistics.steps == 60
+    hybrid.hands.port.install()
+    rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    hybrid.hands.port.remove()
+    assert abs(rate / float(schedule(180)) - 1) < 1e-4, rate
