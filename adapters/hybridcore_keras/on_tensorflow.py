@@ -165,6 +165,13 @@ class TensorFlowPort(StatefulPort):
         context = tf.distribute.get_replica_context()
         context.merge_call(across, args=(good, gradients, variables))
 
+    def _agreed(self, good: Any) -> Any:
+        if self._alone:
+            return good
+        bad = tf.cast(tf.logical_not(good), tf.float32)
+        context = tf.distribute.get_replica_context()
+        return tf.equal(context.all_reduce(tf.distribute.ReduceOp.SUM, bad), 0.0)
+
     def _put_back_unless(self, good: Any, guarded: list[Any], kept: list[Any]) -> None:
         if self._alone:
             super()._put_back_unless(good, guarded, kept)

@@ -115,7 +115,7 @@ class StatefulPort:
         totals = [self._read(tracker.total) for tracker in trackers]
         counts = [self._read(tracker.count) for tracker in trackers]
         loss = batch_loss(totals, counts, logs)
-        good = ops.logical_and(ops.isfinite(loss), ops.isfinite(self._norm))
+        good = self._agreed(ops.logical_and(ops.isfinite(loss), ops.isfinite(self._norm)))
         self._put_back_unless(good, guarded, kept)
         for tracker, before, total, count in zip(trackers, running, totals, counts, strict=True):
             tracker.total.assign(before[0] + ops.where(good, total, ops.zeros_like(total)))
@@ -177,6 +177,10 @@ class StatefulPort:
 
     def _norm_of(self, gradients: list[Any]) -> Any:
         return gradient_norm(gradients, self._sum_of_squares)
+
+    def _agreed(self, good: Any) -> Any:
+        """Whether the batch is `good` on all replicas."""
+        return good
 
     def _apply_if(self, good: Any, gradients: list[Any], variables: list[Any] | None) -> None:
         def apply() -> None:
