@@ -340,7 +340,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 # A trial point that was taken back counts as little as a jump that was never made.
                 self._mean.add(engine.forecast_loss)
             else:
-                self._full_logs = hands.logs
+                # A bad batch has nothing to tell, unless it is the very first.
+                if of_step.applied or not self._full_logs:
+                    self._full_logs = hands.logs
                 self._mean.full_steps += of_step.applied
             self._logs = self._mean.of(self._full_logs)
             result = hands.port.finish(self._logs)
@@ -429,9 +431,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if self._mean.forecasts:
                 return logs
         found = type(self._model)._get_metrics_result_or_logs(self._model, logs)
-        if logs is self._logs and not self._mean.full_steps and "loss" in found:
-            # All batches were left out, and Keras's mean of none is a loss of zero.
-            return {**found, "loss": logs["loss"]}
+        if logs is self._logs and not self._mean.full_steps and found.get("loss") == 0.0:
+            # All batches were left out, and Keras's mean of none is zero.
+            return {**found, "loss": NAN}
         return found
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -86,18 +87,6 @@ def check_model(model: Any) -> None:
             "MultiOptimizer keeps several counts of iterations and learning rates, which cannot be "
             "kept in step with predicted batches: use one optimizer for the whole model"
         )
-    own = optimizer, getattr(optimizer, "inner_optimizer", None)
-    others = [
-        name
-        for name, value in vars(model).items()
-        if isinstance(value, keras.optimizers.Optimizer) and not any(value is one for one in own)
-    ]
-    if others:
-        raise ModelError(
-            f"model has optimizers besides model.optimizer ({', '.join(others)}), and a predicted "
-            "batch or a probe can be kept from one only: use one optimizer for the whole model, or "
-            "train without HybridCallback"
-        )
     if is_built(model) and not model.trainable_variables:
         raise ModelError(
             "model has no trainable variable (all layers have trainable=False or none has "
@@ -109,10 +98,40 @@ def check_steps(steps: int) -> None:
     """Raise :class:`hybridcore.ModelError` unless ``train_step`` took one step of the optimizer."""
     if steps != 1:
         raise ModelError(
-            f"train_step takes {steps} steps of model.optimizer in a batch, and it must take one: "
-            "sum the losses of a batch and call apply_gradients() once, or train without "
-            "HybridCallback"
+            f"train_step applies model.optimizer {steps} times in a batch, and it must once: sum "
+            "the losses of a batch, let Keras accumulate gradients (gradient_accumulation_steps of "
+            "the optimizer), or train without HybridCallback"
         )
+
+
+def other_optimizers(model: Any) -> list[Any]:
+    """Optimizers that `model` or a layer in it holds besides its own, in use or not."""
+    own = model.optimizer, getattr(model.optimizer, "inner_optimizer", None)
+    held = [value for layer in model._flatten_layers() for value in vars(layer).values()]
+    held += [one for value in held if isinstance(value, list | tuple) for one in value]
+    held += [one for value in held if isinstance(value, dict) for one in value.values()]
+    found = {id(one): one for one in held if isinstance(one, keras.optimizers.Optimizer)}
+    return [one for one in found.values() if not any(one is mine for mine in own)]
+
+
+@contextlib.contextmanager
+def unused(optimizers: Iterable[Any]) -> Iterator[None]:
+    """Raise :class:`hybridcore.ModelError` where one of `optimizers` takes a step in the block."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise ModelError(
+            "train_step takes steps of an optimizer besides model.optimizer, and a predicted batch "
+            "or a probe can be kept from one only: use one optimizer for the whole model, or train "
+            "without HybridCallback"
+        )
+
+    for one in optimizers:
+        vars(one)["apply"] = refused
+    try:
+        yield
+    finally:
+        for one in optimizers:
+            vars(one).pop("apply", None)
 
 
 def ends_the_data(error: BaseException) -> bool:

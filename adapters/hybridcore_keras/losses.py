@@ -36,10 +36,7 @@ def batch_loss(totals: list[Any], counts: list[Any], logs: dict[str, Any]) -> An
 
 def check_reports_loss(model: Any, logs: Any) -> None:
     """Raise :class:`hybridcore.ModelError` unless the step told its loss."""
-    # Keras's own tracker is there where nobody updates it too.
-    own = getattr(model, "_loss_tracker", None)
-    trackers = [tracker for tracker in loss_trackers(model) if tracker is not own]
-    if not isinstance(logs, dict) or not ("loss" in logs or trackers):
+    if not isinstance(logs, dict) or not ("loss" in logs or loss_trackers(model)):
         raise ModelError(
             "train_step must return a dictionary with the key 'loss', or update a "
             "keras.metrics.Mean named 'loss': the loss is what HybridCallback decides by"

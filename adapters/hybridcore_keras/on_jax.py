@@ -15,7 +15,7 @@ import numpy as np
 from jax import tree_util
 
 from hybridcore import ModelError
-from hybridcore_keras.checks import check_steps
+from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
 from hybridcore_keras.ports import Figures
@@ -44,7 +44,6 @@ class JAXPort:
         self.optimizer = model.optimizer
         self.variables: list[Any] = list(model.trainable_variables)
         self.rates = Rates(self.optimizer)
-        self.skipped = self.rates.skipped_before()
         self._plain_step = model.train_step
         self._plain_apply = self.optimizer.stateless_apply
         self._plain_function: Any = None
@@ -60,6 +59,7 @@ class JAXPort:
         self._told: tuple[Any, Any] | None = None
         # Steps of the optimizer in the present batch.
         self._steps = 0
+        self._others: list[Any] = []
         self._state: list[Any] = []
         self._iterator: Any = None
         self._batches: list[Any] | None = None
@@ -70,6 +70,7 @@ class JAXPort:
         """Have Keras build its train function around the watched step; once for a ``compile``."""
         model = self.model
         self.rates.install()
+        self._others = other_optimizers(model)
         vars(self.optimizer)["stateless_apply"] = self._apply
         vars(model)["train_step"] = self._train_step
         if self._function is None or model.train_function is not self._plain_function:
@@ -83,7 +84,7 @@ class JAXPort:
         """Give model and optimizer back as they were."""
         vars(self.model).pop("train_step", None)
         vars(self.optimizer).pop("stateless_apply", None)
-        self.rates.remove(self.skipped)
+        self.rates.remove()
         self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
@@ -97,7 +98,7 @@ class JAXPort:
         self.rates.offset, (self.rates.scale, self.rates.highest) = extras
         self._told, self._steps = None, 0
         try:
-            with self.rates.inside():
+            with self.rates.inside(), unused(self._others):
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
         finally:
             self._settle_rates()
@@ -123,8 +124,8 @@ class JAXPort:
             count = sum(new[_METRICS][place] for place in places[1::2])
             mean = total / jnp.where(count == 0.0, 1.0, count)
             # Where all batches so far were left out there is no mean, and zero would be the best.
-            unused = (sum(counts) == 0.0) | (count == 0.0)
-            logs["loss"] = jnp.where(unused, logs["loss"], mean)
+            used = (sum(counts) != 0.0) & (count != 0.0)
+            logs["loss"] = jnp.where(used, mean, logs["loss"])
         logs[_FIGURES] = jnp.stack([jnp.asarray(v, jnp.float32) for v in (loss, norm, rate)])
         return logs, (*new, extras)
 
@@ -223,10 +224,10 @@ class JAXPort:
 
     def _extras(self, scale: float, highest: float) -> tuple[Any, Any]:
         # A compiled function takes arrays of NumPy at once; to make JAX's takes 0.2 ms.
-        return np.int32(self.skipped), np.array((scale, highest), np.float32)
+        return np.int32(self.rates.skipped), np.array((scale, highest), np.float32)
 
     def _settle_rates(self) -> None:
-        self.rates.offset, self.rates.scale, self.rates.highest = self.skipped, 1.0, math.inf
+        self.rates.offset, self.rates.scale, self.rates.highest = self.rates.skipped, 1.0, math.inf
 
     def _jitted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         eager = self.model.run_eagerly or not self.model.jit_compile
@@ -293,8 +294,8 @@ class JAXPort:
 
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""
-        self.skipped += batches
-        self.rates.offset = self.skipped
+        self.rates.skipped += batches
+        self.rates.offset = self.rates.skipped
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""

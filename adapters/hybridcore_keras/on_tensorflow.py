@@ -30,9 +30,8 @@ class TensorFlowPort(StatefulPort):
         self._probe_function: Any = None
         self._gradient_function: Any = None
         self._traced: list[Any] | None = None
-        # Keras's functions as graphs of a batch, and of which batches.
-        self._graphs: dict[Any, Callable[[Any], Any]] = {}
-        self._spec: Any = None
+        # For each kind of batches, Keras's functions as graphs of one; a kind cannot be hashed.
+        self._graphs: list[tuple[Any, dict[Any, Callable[[Any], Any]]]] = []
 
     @property
     def variables(self) -> list[Any]:
@@ -44,7 +43,7 @@ class TensorFlowPort(StatefulPort):
 
     def _renew(self) -> None:
         self._probe_function = self._gradient_function = self._traced = None
-        self._graphs = {}
+        self._graphs = []
 
     def begin(self, iterator: Any) -> None:
         """Take the iterator of ``fit``."""
@@ -121,14 +120,16 @@ class TensorFlowPort(StatefulPort):
         spec = getattr(self._iterator, "element_spec", None)
         if spec is None or not self._takes_batches:
             return function(iter(batches))
-        if spec is not self._spec:
-            self._graphs = self._graphs if spec == self._spec else {}
-            self._spec = spec
-        if function not in self._graphs:
+        if not self._graphs or spec is not self._graphs[0][0]:
+            known = [graphs for kind, graphs in self._graphs if kind == spec]
+            others = [entry for entry in self._graphs if entry[0] != spec]
+            self._graphs = [(spec, known[0] if known else {}), *others]
+        graphs = self._graphs[0][1]
+        if function not in graphs:
             # For the shapes of the iterator: for a batch's own, another size would be traced anew.
             traced = tf.function(lambda batch: function(iter([batch])), autograph=False)
-            self._graphs[function] = traced.get_concrete_function(spec)
-        return self._graphs[function](*batches)
+            graphs[function] = traced.get_concrete_function(spec)
+        return graphs[function](*batches)
 
     def _read(self, variable: Any) -> Any:
         # The buffer is shared until the variable is written; TensorFlow copies it then.

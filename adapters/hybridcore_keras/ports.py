@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import keras
 
 from hybridcore import ModelError
+from hybridcore_keras.rates import Rates
 
 
 class Figures(NamedTuple):
@@ -29,14 +30,15 @@ class Port(Protocol):
     ----------
     model : keras.Model
         The model.
-    skipped : int
-        Batches that ``optimizer.iterations`` does not count: predicted or left out.
+    rates : Rates
+        Learning rates, and the batches that ``optimizer.iterations`` does not count: predicted or
+        left out.
     gradients : list of tensor
         Those that :meth:`gradient` left, one for each of `variables`.
     """
 
     model: Any
-    skipped: int
+    rates: Rates
     gradients: list[Any]
 
     @property
@@ -183,7 +185,9 @@ def recurrent_states(model: Any) -> list[Any]:
     """Variables of stateful recurrent layers, which Keras does not list among those of `model`."""
     layers = [layer for layer in model._flatten_layers() if getattr(layer, "stateful", False)]
     found = keras.tree.flatten([getattr(layer, "states", None) for layer in layers])
-    return [variable for variable in found if variable is not None]
+    # A wrapper holds those of its layers too.
+    distinct = {id(one): one for one in found if isinstance(one, keras.Variable)}
+    return list(distinct.values())
 
 
 def build_optimizer(model: Any) -> None:

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-# Where the schedule of an optimizer stands is nowhere in it, and the next fit may have a callback
-# of its own.
-_SKIPPED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+# What an optimizer counted when a fit ended, and the batches that it did not count by then, which
+# are nowhere in it, and the next fit may have a callback of its own.
+_SKIPPED: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
 
 
 class Rates:
@@ -48,17 +48,27 @@ class Rates:
 
     def install(self) -> None:
         """Take over the optimizer's look-up."""
+        if self._counted() < _SKIPPED.get(self.optimizer, (0, 0))[0]:
+            # It was put back to an earlier state since then.
+            self.skipped = 0
         vars(self.optimizer)["_get_current_learning_rate"] = self._current
 
-    def remove(self, skipped: int) -> None:
-        """Give it back, after `skipped` batches that the optimizer does not count."""
+    def remove(self) -> None:
+        """Give it back."""
         vars(self.optimizer).pop("_get_current_learning_rate", None)
-        _SKIPPED[self.optimizer] = skipped
+        _SKIPPED[self.optimizer] = self._counted(), self.skipped
 
-    def skipped_before(self) -> int:
-        """Batches that the optimizer did not count so far, of which another callback may know."""
-        begun = int(ops.convert_to_numpy(self.optimizer._iterations))
-        return _SKIPPED.get(self.optimizer, 0) if begun else 0
+    @property
+    def skipped(self) -> int:
+        """Batches that the optimizer does not count, those of other callbacks among them."""
+        return _SKIPPED.get(self.optimizer, (0, 0))[1]
+
+    @skipped.setter
+    def skipped(self, batches: int) -> None:
+        _SKIPPED[self.optimizer] = 0, batches
+
+    def _counted(self) -> int:
+        return int(ops.convert_to_numpy(self.optimizer._iterations))
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:

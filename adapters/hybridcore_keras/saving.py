@@ -66,7 +66,7 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
     if hands.recovery is not None:
         state["recovery"] = [as_numpy(v[0] if type(v) is tuple else v) for v in hands.recovery]
     state["beside"] = {**hands.room.state_dict(), "peaks": dict(hands.peaks)}
-    state["skipped"] = hands.port.skipped
+    state["skipped"] = hands.port.rates.skipped
     return state
 
 
@@ -162,17 +162,17 @@ def fitted(
 
     def put() -> None:
         with scope_of(model):
-            owners = {"model": _variables(model), "optimizer": model.optimizer.variables}
-            for name, variables in owners.items():
-                if state[name] is not None:
-                    _assign(variables, state[name]["values"])
+            if state["model"] is not None:
+                _assign(_variables(model, state["model"]), state["model"]["values"])
+            if state["optimizer"] is not None:
+                _assign(model.optimizer.variables, state["optimizer"]["values"])
         callback.engine, callback._full_logs = engine, logs
         if hands is not None:
             hands.restart()
             hands.room, hands.pairs, hands.peaks = room, pairs, peaks
             for name, kept in copies.items():
                 setattr(hands, name, kept)
-            hands.port.skipped = skipped
+            hands.port.rates.skipped = skipped
             if not state["snapshots"]:
                 engine.regroup(pairs, engine.snapshots)
         # The weights are those that belong to this state.
@@ -184,7 +184,7 @@ def fitted(
 
 def check_untouched(model: Any, saved: dict[str, Any]) -> None:
     """Raise :class:`hybridcore.CheckpointError` if the weights are not those of the state."""
-    for variable, value in zip(_variables(model), saved["values"], strict=True):
+    for variable, value in zip(_variables(model, saved), saved["values"], strict=True):
         if not variable.trainable:
             continue
         present = ops.convert_to_numpy(variable.value)
@@ -244,8 +244,11 @@ def _copies(state: dict[str, Any], hands: Hands, room: Room, pairs: int) -> dict
 # -- model and optimizer ------------------------------------------------------------------------
 
 
-def _variables(model: Any) -> list[Any]:
-    return [*model.variables, *recurrent_states(model)]
+def _variables(model: Any, saved: dict[str, Any] | None = None) -> list[Any]:
+    """Variables of `model`, as many as were saved: the first versions left recurrent states out."""
+    present = list(model.variables)
+    early = saved is not None and len(saved["values"]) == len(present)
+    return present if early else [*present, *recurrent_states(model)]
 
 
 def _values(variables: Sequence[Any]) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def _values(variables: Sequence[Any]) -> dict[str, Any]:
 
 def _check_model(state: dict[str, Any], model: Any) -> None:
     if state["model"] is not None:
-        variables = _variables(model)
+        variables = _variables(model, state["model"])
         _check_variables("model", state["model"], variables)
         flags = zip(variables, state["model"]["trainable"], strict=True)
         differ = [variable.path for variable, was in flags if variable.trainable != was]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from hybridcore_keras.checks import check_steps
+from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
 from hybridcore_keras.ports import Figures, build_optimizer, is_built, recurrent_states
@@ -25,6 +26,15 @@ def _held(value: float, dtype: str) -> Any:
     return keras.Variable(value, trainable=False, dtype=dtype, aggregation="only_first_replica")
 
 
+class _Seen(threading.local):
+    """What the present batch has shown so far; of replicas each is traced in a thread."""
+
+    trackers: Sequence[Any] = ()
+    norm: Any = None
+    # Those of the optimizer.
+    steps = 0
+
+
 class StatefulPort:
     """What the ports of TensorFlow and torch share; see :class:`hybridcore_keras.ports.Port`.
 
@@ -37,7 +47,6 @@ class StatefulPort:
         self.model = model
         self.optimizer = model.optimizer
         self.rates = Rates(self.optimizer)
-        self.skipped = self.rates.skipped_before()
         self.rates.scale = _held(1.0, "float32")
         self.rates.highest = _held(math.inf, "float32")
         self.rates.offset = _held(0, "int")
@@ -52,10 +61,8 @@ class StatefulPort:
         # While the gradients of a pass are kept instead of being applied.
         self._keeping = False
         self._kept: dict[int, Any] = {}
-        self._norm: Any = None
-        self._trackers: list[Any] = []
-        # Steps of the optimizer in the present batch.
-        self._steps = 0
+        self._seen = _Seen()
+        self._others: list[Any] = []
         self._batches: list[Any] | None = None
         # Whether a pass has come to its end, and with it all that makes variables.
         self._passed = False
@@ -74,6 +81,7 @@ class StatefulPort:
             # TensorFlow gives variables that are made in a step no value if it is interrupted.
             build_optimizer(model)
         self.rates.install()
+        self._others = other_optimizers(model)
         vars(self.optimizer)["apply"] = self._apply
         vars(model)["train_step"] = self._train_step
         if self._function is None or model.train_function is not self._plain_function:
@@ -90,7 +98,7 @@ class StatefulPort:
         """Give model and optimizer back as they were."""
         vars(self.model).pop("train_step", None)
         vars(self.optimizer).pop("apply", None)
-        self.rates.remove(self.skipped)
+        self.rates.remove()
         self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
@@ -99,23 +107,23 @@ class StatefulPort:
         if self._probing:
             return {FIGURES: self._probed_loss(data)}
         model = self.model
-        self._trackers = trackers = loss_trackers(model)
+        self._seen.trackers = trackers = loss_trackers(model)
         running = [(self._read(t.total), self._read(t.count)) for t in trackers]
         guarded = self._guarded(trackers)
         kept = [self._read(variable) for variable in guarded]
         for tracker in trackers:
             tracker.reset_state()
-        self._norm, self._kept, self._steps = ops.zeros((), "float32"), {}, 0
+        self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
         rate = ops.cast(self.rates.unscaled(), "float32")
-        with self.rates.inside():
+        with self.rates.inside(), unused(self._others):
             logs = self._plain_step(data)
         check_reports_loss(model, logs)
-        check_steps(self._steps)
+        check_steps(self._seen.steps)
         logs = dict(logs)
         totals = [self._read(tracker.total) for tracker in trackers]
         counts = [self._read(tracker.count) for tracker in trackers]
         loss = batch_loss(totals, counts, logs)
-        good = self._agreed(ops.logical_and(ops.isfinite(loss), ops.isfinite(self._norm)))
+        good = self._agreed(ops.logical_and(ops.isfinite(loss), ops.isfinite(self._seen.norm)))
         self._put_back_unless(good, guarded, kept)
         for tracker, before, total, count in zip(trackers, running, totals, counts, strict=True):
             tracker.total.assign(before[0] + ops.where(good, total, ops.zeros_like(total)))
@@ -126,7 +134,7 @@ class StatefulPort:
             used = ops.logical_and(ops.not_equal(sum(counts), 0.0), ops.not_equal(count, 0.0))
             mean = ops.divide_no_nan(total, count)
             logs["loss"] = ops.where(used, mean, ops.cast(logs["loss"], mean.dtype))
-        logs[FIGURES] = ops.stack([loss, ops.cast(self._norm, "float32"), rate])
+        logs[FIGURES] = ops.stack([loss, ops.cast(self._seen.norm, "float32"), rate])
         if self._keeping:
             logs[_GRADIENTS] = [
                 self._kept.get(id(v), ops.zeros(v.shape, v.dtype)) for v in self.variables
@@ -152,7 +160,7 @@ class StatefulPort:
     def _apply(self, gradients: Any, variables: Any = None) -> None:
         if self._probing:
             return
-        self._steps += 1
+        self._seen.steps += 1
         gradients = list(gradients)
         variables = None if variables is None else list(variables)
         optimizer = self.optimizer
@@ -160,7 +168,7 @@ class StatefulPort:
             # Variables cannot be made in a branch.
             with keras.name_scope(optimizer.name):
                 optimizer.build(variables)
-        self._norm = self._unscale(self._norm_of(gradients))
+        self._seen.norm = self._unscale(self._norm_of(gradients))
         if self._keeping:
             owners = optimizer._trainable_variables if variables is None else variables
             pairs = zip(owners, gradients, strict=True)
@@ -170,8 +178,8 @@ class StatefulPort:
             # It leaves bad gradients out by itself, and learns from them.
             self._plain_apply(gradients, variables)
             return
-        good = ops.isfinite(self._norm)
-        for tracker in self._trackers:
+        good = ops.isfinite(self._seen.norm)
+        for tracker in self._seen.trackers:
             good = ops.logical_and(good, ops.isfinite(tracker.total))
         self._apply_if(good, gradients, variables)
 
@@ -242,14 +250,14 @@ class StatefulPort:
             self._highest = math.nan
             self.rates.highest.assign(highest)
             self._highest = highest
-        if self.skipped != self._offset:
+        if self.rates.skipped != self._offset:
             self._offset = -1
-            self.rates.offset.assign(self.skipped)
-            self._offset = self.skipped
+            self.rates.offset.assign(self.rates.skipped)
+            self._offset = self.rates.skipped
 
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""
-        self.skipped += batches
+        self.rates.skipped += batches
         # At once, because other callbacks may look at the learning rate.
         self._set_rates(self._scale, self._highest)
 

@@ -293,6 +293,18 @@ def test_two_replicas_take_the_steps_of_one():
     close(reached, where)
 
 
+def test_layers_that_bring_replicas_together_train_as_in_plain_fit():
+    x, y = (array[:1796] for array in digits())
+    data = tf.data.Dataset.from_tensors((x, y)).repeat()
+    together = lambda: [keras.layers.BatchNormalization(synchronized=True)]  # noqa: E731
+    finals = []
+    for callbacks in ([], [HybridCallback(FULL)]):
+        model = on_two(lambda: perceptron(keras.optimizers.SGD(0.2), layers=together))
+        train(model, 1, *callbacks, data=data, steps_per_epoch=3)
+        finals.append(weights(model))
+    close(*finals)
+
+
 def test_a_batch_that_is_bad_on_one_replica_is_left_out_on_both():
     x, y = (array[:1796] for array in digits())
     inputs, labels = np.stack([x] * 5), np.stack([y] * 5)
