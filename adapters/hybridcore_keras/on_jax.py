@@ -317,6 +317,10 @@ class JAXPort:
         """Compile a function of tensors."""
         return jax.jit(function)  # type: ignore[no-any-return]
 
+    def stacked(self, rows: list[Any]) -> Any:
+        """Return equal tensors as one."""
+        return _stacked(rows)
+
     def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of the weights, and of what it is given besides."""
         compiled = self.compiled(lambda *arguments: _copies(function(*arguments)))
@@ -357,4 +361,5 @@ def _figures(logs: dict[str, Any]) -> Figures:
     return Figures(*np.asarray(logs.pop(_FIGURES)).tolist())
 
 
+_stacked: Callable[[Any], Any] = jax.jit(jnp.stack)
 _copies: Callable[[Any], Any] = jax.jit(lambda values: tree_util.tree_map(jnp.copy, values))

@@ -186,10 +186,10 @@ class TensorFlowPort(StatefulPort):
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of tensors, in lists and tuples or None.
 
-        It is traced for each kind of arguments once. To find out by itself which of its graphs to
-        run takes TensorFlow about as long as to run one.
+        It is traced for each kind of arguments once, and once more where shapes differ. To find out
+        by itself which of its graphs to run takes TensorFlow about as long as to run one.
         """
-        traced = tf.function(function, autograph=False)
+        traced = tf.function(function, autograph=False, reduce_retracing=True)
         graphs: dict[Any, Callable[..., Any]] = {}
 
         def call(*arguments: Any) -> Any:
@@ -199,6 +199,10 @@ class TensorFlowPort(StatefulPort):
             return graphs[kind](*arguments)
 
         return call
+
+    def stacked(self, rows: list[Any]) -> Any:
+        """Return equal tensors as one."""
+        return tf.stack(rows)
 
     def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of the weights, and of what it is given besides."""

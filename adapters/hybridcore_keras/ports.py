@@ -136,6 +136,10 @@ class Port(Protocol):
         """
         ...
 
+    def stacked(self, rows: list[Any]) -> Any:
+        """Return equal tensors as one: a compiled function takes longer the more it is given."""
+        ...
+
     def others(self) -> list[Any]:
         """Variables that :meth:`keep` copies, in its order."""
         ...

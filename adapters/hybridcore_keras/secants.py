@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from hybridcore import Secants
 from hybridcore_keras.ports import Port
-from hybridcore_keras.snapshots import bytes_of
+from hybridcore_keras.snapshots import itemsize
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
@@ -68,6 +69,8 @@ class SecantBank:
         self._port = port
         self._variables = port.variables
         self._capacity = capacity
+        sizes = (math.prod(v.shape) * itemsize(v.dtype) for v in self._variables)
+        self._size: int = sum(sizes)
         self._read = port.reader(_flat)
         self._pair = port.compiled(_pair)
         self._add_square = port.compiled(lambda total, new: total + new * new)
@@ -80,7 +83,8 @@ class SecantBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all vectors, but for what an operation on them takes while it lasts."""
-        return bytes_of([list(self._moved), list(self._changed), self._base, self._metric])
+        vectors = len(self._moved) + len(self._changed) + len(self._base or ())
+        return self._size * (vectors + (self._metric is not None))
 
     @property
     def identities(self) -> list[int]:
@@ -116,8 +120,9 @@ class SecantBank:
         if not self._is_metric:
             count = ops.convert_to_tensor(float(self._squares), "float32")
             self._metric, self._is_metric = self._as_metric(self._metric, count), True
-        pairs = list(self._moved), list(self._changed)
-        plain, scaled = self._inner_products(*pairs, self._base[1], self._metric)
+        moved = self._port.stacked(list(self._moved))
+        changes = self._port.stacked([*self._changed, self._base[1]])
+        plain, scaled = self._inner_products(moved, changes, self._metric)
         return Secants(*(np.array(ops.convert_to_numpy(p), np.float64) for p in (plain, scaled)))
 
     def reach(self, coefficients: NDArray[np.float64]) -> None:
@@ -126,7 +131,7 @@ class SecantBank:
             self.back_to_base()
             return
         assert self._base is not None
-        pairs = list(self._moved), list(self._changed)
+        pairs = (self._port.stacked(list(rows)) for rows in (self._moved, self._changed))
         shares = ops.convert_to_tensor(coefficients.astype(np.float32))
         self._reach(*self._base, *pairs, self._metric, shares)
 
@@ -167,14 +172,14 @@ class SecantBank:
         self,
         base: Any,
         gradient: Any,
-        moved: Sequence[Any],
-        changed: Sequence[Any],
+        moved: Any,
+        changed: Any,
         metric: Any,
         shares: Any,
     ) -> list[Any]:
-        k = len(moved)
-        curved = ops.matmul(shares[k : 2 * k], ops.stack(changed)) + shares[2 * k] * gradient
-        return self._split(base + metric * curved + ops.matmul(shares[:k], ops.stack(moved)))
+        k = ops.shape(moved)[0]
+        curved = ops.matmul(shares[k : 2 * k], changed) + shares[2 * k] * gradient
+        return self._split(base + metric * curved + ops.matmul(shares[:k], moved))
 
     def _split(self, flat: Any) -> list[Any]:
         parts, start = [], 0
@@ -203,11 +208,8 @@ def _metric(total: Any, count: Any) -> Any:
     return metric / ops.mean(metric)
 
 
-def _products(
-    moved: Sequence[Any], changed: Sequence[Any], gradient: Any, metric: Any
-) -> tuple[Any, Any]:
-    changes = ops.stack([*changed, gradient])
+def _products(moved: Any, changes: Any, metric: Any) -> tuple[Any, Any]:
     return (
-        ops.matmul(ops.stack(moved), ops.transpose(changes)),
+        ops.matmul(moved, ops.transpose(changes)),
         ops.matmul(changes * metric, ops.transpose(changes)),
     )

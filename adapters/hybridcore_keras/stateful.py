@@ -288,16 +288,22 @@ class StatefulPort:
 
     def apply(self, scale: float, highest: float = math.inf) -> None:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
-        self._set_rates(scale, highest)
+        self._set_rates(self._scale, self._highest)
         if self._applier is None:
-            variables = self.variables
+            rates, variables = self.rates, self.variables
 
-            def step(gradients: Sequence[Any]) -> None:
-                with self.rates.inside():
-                    self._plain_apply(list(gradients), variables)
+            def step(gradients: Sequence[Any], scale: Any, highest: Any) -> None:
+                held, (rates.scale, rates.highest) = (rates.scale, rates.highest), (scale, highest)
+                try:
+                    with rates.inside():
+                        self._plain_apply(list(gradients), variables)
+                finally:
+                    rates.scale, rates.highest = held
 
             self._applier = self.compiled(step)
-        self._applier(self.gradients)
+        # Not by the variables that a pass reads: to write them takes as long as some steps.
+        figures = (ops.convert_to_tensor(value, "float32") for value in (scale, highest))
+        self._applier(self.gradients, *figures)
 
     def count(self) -> None:
         """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
