@@ -173,8 +173,8 @@ def _probe_share(task: Task) -> float:
 def smooth(task: Task, seed: int, share: float) -> dict[str, Any]:
     """Cost to the lowest loss of the best plain run, each tuned over the same rates."""
     plain = (_smooth(task, seed, rate, None) for rate in task.rates)
-    target, steps, seconds = min(
-        (loss, step, run.seconds[step - 1])
+    target, steps, seconds, total = min(
+        (loss, step, run.seconds[step - 1], run.seconds[-1])
         for run in plain
         for step, loss in enumerate(run.losses, 1)
     )
@@ -191,6 +191,7 @@ def smooth(task: Task, seed: int, share: float) -> dict[str, Any]:
         found = {
             "cost_ratio": ratio,
             "cpu_ratio": time_ratio,
+            "total_cpu_ratio": record.seconds[-1] / total,
             "predicted_share": summary.predicted_steps / summary.steps,
             "iterations": record.iterations[-1],
             "full_steps": summary.full_steps,

@@ -68,7 +68,9 @@ class Rates:
         _SKIPPED[self.optimizer] = 0, batches
 
     def _counted(self) -> int:
-        return int(ops.convert_to_numpy(self.optimizer._iterations))
+        iterations = self.optimizer._iterations
+        # With JAX a model has no variables of its own while fit runs.
+        return 0 if iterations._value is None else int(ops.convert_to_numpy(iterations))
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
