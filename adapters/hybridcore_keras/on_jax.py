@@ -59,7 +59,7 @@ class JAXPort:
         self._told: tuple[Any, Any] | None = None
         # Steps of the optimizer in the present batch.
         self._steps = 0
-        self._others: list[Any] = []
+        self._unused: list[Any] = []
         self._state: list[Any] = []
         self._iterator: Any = None
         self._batches: list[Any] | None = None
@@ -70,7 +70,7 @@ class JAXPort:
         """Have Keras build its train function around the watched step; once for a ``compile``."""
         model = self.model
         self.rates.install()
-        self._others = other_optimizers(model)
+        self._unused = other_optimizers(model)
         vars(self.optimizer)["stateless_apply"] = self._apply
         vars(model)["train_step"] = self._train_step
         if self._function is None or model.train_function is not self._plain_function:
@@ -98,7 +98,7 @@ class JAXPort:
         self.rates.offset, (self.rates.scale, self.rates.highest) = extras
         self._told, self._steps = None, 0
         try:
-            with self.rates.inside(), unused(self._others):
+            with self.rates.inside(), unused(self._unused):
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
         finally:
             self._settle_rates()

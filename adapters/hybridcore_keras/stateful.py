@@ -62,7 +62,7 @@ class StatefulPort:
         self._keeping = False
         self._kept: dict[int, Any] = {}
         self._seen = _Seen()
-        self._others: list[Any] = []
+        self._unused: list[Any] = []
         self._batches: list[Any] | None = None
         # Whether a pass has come to its end, and with it all that makes variables.
         self._passed = False
@@ -81,7 +81,7 @@ class StatefulPort:
             # TensorFlow gives variables that are made in a step no value if it is interrupted.
             build_optimizer(model)
         self.rates.install()
-        self._others = other_optimizers(model)
+        self._unused = other_optimizers(model)
         vars(self.optimizer)["apply"] = self._apply
         vars(model)["train_step"] = self._train_step
         if self._function is None or model.train_function is not self._plain_function:
@@ -115,7 +115,7 @@ class StatefulPort:
             tracker.reset_state()
         self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
         rate = ops.cast(self.rates.unscaled(), "float32")
-        with self.rates.inside(), unused(self._others):
+        with self.rates.inside(), unused(self._unused):
             logs = self._plain_step(data)
         check_reports_loss(model, logs)
         check_steps(self._seen.steps)

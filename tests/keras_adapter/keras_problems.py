@@ -8,6 +8,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from hybridcore import HybridTrainerConfig
+from hybridcore_keras import HybridCallback
 
 # Short phases, so that a few hundred steps hold several jumps.
 SHORT = {"warmup_steps": 20, "min_full_steps": 24, "horizon": 30, "correction_interval": 10}
@@ -103,3 +104,19 @@ class Watch(keras.callbacks.Callback):
         optimizer = self.model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         self.iterations.append(int(keras.ops.convert_to_numpy(optimizer._iterations)))
+
+
+def predicts(model, steps=150, *callbacks, config=BRISK, **arguments):
+    """Train, check that steps were predicted and counted, and that the loss fell; the callback."""
+    hybrid = HybridCallback(config)
+    watch = Watch(hybrid)
+    # Epochs of several steps take less time; whoever needs the logs of each step says so.
+    arguments = {"epochs": steps // 10, "steps_per_epoch": 10} | arguments
+    history = train(model, steps, hybrid, watch, *callbacks, **arguments)
+    statistics = hybrid.statistics()
+    assert statistics.predicted_steps > 0
+    assert statistics.steps == steps
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    assert watch.iterations[-1] == statistics.full_steps
+    return hybrid

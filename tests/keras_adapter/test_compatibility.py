@@ -17,6 +17,7 @@ from keras_problems import (
     forever,
     mirrored,
     perceptron,
+    predicts,
     regression,
     same,
     spoiled,
@@ -24,27 +25,11 @@ from keras_problems import (
     weights,
 )
 
-from hybridcore import HybridTrainerConfig, ModelError, Phase
+from hybridcore import HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 # What Keras does to TensorFlow's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-def predicts(model, steps=150, *callbacks, config=BRISK, **arguments):
-    """Train, check that steps were predicted and counted, and that the loss fell; the callback."""
-    hybrid = HybridCallback(config)
-    watch = Watch(hybrid)
-    # Epochs of several steps take less time; whoever needs the logs of each step says so.
-    arguments = {"epochs": steps // 10, "steps_per_epoch": 10} | arguments
-    history = train(model, steps, hybrid, watch, *callbacks, **arguments)
-    statistics = hybrid.statistics()
-    assert statistics.predicted_steps > 0
-    assert statistics.steps == steps
-    assert np.isfinite(history["loss"]).all()
-    assert history["loss"][-1] < 0.8 * history["loss"][0]
-    assert watch.iterations[-1] == statistics.full_steps
-    return hybrid
 
 
 def test_steps_per_execution():
@@ -312,112 +297,6 @@ def test_jit_compile():
 
 def test_run_eagerly():
     predicts(regression(run_eagerly=True), 80)
-
-
-class Custom(keras.Model):
-    """Subclassed, with a train step of its own that computes its loss by itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.hidden = keras.layers.Dense(16, activation="tanh")
-        self.last = keras.layers.Dense(10)
-        self.mean = keras.metrics.Mean(name="loss")
-
-    def call(self, x):
-        return self.last(self.hidden(x))
-
-    @property
-    def metrics(self):
-        return [self.mean]
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = CROSS_ENTROPY(y, self(x, training=True))
-        found = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply_gradients(zip(found, self.trainable_variables, strict=True))
-        self.mean.update_state(loss)
-        return {"loss": self.mean.result()}
-
-
-def test_a_subclassed_model_with_a_custom_train_step():
-    keras.utils.set_random_seed(0)
-    model = Custom()
-    model.compile(keras.optimizers.Adam(1e-2))
-    predicts(model)
-
-
-def test_a_train_step_that_reports_its_loss_and_one_that_does_not():
-    class Reports(Custom):
-        metrics = ()
-
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = CROSS_ENTROPY(y, self(x, training=True))
-            found = tape.gradient(loss, self.trainable_variables)
-            self.optimizer.apply(found, self.trainable_variables)
-            return {self.label: loss}
-
-    for label in ("loss", "energy"):
-        keras.utils.set_random_seed(0)
-        model = Reports()
-        model.label = label
-        model.compile(keras.optimizers.Adam(1e-2))
-        model._loss_tracker = None
-        if label == "loss":
-            predicts(model)
-        else:
-            with pytest.raises(ModelError, match="key 'loss'"):
-                train(model, 1, HybridCallback(BRISK))
-
-
-@pytest.mark.parametrize("steps", [0, 2])
-def test_a_train_step_takes_one_step_of_the_optimizer(steps):
-    class Steps(Custom):
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                loss = CROSS_ENTROPY(y, self(x, training=True))
-            found = tape.gradient(loss, self.trainable_variables)
-            for _ in range(steps):
-                self.optimizer.apply(found, self.trainable_variables)
-            self.mean.update_state(loss)
-            return {"loss": self.mean.result()}
-
-    model = Steps()
-    model.compile(keras.optimizers.Adam(1e-2))
-    with pytest.raises(ModelError, match=f"applies model.optimizer {steps} times"):
-        train(model, 1, HybridCallback(BRISK))
-
-
-@pytest.mark.parametrize("place", ["attribute", "list", "layer"])
-def test_a_second_optimizer_is_refused_where_it_is_used(place):
-    class Two(Custom):
-        def train_step(self, data):
-            if self.two:
-                with tf.GradientTape() as tape:
-                    loss = tf.reduce_sum(self.last.kernel**2)
-                self.two[0].apply(tape.gradient(loss, [self.last.kernel]), [self.last.kernel])
-            return super().train_step(data)
-
-    model, other = Two(), keras.optimizers.SGD(1e-2)
-    model.two = ()
-    owner, held = {
-        "attribute": (model, other),
-        "list": (model, [other]),
-        "layer": (model.hidden, other),
-    }[place]
-    owner.held = held
-    model.compile(keras.optimizers.Adam(1e-2))
-    train(model, 2, HybridCallback(BRISK))
-    model.two = (other,)
-    model.compile(keras.optimizers.Adam(1e-2))
-    before = weights(model)
-    with pytest.raises(ModelError, match=r"besides model\.optimizer"):
-        train(model, 1, HybridCallback(BRISK))
-    assert same(before, weights(model))
-    assert "apply" not in vars(other)
 
 
 def test_a_functional_model_with_two_outputs_and_batch_norm_and_dropout():
