@@ -358,8 +358,10 @@ class Hands:
             self.secants = SecantBank(self.port, self.pairs)
         elif fresh:
             self.secants.clear()
+        new = self.secants.is_empty
         self.secants.take()
-        self._measure()
+        if new:
+            self._measure()
 
     def _new_base(self, directive: Directive) -> Observation:
         """Make the trial point the base; the optimizer sees its gradients at a rate of zero."""
@@ -367,10 +369,8 @@ class Hands:
         assert self.secants is not None
         self._before_trial, self._on_trial = None, False
         start = perf_counter()
-        self.port.apply(0.0)
+        self.port.follow()
         seconds = perf_counter() - start
-        # Some optimizers move the weights at a rate of zero too.
-        self.secants.back_to_base()
         self._add_to_average(directive.average)
         return Observation(seconds=seconds, secants=self.secants.products())
 

@@ -247,11 +247,19 @@ class JAXPort:
 
     def apply(self, scale: float, highest: float = math.inf) -> None:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
+        weights, variables = self._stepped(scale, highest)
+        self._state[_WEIGHTS], self._state[_OPTIMIZER] = list(weights), list(variables)
+
+    def follow(self) -> None:
+        """Let the optimizer see the gradients kept at a rate of zero, and leave the weights."""
+        self._state[_OPTIMIZER] = list(self._stepped(0.0, math.inf)[1])
+
+    def _stepped(self, scale: float, highest: float) -> tuple[Any, Any]:
         if self._applier is None:
             self._applier = self._jitted(self._applied)
         parts = self._state[_OPTIMIZER], self.gradients, self._state[_WEIGHTS]
         weights, variables = self._applier(*parts, self._extras(scale, highest))
-        self._state[_WEIGHTS], self._state[_OPTIMIZER] = list(weights), list(variables)
+        return weights, variables
 
     def _applied(self, variables: Any, gradients: Any, weights: Any, extras: Any) -> Any:
         self.rates.offset, (self.rates.scale, self.rates.highest) = extras
@@ -317,10 +325,6 @@ class JAXPort:
         """Compile a function of tensors."""
         return jax.jit(function)  # type: ignore[no-any-return]
 
-    def stacked(self, rows: list[Any]) -> Any:
-        """Return equal tensors as one."""
-        return _stacked(rows)
-
     def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of the weights, and of what it is given besides."""
         compiled = self.compiled(lambda *arguments: _copies(function(*arguments)))
@@ -361,5 +365,4 @@ def _figures(logs: dict[str, Any]) -> Figures:
     return Figures(*np.asarray(logs.pop(_FIGURES)).tolist())
 
 
-_stacked: Callable[[Any], Any] = jax.jit(jnp.stack)
 _copies: Callable[[Any], Any] = jax.jit(lambda values: tree_util.tree_map(jnp.copy, values))

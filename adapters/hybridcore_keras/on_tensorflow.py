@@ -200,10 +200,6 @@ class TensorFlowPort(StatefulPort):
 
         return call
 
-    def stacked(self, rows: list[Any]) -> Any:
-        """Return equal tensors as one."""
-        return tf.stack(rows)
-
     def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function of the weights, and of what it is given besides."""
         variables = self.variables

@@ -79,10 +79,6 @@ class TorchPort(StatefulPort):
         """Run a function of tensors without a graph."""
         return torch.no_grad()(function)
 
-    def stacked(self, rows: list[Any]) -> Any:
-        """Return equal tensors as one."""
-        return torch.stack(rows)
-
     def reader(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function` of copies of the weights, and of what it is given besides."""
         variables = self.variables

@@ -89,6 +89,10 @@ class Port(Protocol):
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
         ...
 
+    def follow(self) -> None:
+        """Let the optimizer see the gradients kept at a rate of zero, and leave the weights."""
+        ...
+
     def count(self) -> None:
         """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
         ...
@@ -134,10 +138,6 @@ class Port(Protocol):
         What is made of it puts the weights at the values, if all of them could be computed, and
         returns what is more. That shares no memory with the weights.
         """
-        ...
-
-    def stacked(self, rows: list[Any]) -> Any:
-        """Return equal tensors as one: a compiled function takes longer the more it is given."""
         ...
 
     def others(self) -> list[Any]:

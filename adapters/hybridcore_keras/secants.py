@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +52,11 @@ def affordable(model: Any, wanted: int, room: float) -> int:
 class SecantBank:
     """The newest `capacity` pairs of a displacement and the change of the gradient over it.
 
-    Every vector is one flat tensor; see ``hybridcore.quasi_newton`` for what is made of them. The
-    metric is the inverse root of the mean square of the gradients that the pairs saw when their
-    products were first asked for, as in Adam, and stays until the bank is emptied.
+    Vectors are flat, and pairs the rows of two tensors, oldest first, with zeros before the first
+    one, so that nothing is compiled anew for another number of them; see
+    ``hybridcore.quasi_newton`` for what is made of them. The metric is the inverse root of the mean
+    square of the gradients that the pairs saw when their products were first asked for, as in Adam,
+    and stays until the bank is emptied.
 
     Parameters
     ----------
@@ -71,8 +72,8 @@ class SecantBank:
         self._capacity = capacity
         sizes = (math.prod(v.shape) * itemsize(v.dtype) for v in self._variables)
         self._size: int = sum(sizes)
-        self._read = port.reader(_flat)
-        self._pair = port.compiled(_pair)
+        self._first = port.reader(self._begun)
+        self._next = port.reader(_moved_on)
         self._add_square = port.compiled(lambda total, new: total + new * new)
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
@@ -83,7 +84,7 @@ class SecantBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all vectors, but for what an operation on them takes while it lasts."""
-        vectors = len(self._moved) + len(self._changed) + len(self._base or ())
+        vectors = 0 if self._held is None else 2 * self._capacity + 2
         return self._size * (vectors + (self._metric is not None))
 
     @property
@@ -91,11 +92,16 @@ class SecantBank:
         """Which variables move."""
         return [id(variable) for variable in self._variables]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no base yet."""
+        return self._held is None
+
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""
-        self._moved: deque[Any] = deque(maxlen=self._capacity)
-        self._changed: deque[Any] = deque(maxlen=self._capacity)
-        self._base: tuple[Any, Any] | None = None
+        # Base, its gradient, displacements, changes of the gradient.
+        self._held: tuple[Any, Any, Any, Any] | None = None
+        self._pairs = 0
         # Until it is the metric, the sum of so many squared gradients.
         self._metric: Any = None
         self._squares = 0
@@ -103,49 +109,56 @@ class SecantBank:
 
     def take(self) -> None:
         """Make weights and gradients as they are the base, and keep the pair from the last one."""
-        weights = self._read()
-        gradient, pair = self._pair(weights, self._port.gradients, self._base)
-        if pair is not None:
-            self._moved.append(pair[0])
-            self._changed.append(pair[1])
+        if self._held is None:
+            self._held = tuple(self._first(self._port.gradients))
+        else:
+            held = tuple(self._next(self._port.gradients, *self._held))
+            self._held, self._pairs = held, min(self._pairs + 1, self._capacity)
+        gradient = self._held[1]
         if not self._is_metric:
             total = ops.zeros_like(gradient) if self._metric is None else self._metric
             self._metric = self._add_square(total, gradient)
             self._squares += 1
-        self._base = weights, gradient
 
     def products(self) -> Secants:
         """Inner products of the pairs, oldest first, and the gradient at the base."""
-        assert self._base is not None
+        assert self._held is not None
         if not self._is_metric:
             count = ops.convert_to_tensor(float(self._squares), "float32")
             self._metric, self._is_metric = self._as_metric(self._metric, count), True
-        moved = self._port.stacked(list(self._moved))
-        changes = self._port.stacked([*self._changed, self._base[1]])
-        plain, scaled = self._inner_products(moved, changes, self._metric)
-        return Secants(*(np.array(ops.convert_to_numpy(p), np.float64) for p in (plain, scaled)))
+        _, *vectors = self._held
+        both = ops.convert_to_numpy(self._inner_products(*vectors, self._metric))
+        both = np.array(both[:, self._capacity - self._pairs :], np.float64)
+        plain, scaled = both[: self._capacity], both[self._capacity :]
+        unused = self._capacity - self._pairs
+        return Secants(plain[unused:], scaled[unused:])
 
     def reach(self, coefficients: NDArray[np.float64]) -> None:
         """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
         if not coefficients.any():
             self.back_to_base()
             return
-        assert self._base is not None
-        pairs = (self._port.stacked(list(rows)) for rows in (self._moved, self._changed))
-        shares = ops.convert_to_tensor(coefficients.astype(np.float32))
-        self._reach(*self._base, *pairs, self._metric, shares)
+        assert self._held is not None
+        k, unused = self._pairs, np.zeros(self._capacity - self._pairs)
+        shares = np.concatenate((unused, coefficients[:k], unused, coefficients[k:]))
+        shares = ops.convert_to_tensor(shares.astype(np.float32))
+        self._reach(*self._held, self._metric, shares)
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
-        assert self._base is not None
-        self._put(self._base[0])
+        assert self._held is not None
+        self._put(self._held[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base and metric as NumPy arrays."""
-        vectors = [*self._moved, *self._changed, *(self._base or ())]
-        vectors += [] if self._metric is None else [self._metric]
-        rows = [np.array(ops.convert_to_numpy(vector)) for vector in vectors]
-        counts = [len(self._moved), self._base is not None, self._squares, self._is_metric]
+        rows: list[Any] = []
+        if self._held is not None:
+            base, gradient, *pairs = self._held
+            for one in pairs:
+                rows += list(ops.convert_to_numpy(one)[self._capacity - self._pairs :])
+            rows += [base, gradient, self._metric]
+        rows = [np.array(ops.convert_to_numpy(row)) for row in rows]
+        counts = [self._pairs, self._held is not None, self._squares, self._is_metric]
         return {"rows": rows, "counts": [int(count) for count in counts]}
 
     def takes(self, state: dict[str, Any]) -> bool:
@@ -158,26 +171,27 @@ class SecantBank:
         """Take back what :meth:`state_dict` returned for the same variables."""
         self.clear()
         pairs, based, self._squares, is_metric = state["counts"]
-        rows = [ops.convert_to_tensor(row) for row in state["rows"]]
-        self._moved.extend(rows[:pairs])
-        self._changed.extend(rows[pairs : 2 * pairs])
-        rest = rows[2 * pairs :]
-        self._base = (rest[0], rest[1]) if based else None
-        self._metric = rest[-1] if based else None
-        self._is_metric = bool(is_metric)
+        if not based:
+            return
+        rows = [np.asarray(row) for row in state["rows"]]
+        unused = [np.zeros_like(rows[-1])] * (self._capacity - pairs)
+        moved, changed = (unused + rows[i * pairs : (i + 1) * pairs] for i in range(2))
+        held = (*rows[2 * pairs : 2 * pairs + 2], np.stack(moved), np.stack(changed))
+        base, gradient, moved, changed = (ops.convert_to_tensor(value) for value in held)
+        self._held, self._pairs = (base, gradient, moved, changed), pairs
+        self._metric, self._is_metric = ops.convert_to_tensor(rows[-1]), bool(is_metric)
 
     # -- what is compiled -------------------------------------------------------------------
 
+    def _begun(self, weights: Sequence[Any], gradients: Sequence[Any]) -> tuple[Any, ...]:
+        base = _flat(weights)
+        none = ops.zeros((self._capacity, base.shape[0]), base.dtype)
+        return base, _flat(gradients), none, none
+
     def _reached(
-        self,
-        base: Any,
-        gradient: Any,
-        moved: Any,
-        changed: Any,
-        metric: Any,
-        shares: Any,
+        self, base: Any, gradient: Any, moved: Any, changed: Any, metric: Any, shares: Any
     ) -> list[Any]:
-        k = ops.shape(moved)[0]
+        k = self._capacity
         curved = ops.matmul(shares[k : 2 * k], changed) + shares[2 * k] * gradient
         return self._split(base + metric * curved + ops.matmul(shares[:k], moved))
 
@@ -194,12 +208,19 @@ def _flat(values: Sequence[Any]) -> Any:
     return ops.concatenate([ops.reshape(value, (-1,)) for value in values])
 
 
-def _pair(
-    weights: Any, gradients: Sequence[Any], base: tuple[Any, Any] | None
-) -> tuple[Any, tuple[Any, Any] | None]:
-    """Return the gradients as one, and what has changed since `base`."""
-    gradient = _flat(gradients)
-    return gradient, None if base is None else (weights - base[0], gradient - base[1])
+def _moved_on(
+    weights: Sequence[Any],
+    gradients: Sequence[Any],
+    base: Any,
+    gradient: Any,
+    moved: Any,
+    changed: Any,
+) -> tuple[Any, ...]:
+    """Make `weights` and `gradients` the base, and of what is between the two the newest pair."""
+    here, slope = _flat(weights), _flat(gradients)
+    moved = ops.concatenate((moved[1:], (here - base)[None]))
+    changed = ops.concatenate((changed[1:], (slope - gradient)[None]))
+    return here, slope, moved, changed
 
 
 def _metric(total: Any, count: Any) -> Any:
@@ -208,8 +229,7 @@ def _metric(total: Any, count: Any) -> Any:
     return metric / ops.mean(metric)
 
 
-def _products(moved: Any, changes: Any, metric: Any) -> tuple[Any, Any]:
-    return (
-        ops.matmul(moved, ops.transpose(changes)),
-        ops.matmul(changes * metric, ops.transpose(changes)),
-    )
+def _products(gradient: Any, moved: Any, changed: Any, metric: Any) -> Any:
+    """Return ``plain`` of :class:`hybridcore.Secants` over its ``scaled``."""
+    changes = ops.concatenate((changed, gradient[None]))
+    return ops.matmul(ops.concatenate((moved, changes * metric)), ops.transpose(changes))

@@ -57,6 +57,7 @@ class StatefulPort:
         self._scale, self._highest, self._offset = 1.0, math.inf, 0
         self.gradients: list[Any] = []
         self._applier: Any = None
+        self._follower: Any = None
         self._probing = False
         # While the gradients of a pass are kept instead of being applied.
         self._keeping = False
@@ -64,6 +65,7 @@ class StatefulPort:
         self._seen = _Seen()
         self._unused: list[Any] = []
         self._batches: list[Any] | None = None
+        self._state_beside: list[Any] | None = None
         # Whether a pass has come to its end, and with it all that makes variables.
         self._passed = False
 
@@ -87,7 +89,8 @@ class StatefulPort:
         if self._function is None or model.train_function is not self._plain_function:
             self._plain_function = model.train_function
             model.make_train_function(force=True)
-            self._function, self._applier = model.train_function, None
+            self._function = model.train_function
+            self._applier = self._follower = self._state_beside = None
             self._renew()
         self._set_rates(self._scale, self._highest)
 
@@ -290,20 +293,33 @@ class StatefulPort:
         """Take the step of the optimizer with the gradients kept, at rates times `scale`."""
         self._set_rates(self._scale, self._highest)
         if self._applier is None:
-            rates, variables = self.rates, self.variables
-
-            def step(gradients: Sequence[Any], scale: Any, highest: Any) -> None:
-                held, (rates.scale, rates.highest) = (rates.scale, rates.highest), (scale, highest)
-                try:
-                    with rates.inside():
-                        self._plain_apply(list(gradients), variables)
-                finally:
-                    rates.scale, rates.highest = held
-
-            self._applier = self.compiled(step)
+            self._applier = self.compiled(self._applied)
         # Not by the variables that a pass reads: to write them takes as long as some steps.
         figures = (ops.convert_to_tensor(value, "float32") for value in (scale, highest))
         self._applier(self.gradients, *figures)
+
+    def follow(self) -> None:
+        """Let the optimizer see the gradients kept at a rate of zero, and leave the weights."""
+        self._set_rates(self._scale, self._highest)
+        if self._follower is None:
+            self._follower = self.compiled(self._followed)
+        self._follower(self.gradients)
+
+    def _applied(self, gradients: Sequence[Any], scale: Any, highest: Any) -> None:
+        rates = self.rates
+        held, (rates.scale, rates.highest) = (rates.scale, rates.highest), (scale, highest)
+        try:
+            with rates.inside():
+                self._plain_apply(list(gradients), self.variables)
+        finally:
+            rates.scale, rates.highest = held
+
+    def _followed(self, gradients: Sequence[Any]) -> None:
+        # Momentum moves the weights at a rate of zero too.
+        kept = [self._read(variable) for variable in self.variables]
+        self._applied(gradients, ops.zeros((), "float32"), ops.full((), math.inf, "float32"))
+        for variable, value in zip(self.variables, kept, strict=True):
+            variable.assign(value)
 
     def count(self) -> None:
         """Have ``optimizer.iterations`` count a pass that no step of the optimizer followed."""
@@ -311,11 +327,14 @@ class StatefulPort:
 
     def buffers(self) -> list[Any]:
         """Copy the state of model and metrics but for the weights."""
-        return [self._read(variable) for variable in self._beside()]
+        if self._state_beside is None:
+            # Keras looks through all layers for it, which takes a third of a short pass.
+            self._state_beside = self._beside()
+        return [self._read(variable) for variable in self._state_beside]
 
     def put_back_buffers(self, kept: Sequence[Any]) -> None:
         """Undo what was done since :meth:`buffers`."""
-        for variable, value in zip(self._beside(), kept, strict=True):
+        for variable, value in zip(self._state_beside or (), kept, strict=True):
             variable.assign(value)
 
     def _beside(self) -> list[Any]:

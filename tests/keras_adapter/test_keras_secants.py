@@ -110,19 +110,21 @@ def test_a_trial_in_vain_leaves_no_trace():
         layers=lambda: [keras.layers.BatchNormalization()], metrics=["accuracy"], seed=1
     )
     hybrid = HybridCallback(CURVED)
-    rejected = 0
-    before, counted = None, 0
+    rejected = counted = 0
+    states = []
 
     class Look(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            nonlocal before, counted, rejected
-            now = [np.array(v.value) for v in self.model.non_trainable_variables]
+            nonlocal counted, rejected
+            now = b"".join(v.numpy().tobytes() for v in self.model.non_trainable_variables)
             statistics = hybrid.statistics()
             of_trial = statistics.secant_steps > counted
             if of_trial and np.isfinite(hybrid.engine.forecast_loss):
-                rejected += 1
-                assert all(map(np.array_equal, now, before))
-            before, counted = now, statistics.secant_steps
+                # Before it steps of the optimizer may have been taken back, in the same step.
+                assert now in states
+                rejected += now == states[-1]
+            states.append(now)
+            counted = statistics.secant_steps
 
     train(model, 250, hybrid, Look())
     assert rejected > 3
@@ -158,7 +160,7 @@ def test_where_memory_runs_out_they_are_given_up_first(monkeypatch, caplog):
 
     def refused(bank):
         plain(bank)
-        if len(bank._moved) == 3:
+        if bank._pairs == 3:
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr(SecantBank, "take", refused)
