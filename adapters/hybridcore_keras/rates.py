@@ -31,7 +31,7 @@ class Rates:
     Attributes
     ----------
     offset : integer variable, tensor or int
-        Batches that the optimizer does not count: predicted or left out.
+        Batches that the optimizer does not count: predicted or left out. Read inside a step.
     scale : float variable or tensor
         Factor on every learning rate inside a step.
     highest : float variable or tensor
@@ -85,7 +85,8 @@ class Rates:
         """Learning rate as the user set it."""
         rate = self.optimizer._learning_rate
         if isinstance(rate, LearningRateSchedule):
-            return rate(self.optimizer._iterations + self.offset)
+            skipped = self.offset if self._inside else self.skipped
+            return rate(self.optimizer._iterations + skipped)
         return self._plain()
 
     def _current(self) -> Any:

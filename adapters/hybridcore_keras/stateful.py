@@ -117,8 +117,8 @@ class StatefulPort:
         for tracker in trackers:
             tracker.reset_state()
         self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
-        rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside(), unused(self._unused):
+            rate = ops.cast(self.rates.unscaled(), "float32")
             logs = self._plain_step(data)
         check_reports_loss(model, logs)
         check_steps(self._seen.steps)
@@ -261,8 +261,6 @@ class StatefulPort:
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""
         self.rates.skipped += batches
-        # At once, because other callbacks may look at the learning rate.
-        self._set_rates(self._scale, self._highest)
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""
