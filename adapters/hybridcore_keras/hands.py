@@ -143,8 +143,10 @@ class Hands:
             self._on_trial = False
         elif action is Action.MOVE:
             assert directive.coefficients is not None
+            grows = self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
-            self._measure()
+            if grows:
+                self._measure()
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
@@ -280,8 +282,10 @@ class Hands:
         """Take the weights into average and bank, where a full step asks for it."""
         self._add_to_average(directive.average)
         if directive.snapshot:
+            grows = self.snapshots.grows
             self.snapshots.take(fresh=directive.fresh_bank, exact=directive.exact)
-            self._measure()
+            if grows:
+                self._measure()
         return self.snapshots.gram() if directive.gram else None
 
     def _add_to_average(self, weight: float) -> None:

@@ -87,6 +87,12 @@ class SnapshotBank:
         return len(self._rows)
 
     @property
+    def grows(self) -> bool:
+        """Whether the next snapshot may take more memory."""
+        held = self._recovery is not None or self.kind in CODED
+        return held or self.count < self.capacity
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return bytes_of([*self._rows, self._base, self._recovery, self._waiting])
