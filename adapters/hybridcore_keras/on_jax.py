@@ -18,7 +18,7 @@ from hybridcore import ModelError
 from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures
+from hybridcore_keras.ports import Figures, own_statistics
 from hybridcore_keras.rates import Rates
 
 _FIGURES = "hybrid_figures"
@@ -97,8 +97,9 @@ class JAXPort:
             metrics[place] = jnp.zeros_like(metrics[place])
         self.rates.offset, (self.rates.scale, self.rates.highest) = extras
         self._told, self._steps = None, 0
+        statistics = own_statistics(self.model) if self._keeping else contextlib.nullcontext()
         try:
-            with self.rates.inside(), unused(self._unused):
+            with self.rates.inside(), unused(self._unused), statistics:
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
         finally:
             self._settle_rates()

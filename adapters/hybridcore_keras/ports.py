@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import keras
+from keras.layers import BatchNormalization
 
 from hybridcore import ModelError
 from hybridcore_keras.rates import Rates
@@ -192,6 +193,23 @@ def recurrent_states(model: Any) -> list[Any]:
     # A wrapper holds those of its layers too.
     distinct = {id(one): one for one in found if isinstance(one, keras.Variable)}
     return list(distinct.values())
+
+
+@contextlib.contextmanager
+def own_statistics(model: Any) -> Iterator[None]:
+    """Have batch norm take the statistics of the batch for its averages, as all others are equal.
+
+    Averages over steps would be of older weights, and quasi-Newton steps are long.
+    """
+    layers = [one for one in model._flatten_layers() if isinstance(one, BatchNormalization)]
+    own = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
+            layer.momentum = 0.0
+        yield
+    finally:
+        for layer, momentum in zip(layers, own, strict=True):
+            layer.momentum = momentum
 
 
 def build_optimizer(model: Any) -> None:

@@ -14,7 +14,13 @@ from keras import ops
 from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, build_optimizer, is_built, recurrent_states
+from hybridcore_keras.ports import (
+    Figures,
+    build_optimizer,
+    is_built,
+    own_statistics,
+    recurrent_states,
+)
 from hybridcore_keras.rates import Rates
 
 FIGURES = "hybrid_figures"
@@ -117,7 +123,8 @@ class StatefulPort:
         for tracker in trackers:
             tracker.reset_state()
         self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
-        with self.rates.inside(), unused(self._unused):
+        statistics = own_statistics(model) if self._keeping else contextlib.nullcontext()
+        with self.rates.inside(), unused(self._unused), statistics:
             rate = ops.cast(self.rates.unscaled(), "float32")
             logs = self._plain_step(data)
         check_reports_loss(model, logs)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_problems import (
     BRISK,
     CROSS_ENTROPY,
+    CURVED,
     compiled,
     digits,
     mirrored,
@@ -177,6 +178,37 @@ def test_a_base_stays_where_it_is_though_the_optimizer_moves_weights_at_a_rate_o
         assert same(weights(model), trial)
         hands.port.apply(0.0)
         assert not same(weights(model), trial)
+
+
+def test_where_every_batch_is_the_same_batch_norm_holds_its_own_statistics():
+    model = perceptron(layers=normalised)
+    norm = model.layers[1]
+    port = trained(model, 3).hands.port
+    x, _ = batch()
+    # Of what the layers before it make of the digits.
+    inside = np.asarray(model.layers[0](x), np.float64)
+    with port.alone(batch()):
+        port.gradient()
+        close([norm.moving_mean, norm.moving_variance], [inside.mean(0), inside.var(0)])
+        before = inside.mean(0)
+        port.full()
+        assert norm.momentum == 0.99
+        # The step has seen the same weights.
+        close([norm.moving_mean], [before])
+    inside = np.asarray(model.layers[0](x), np.float64)
+    with port.alone(batch()):
+        port.full()
+    close([norm.moving_mean], [0.99 * before + 0.01 * inside.mean(0)])
+
+
+def test_after_quasi_newton_steps_the_loss_at_inference_is_that_of_training():
+    model = perceptron(layers=normalised)
+    hybrid = HybridCallback(CURVED)
+    loss = train(model, 250, hybrid)["loss"][-1]
+    assert hybrid.statistics().secant_steps > 30
+    hybrid.finish(digits())
+    assert loss < 0.01
+    assert model.evaluate(*digits(), batch_size=1797, verbose=0) < 2.0 * loss
 
 
 # -- compiled anew --------------------------------------------------------------------------------
