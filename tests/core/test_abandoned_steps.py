@@ -135,3 +135,29 @@ def test_a_step_that_is_abandoned_and_taken_again_leaves_no_trace(kind, observed
     else:
         moves = not observed or kind.endswith("taken back")
         assert {Action.PROBE} | ({Action.MOVE} if moves else set()) <= actions
+
+
+def test_so_does_one_that_follows_on_a_step_that_was_cut_off_behind_its_evaluation():
+    descent, cases = PairedDescent(), 0
+    # No trial point is lower, so that each is taken back, and the batch comes under suspicion.
+    descent.still = True
+    for _ in range(300):
+        start, first = copy.deepcopy(descent), len(descent.log)
+        descent.step()
+        done = [action for _, action in descent.log[first:]]
+        if done[-2:] != [Action.GRADIENT, Action.REACH]:
+            continue
+        # The way back from the trial point is cut off, and then the evaluation of the next step.
+        for _ in done[:-1]:
+            start.engine.observe(start.carry_out(start.engine.next()))
+        assert start.engine.next().action is Action.REACH
+        start.abandon()
+        before, phase, seen = text(start.engine.state_dict()), start.engine.phase, []
+        while start.engine.next().action not in STEPS:
+            seen.append(start.engine.next().action)
+            start.engine.observe(start.carry_out(start.engine.next()))
+        start.abandon()
+        if Action.PROBE in seen and start.engine.phase is phase:
+            assert text(start.engine.state_dict()) == before, seen
+            cases += 1
+    assert cases > 0

@@ -456,6 +456,17 @@ def test_after_the_parameters_have_changed_nothing_pays(trusting):
     assert all(d.learning_rate_scale == 1.0 for d in full)
 
 
+def test_a_flight_ends_where_the_parameters_change():
+    descent = Watched(NOISY, noise=0.3)
+    while descent.engine.controller.outer.allowance.ahead < 3:
+        descent.step()
+    descent.engine.regroup()
+    descent.held, descent.begun = 0, False
+    first = len(descent.directives)
+    descent.run(20)
+    assert {d.action for d in descent.directives[first:]} == {Action.FULL}
+
+
 def test_a_state_from_before_the_rate_paid_is_read():
     old, new = Watched(NOISY, noise=0.3), Watched(NOISY, noise=0.3)
     old.run(500)

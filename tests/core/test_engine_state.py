@@ -13,6 +13,7 @@ from hybridcore import (
     Phase,
     ProtocolError,
 )
+from hybridcore.jumping import PATIENT_STEPS
 
 # -- interruptions --------------------------------------------------------------------------------
 
@@ -95,3 +96,31 @@ def test_no_second_of_any_clock_enters_a_decision():
     for one, other in zip(steady.directives, erratic.directives, strict=True):
         assert one.action is other.action
         assert np.array_equal(one.coefficients, other.coefficients)
+
+
+def test_what_waits_to_be_counted_is_no_part_of_a_state_that_is_loaded():
+    descent = Descent()
+    descent.run(5)
+    state = descent.engine.state_dict()
+    before = text(state)
+    for _ in range(3):
+        # One full step and nothing else: its figures and its time are taken in later.
+        assert not descent.engine.touches_weights
+        descent.engine.count_time(descent.step(), 1.0, 0.1)
+    descent.engine.load_state_dict(state)
+    assert text(descent.engine.state_dict()) == before
+
+
+def test_bad_batches_behind_a_jump_are_counted_on_by_a_resumed_run():
+    descent = Descent()
+    while descent.engine.phase is not Phase.CORRECT:
+        descent.step()
+    for _ in range(PATIENT_STEPS - 1):
+        assert descent.step(bad=True) is Phase.CORRECT
+    other = Descent()
+    other.engine.load_state_dict(json.loads(text(descent.engine.state_dict())))
+    other.x, other.bank, other.saved = descent.x, list(descent.bank), descent.saved
+    for each in (descent, other):
+        each.step(bad=True)
+        assert each.engine.phase is Phase.FULL
+        assert each.engine.counters.rollbacks == 1
