@@ -9,6 +9,7 @@ from descent import BRISK, Descent, Watched
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.decision import DecisionRule
 from hybridcore.dynamics import LinearDynamics
+from hybridcore.extrapolation import MOMENTUM
 from hybridcore.planning import ARMS, missed_scales
 from hybridcore.search import arm_names
 
@@ -196,6 +197,33 @@ def test_without_the_setting_nothing_is_learned_and_nothing_more_is_probed():
     assert len(tried) == len(ARMS) + 1
 
 
+def test_what_is_learned_is_what_the_surest_forecaster_missed():
+    points = stumbling(path())
+    # By hand: the last two intervals, forecast from the snapshots before them.
+    moved = points[:, -1] - points[:, -3]
+    mean = (points[:, -3] - points[:, 0]) / (points.shape[1] - 3)
+    steps = np.diff(points[:, :-2], axis=1)
+    weights = MOMENTUM ** np.arange(steps.shape[1] - 1, -1, -1)
+    recent = np.einsum("k,gkd->gd", weights / weights.sum(), steps)
+    for name, forecast in (("linear", 2.0 * mean), ("nesterov", 2.0 * recent)):
+        rule = make(HybridTrainerConfig(group_correction=True))
+        sure = {**dict.fromkeys(ARMS, 0.1), name: 0.9}
+        rule.learn(gram(points), sure, rule.context(1.0, 1.0, -0.01, 1.0))
+        factors = np.einsum("gd,gd->g", moved, forecast) / np.einsum("gd,gd->g", forecast, forecast)
+        learned = rule.state_dict()["corrector"]["store"]["residuals"][0][:, 0]
+        np.testing.assert_allclose(learned, np.clip(factors, 0.0, 2.0), rtol=1e-9)
+
+
+def test_after_a_restart_there_may_be_other_groups():
+    rule = taught(HybridTrainerConfig(group_correction=True))
+    rule.restart()
+    context = rule.context(1.0, 1.0, -0.01, 1.0)
+    fewer = gram(stumbling(path()))[: GROUPS - 1]
+    rule.learn(fewer, SURE, context)
+    # Of those nothing is known yet.
+    assert np.array_equal(rule.corrector.predict(context), np.ones(GROUPS - 1))
+
+
 def test_the_missed_scales_of_the_bank_itself():
     scales = missed_scales(gram(stumbling(path())), "dmd")
     assert scales.shape == (GROUPS, 2)
@@ -259,6 +287,25 @@ def test_caution_halves_the_distance_and_a_warning_forbids_the_jump():
             ways = [d.engine.controller.state_dict()["flight"]["jump"] for d in (calm, descent)]
             assert ways[1]["reach"] <= ways[0]["reach"]
             assert math.log2(ways[1]["reach"] / ways[0]["reach"]) % 1.0 == 0.0
+
+
+def test_under_caution_arms_are_probed_at_half_the_distance():
+    calm = Watched()
+    while calm.saved is None:
+        first = len(calm.directives)
+        calm.step()
+    careful = Watched()
+    careful.run(calm.engine.counters.steps - 1)
+    careful.engine.controller.monitor.observe_prediction(1.0, 9.0)
+    start = len(careful.directives)
+    careful.step()
+    ways = []
+    for descent, number in ((calm, first), (careful, start)):
+        probes = [d.coefficients for d in descent.directives[number:] if d.action is Action.PROBE]
+        # The first two are at the weights and at the mean, the third is the straight way.
+        (straight,) = probes[2]
+        ways.append(straight[-1] - 1.0)
+    assert ways[1] == pytest.approx(0.5 * ways[0])
 
 
 def test_a_probe_above_its_forecast_shortens_the_way_in_proportion():

@@ -8,10 +8,12 @@ from descent import BRISK, Descent, Watched
 
 from hybridcore import (
     Action,
+    HybridTrainerConfig,
     Observation,
     Phase,
 )
-from hybridcore.planning import Jump
+from hybridcore.jumping import ABORT_RISE, PATIENT_STEPS
+from hybridcore.planning import Jump, path_confidence
 
 # -- jumps that go wrong --------------------------------------------------------------------------
 
@@ -58,6 +60,77 @@ def test_bad_batches_in_a_row_behind_a_jump_take_it_back():
     assert descent.engine.counters.rollbacks == 1
     assert why_rolled_back(descent) == {"bad batches"}
     assert np.array_equal(descent.x, descent.saved)
+
+
+def test_bad_batches_behind_a_jump_that_was_taken_back_are_not_held_against_the_next():
+    descent = Descent()
+    while descent.engine.phase is not Phase.CORRECT:
+        descent.step()
+    for _ in range(PATIENT_STEPS):
+        descent.step(bad=True)
+    assert descent.engine.counters.rollbacks == 1
+    while descent.engine.phase is not Phase.CORRECT:
+        descent.step()
+    descent.step(bad=True)
+    assert descent.engine.phase is Phase.CORRECT
+    assert descent.engine.counters.rollbacks == 1
+
+
+def test_a_rise_that_the_noise_of_the_loss_explains_does_not_take_a_jump_back():
+    class Restless(Descent):
+        """Losses go up and down, and where a jump settles they are higher than before by `rise`."""
+
+        rise, spread, steps, level = 0.0, 0.05, 0, 0.0
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            if directive.action is not Action.FULL:
+                return seen
+            self.steps += 1
+            noise = self.spread * (1.0, -1.0, -1.0, 1.0)[self.steps % 4]
+            if self.engine.phase is Phase.CORRECT:
+                return seen._replace(loss=self.level * math.exp(self.rise))
+            self.level = seen.loss
+            return seen._replace(loss=seen.loss * math.exp(noise))
+
+    for excess, kept in ((0.05, True), (1.0, False)):
+        descent = Restless()
+        descent.rise = ABORT_RISE + excess
+        while descent.engine.phase is not Phase.CORRECT:
+            descent.step()
+        assert 0.06 < descent.engine.controller.margin < 0.9
+        while descent.engine.phase is Phase.CORRECT:
+            descent.step()
+        assert (descent.engine.counters.rollbacks == 0) is kept
+
+
+def test_full_steps_after_a_rollback_are_measured_from_where_it_has_led_back_to():
+    class Noting(Descent):
+        """Knows the loss at the mean of two snapshots, where a decision begins."""
+
+        averaged = math.nan
+
+        def carry_out(self, directive, bad=False):
+            seen = super().carry_out(directive, bad)
+            two = directive.action is Action.PROBE and np.shape(directive.coefficients) == (1, 2)
+            if two and self.engine.phase is Phase.FULL:
+                self.averaged = seen.loss
+            return seen
+
+    descent = Noting()
+    descent.penalty = 10.0
+    losses, full = [], []
+    while len(losses) < 2:
+        rollbacks = descent.engine.counters.rollbacks
+        descent.step()
+        if descent.engine.counters.rollbacks > rollbacks:
+            losses.append(descent.averaged)
+            full.append(descent.engine.counters.full_steps)
+    (jump, between, _) = descent.engine.meter.stretches[-3:]
+    assert jump.predicting
+    assert not between.predicting
+    assert between.progress == pytest.approx(math.log(losses[0] / losses[1]))
+    assert between.full_steps == full[1] - full[0] - jump.full_steps
 
 
 def test_validation_that_fails_rolls_back():
@@ -184,3 +257,60 @@ def test_a_jump_is_doubled_for_as_long_as_that_pays():
     assert math.exp(flight["log_target"]) == pytest.approx(min(losses))
     # The last doubling was one too many.
     assert losses[-1] > min(losses)
+
+
+@pytest.mark.parametrize("horizon", [25, 31])
+def test_a_way_that_is_no_multiple_of_its_segments_ends_where_a_probe_has_been(horizon):
+    config = HybridTrainerConfig(
+        warmup_steps=20, min_full_steps=24, horizon=horizon, correction_interval=10
+    )
+    descent = Watched(config)
+    while descent.engine.phase is not Phase.PREDICT:
+        first = len(descent.directives)
+        descent.step()
+    probed = [d.coefficients for d in descent.directives[first:] if d.action is Action.PROBE]
+    assert descent.engine.controller.flight.last == horizon
+    while descent.engine.phase is Phase.PREDICT:
+        descent.step()
+    (*_, last) = [d.coefficients for d in descent.directives if d.action is Action.MOVE]
+    tried = [c for c in probed if np.shape(c) == last.shape]
+    assert any(np.allclose(c, last, rtol=1e-12, atol=1e-12) for c in tried)
+
+
+def test_a_path_that_is_half_regular_is_looked_at_again_soon():
+    """Only one that is irregular altogether is left alone for longer."""
+    line = np.linspace(0.0, 1.0, BRISK.snapshots)[:, None]
+    for noise, soon in ((0.65, True), (3.0, False)):
+        points = line + noise * np.random.default_rng(4).normal(size=(BRISK.snapshots, 200)) / 14.0
+        points -= points[-1]
+        sure = max(path_confidence(points @ points.T).values())
+        assert (0.3 < sure < 0.6) if soon else sure < 0.3
+        descent, looks = PathOf(points), []
+        while len(looks) < 2:
+            descent.step()
+            if descent.looked:
+                looks.append(descent.engine.counters.full_steps)
+                descent.looked = False
+        between = BRISK.snapshot_interval if soon else BRISK.min_full_steps
+        assert looks[1] - looks[0] == between
+
+
+class PathOf(Descent):
+    """A descent whose snapshots are said to lie at `points`."""
+
+    def __init__(self, points):
+        super().__init__(
+            HybridTrainerConfig(
+                warmup_steps=BRISK.warmup_steps,
+                min_full_steps=BRISK.min_full_steps,
+                outer_momentum=False,
+            )
+        )
+        self.points, self.looked = points, False
+
+    def carry_out(self, directive, bad=False):
+        seen = super().carry_out(directive, bad)
+        if not directive.gram:
+            return seen
+        self.looked = True
+        return seen._replace(gram=(self.points @ self.points.T)[None])
