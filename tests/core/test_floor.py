@@ -144,6 +144,17 @@ def test_what_is_told_is_true_where_it_is_lowered(floor):
     assert lowered > 0
 
 
+def test_a_loss_that_falls_has_no_rising_trend_where_it_is_lowered():
+    descent, lowered = Descent(HybridTrainerConfig(warmup_steps=400), floor=-1.0), 0
+    for _ in range(400):
+        before, floor = descent.loss(descent.x), floor_of(descent)
+        descent.step()
+        assert descent.loss(descent.x) < before
+        lowered += floor_of(descent) < floor
+        assert descent.engine.controller.dynamics.slope <= 0.0
+    assert lowered > 0
+
+
 def test_how_fast_the_optimizer_is_has_to_be_found_out_anew():
     descent = at("descent")
     for _ in range(3):

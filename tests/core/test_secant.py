@@ -1,5 +1,6 @@
 """Quasi-Newton steps as the engine takes them, on a loss that is known exactly."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from secant_descent import EVALUATIONS, MOMENTS, PairedDescent, at, count, go_on, made, same
 
-from hybridcore import Action, HybridTrainerConfig, Phase
+from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.meter import MOST_A_STEP, Meter, SecantCredit
 from hybridcore.phases import TRANSITIONS
-from hybridcore.secant import LEAST_PAIRS, Stage
+from hybridcore.secant import LEAST_PAIRS, MOST_PATIENCE, WAIT, Stage
 
 WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
 OWN_ACTIONS = (Action.GRADIENT, Action.BASE, Action.REACH, Action.MARK)
@@ -232,6 +233,79 @@ def test_another_batch_is_seen_by_its_loss(moment):
     assert descent.stage is Stage.REST
 
 
+def until_the_next_look(descent):
+    controller = descent.engine.controller
+    assert descent.stage is Stage.REST
+    return controller.secant.until_due(controller.taken)
+
+
+class Probed(PairedDescent):
+    """A descent with a probe of the user's own, whose loss is higher by `gap`."""
+
+    gap = 0.1
+
+    def carry_out(self, directive, bad=False):
+        own = directive.own_batch or directive.at_mark or directive.coefficients is not None
+        if directive.action is Action.PROBE and not own:
+            return Observation(self.loss(self.x) + self.gap)
+        return super().carry_out(directive, bad)
+
+
+def test_after_another_batch_or_a_probe_that_rose_there_is_no_look_for_long():
+    for kind, name in ((PairedDescent, "floor"), (Probed, "gap")):
+        descent = kind()
+        descent.until("decision")
+        setattr(descent, name, 2.0 * getattr(descent, name))
+        descent.step()
+        # But for the full step that was taken at once.
+        assert until_the_next_look(descent) == WAIT * MOST_PATIENCE - 1
+
+
+def test_where_there_is_a_probe_every_step_is_resumed_exactly():
+    descent, probes = Probed(), 0
+    descent.until("first pair")
+    for _ in range(60):
+        other = descent.resumed()
+        at = len(descent.log)
+        descent.step()
+        probes += descent.log[at:].count((Phase.FULL, Action.PROBE))
+        # When it is looked at next depends on the loss where it was looked at last.
+        ahead = copy.deepcopy(descent)
+        ahead.run(11)
+        other.run(12)
+        assert ahead.log[at:] == other.log
+    assert probes > 2
+
+
+def test_after_a_block_that_paid_there_is_a_look_soon():
+    descent = at("decision")
+    secant = descent.engine.controller.secant
+    secant._patience = MOST_PATIENCE
+    assert secant.finish_block() > 0.0
+    secant.rest(descent.engine.controller.taken)
+    assert until_the_next_look(descent) == WAIT
+
+
+def test_what_follows_on_another_batch_is_not_compared_with_what_was_before():
+    descent = PairedDescent(HybridTrainerConfig(outer_momentum=False))
+    descent.until("descent")
+    for _ in range(10):
+        descent.step()
+    full = descent.engine.counters.full_steps
+    assert count(descent, Action.GRADIENT) == 11
+    descent.floor += 1.0
+    while descent.stage is not Stage.REST:
+        descent.step()
+    meter = descent.engine.meter
+    # All but the first, which evaluated where the optimizer had led, are theirs.
+    assert meter.secants.taken == count(descent, Action.GRADIENT) - 1
+    assert full + 5 > descent.engine.counters.full_steps
+    before = len(meter.stretches)
+    while len(descent.engine.meter.stretches) == before:
+        descent.step()
+    assert all(s.progress > -0.5 for s in descent.engine.meter.stretches)
+
+
 @pytest.mark.parametrize("begins", range(101, 500, 19))
 def test_batches_that_begin_to_differ_leave_the_run_to_the_optimizer(begins):
     descent = PairedDescent()
@@ -263,6 +337,13 @@ def test_another_loss_in_the_middle_of_a_run_is_minimized_then(begins, change):
     assert descent.loss(descent.x) <= min(before, descent.floor + 0.03)
     # One that is lower after all may as well be the same one.
     assert rested or change != "raised"
+
+
+def test_a_trial_point_without_a_number_is_no_bad_batch():
+    descent = at("descent")
+    descent.step(bad=True)
+    assert [d.action for d in descent.directives[-2:]] == [Action.GRADIENT, Action.REACH]
+    assert descent.engine.statistics().divergences == 0
 
 
 def test_pairs_that_lead_nowhere_are_given_up_before_they_cost_much():

@@ -212,6 +212,48 @@ def test_bad_batches_of_a_trial_are_no_divergence_of_the_run():
     assert descent.engine.counters.divergences >= 3
 
 
+def test_losses_that_rise_on_trial_are_no_divergence_of_the_run():
+    descent = made(floor=1.0)
+    descent.until("comparison")
+    descent.step()
+    secant, lowest = descent.engine.controller.secant, descent.loss(descent.x)
+    while descent.stage is Stage.GATHER:
+        # Uphill, to well above all that the run had before, but not so far that it is over at once.
+        descent.x = descent.x * 1.5
+        descent.step()
+        assert secant.holds_recovery
+        assert descent.engine.statistics().divergence_level == "NORMAL"
+    assert descent.loss(descent.x) > 2.0 * lowest
+
+
+def test_a_leap_that_a_bad_batch_takes_back_is_counted():
+    descent = at("correction")
+    descent.step(bad=True)
+    assert descent.engine.take_events()[-1]["event"] == "leap rolled back"
+    assert descent.engine.statistics().rollbacks == 1
+
+
+def test_a_trial_in_vain_at_a_level_rate_ends_the_row_of_those_at_a_falling_one():
+    secant, vain = SecantDescent(5, 50), []
+    for fall in (0.01, 0.0, 0.01):
+        trial(secant, fall)
+        vain.append(secant._trial.vain)
+    assert vain == [1, 0, 1]
+
+
+def test_at_the_end_a_trial_that_has_not_moved_the_loss_is_taken_back():
+    descent = at("comparison")
+    descent.step()
+    descent.engine.finish()
+    seen = []
+    while not descent.engine.step_done:
+        seen.append(descent.engine.next().action)
+        descent.carry_out(descent.engine.next())
+        descent.engine.observe(Observation(0.5))
+    assert seen == [Action.PROBE, Action.PROBE, Action.ROLLBACK]
+    assert np.array_equal(descent.x, descent.saved)
+
+
 def test_a_short_trial_that_is_abandoned_on_the_way_to_a_new_base_is_judged_anew():
     descent = at("comparison")
     secant = descent.engine.controller.secant
