@@ -35,6 +35,16 @@ def test_the_minimum_of_a_parabola_is_found_after_the_first_overshoot(best):
     assert min(trials, key=lambda trial: trial.loss).jump.reach == pytest.approx(best)
 
 
+@pytest.mark.parametrize("best", [5.0, 10.0])
+def test_on_what_is_no_parabola_the_points_next_to_the_lowest_decide(best):
+    moved, _ = walk(lambda x: math.exp(abs(x - best) ** 3 / 500.0), reach=2.0)
+    (*_, a, b, c), between = moved[:-1], moved[-1]
+    logs = [abs(x - best) ** 3 for x in (a, b, c)]
+    assert logs[1] < min(logs[0], logs[2])
+    two, one, _ = np.polyfit((a, b, c), logs, 2)
+    assert between == pytest.approx(-one / (2.0 * two))
+
+
 def test_a_minimum_close_to_a_doubling_is_not_probed_again():
     moved, _ = walk(lambda x: math.exp(0.01 * (x - 8.1) ** 2), reach=2.0)
     assert moved == pytest.approx([2.0, 4.0, 8.0, 16.0])

@@ -1,10 +1,12 @@
 """Trust in outer momentum: what the loss of batches before and after outer steps leaves of it."""
 
+import copy
+import json
 import math
 
 import numpy as np
 import pytest
-from descent import Overstepping, Watched
+from descent import Overstepping, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,6 +251,61 @@ def test_what_a_loss_has_risen_by_is_part_of_the_state():
             one.see(Observation(float(loss) + 5.0 * (step >= 10), learning_rate=0.1))
         assert step < 699 or other.strength == outer.strength
     assert outer.strength == 0.0
+
+
+def test_a_rise_after_a_steep_fall_is_seen():
+    noise = 0.1 * np.random.default_rng(5).normal(size=1200)
+    fall = np.maximum(20.0 * (1.0 - np.arange(1200) / 40), 0.0)
+    rise = np.maximum(0.004 * (np.arange(1200) - 600), 0.0)
+    assert (strengths(fall + noise)[20:] > 0.0).all()
+    assert not strengths(fall + rise + noise)[1000:].any()
+
+
+def test_it_does_not_matter_what_losses_are_counted_from():
+    losses = -5.0 + np.random.default_rng(7).normal(size=80)
+    low, high = OuterMomentum(50, 14), OuterMomentum(50, 14)
+    for number, loss in enumerate(losses):
+        if number == 40:
+            high.raise_losses(9.0)
+        low.see(Observation(loss + 9.0, 1.0, 0.1))
+        high.see(Observation(loss + (9.0 if number >= 40 else 0.0), 1.0, 0.1))
+    (*_, newest, difference), loss = low.state_dict()["trust"], low.state_dict()["loss"]
+    assert high.state_dict()["trust"][2:] == pytest.approx([newest, difference])
+    assert high.state_dict()["loss"] == pytest.approx(loss)
+    assert high.state_dict()["means"][0] == pytest.approx(low.state_dict()["means"][0])
+
+
+@pytest.fixture
+def in_the_balance():
+    """A run whose last step was abandoned between an outer step and the look at what it did."""
+    descent = Watched(NOISY, noise=0.3)
+    while True:
+        start, first = copy.deepcopy(descent), len(descent.log)
+        descent.step()
+        actions = [action for _, action in descent.log[first:]]
+        if actions[:3] == [Action.PROBE, Action.MOVE, Action.PROBE]:
+            break
+    for _ in range(2):
+        start.engine.observe(start.carry_out(start.engine.next()))
+    assert start.engine.next().action is Action.PROBE
+    start.engine.abandon()
+    return start
+
+
+def test_an_outer_step_that_is_in_the_balance_is_weighed_by_a_resumed_run(in_the_balance):
+    other = Watched(NOISY)
+    other.engine.load_state_dict(json.loads(text(in_the_balance.engine.state_dict())))
+    assert in_the_balance.engine.next().action is other.engine.next().action is Action.PROBE
+    for descent in (in_the_balance, other):
+        descent.engine.observe(Observation(1.0))
+        descent.engine.observe(Observation(1.0, 1.0, 0.5))
+    trusts = [d.engine.controller.outer.trust for d in (in_the_balance, other)]
+    assert trusts[0] == trusts[1]
+
+
+def test_an_outer_step_that_is_in_the_balance_is_forgotten_with_the_parameters(in_the_balance):
+    in_the_balance.engine.regroup()
+    assert in_the_balance.engine.next().action is Action.FULL
 
 
 def test_what_rises_with_the_rate_is_no_rise():
