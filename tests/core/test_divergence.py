@@ -318,3 +318,31 @@ def test_a_bad_sigma_is_named(sigma):
 def test_a_bad_patience_is_named(patience):
     with pytest.raises(ValueError, match=r"^patience must be an integer"):
         DivergenceMonitor(patience=patience)
+
+
+def test_what_turned_before_losses_were_forgotten_is_no_oscillation_after_it():
+    monitor = DivergenceMonitor()
+    for step in range(60):
+        monitor.observe(2.0 + step % 2)
+    assert monitor.signals[Signal.OSCILLATION] > 1.0
+    monitor.forget_losses()
+    for loss in (9.0, 8.0):
+        monitor.observe(loss)
+        assert monitor.signals[Signal.OSCILLATION] == 0.0
+
+
+def test_norms_of_an_oscillation_are_no_baseline():
+    calm, restless = DivergenceMonitor(), DivergenceMonitor()
+    for step in range(400):
+        late = step >= 100
+        calm.observe(2.0 + 0.1 * math.sin(step), 1.0)
+        # From the hundredth step on losses go up and down, and norms are higher.
+        restless.observe(2.0 + late * 0.5 * (step % 2), 1.0 + 4.0 * late)
+    assert restless.signals[Signal.OSCILLATION] > 1.0
+    found = []
+    for monitor in (calm, restless):
+        monitor.observe(2.0, 20.0)
+        found.append(monitor.signals[Signal.GRADIENT_EXPLOSION])
+    assert found[0] == pytest.approx(2.0, rel=0.01)
+    # But for what had passed before it was seen that they go up and down.
+    assert found[1] > 1.2

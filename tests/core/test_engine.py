@@ -340,3 +340,13 @@ def test_a_summary_is_json_at_any_time():
         json.dumps(statistics.to_dict(), allow_nan=False)
         known = math.isfinite(statistics.measured_speedup_interval.high)
         assert ("not known yet" in str(statistics)) != known
+
+
+def test_a_bad_batch_is_no_backward_pass_that_was_saved():
+    descent = Descent()
+    descent.run(3)
+    descent.step(bad=True)
+    summary = descent.engine.statistics()
+    assert summary.backward_reduction == 0.25
+    assert "4 steps: 4 full" in str(summary)
+    assert "(0% fewer backward passes)" in str(summary)

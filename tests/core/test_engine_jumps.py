@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from descent import BRISK, Descent, Watched
+from secant_descent import PairedDescent
 
 from hybridcore import (
     Action,
@@ -74,6 +75,23 @@ def test_bad_batches_behind_a_jump_that_was_taken_back_are_not_held_against_the_
     descent.step(bad=True)
     assert descent.engine.phase is Phase.CORRECT
     assert descent.engine.counters.rollbacks == 1
+
+
+def test_what_a_jump_was_worth_is_learned_where_the_end_of_a_run_keeps_it():
+    descent = PairedDescent(BRISK, pairs=0)
+    while descent.engine.phase is not Phase.CORRECT:
+        descent.step()
+    descent.run(3)
+    assert not descent.engine.statistics().arm_values
+    spent = descent.engine.counters.full_steps - descent.engine.meter.mark[1]
+    descent.engine.finish()
+    while not descent.engine.step_done:
+        descent.engine.observe(descent.carry_out(descent.engine.next()))
+    assert descent.engine.take_events()[-1]["event"] == "jump kept"
+    (worth,) = descent.engine.statistics().arm_values.values()
+    assert worth > 0.0
+    assert worth == descent.engine.controller.pace.worth
+    assert descent.engine.meter.stretches[-1].full_steps == spent
 
 
 def test_a_rise_that_the_noise_of_the_loss_explains_does_not_take_a_jump_back():

@@ -124,3 +124,11 @@ def test_bad_batches_behind_a_jump_are_counted_on_by_a_resumed_run():
         each.step(bad=True)
         assert each.engine.phase is Phase.FULL
         assert each.engine.counters.rollbacks == 1
+
+
+def test_how_many_snapshots_there_is_room_for_is_part_of_a_state():
+    descent, other = Descent(), Descent()
+    descent.engine.regroup(snapshots=4)
+    other.engine.load_state_dict(json.loads(text(descent.engine.state_dict())))
+    assert other.engine.snapshots == 4
+    assert other.engine.statistics().snapshots == 4

@@ -350,3 +350,14 @@ def test_missed_scales_are_least_squares_factors_of_the_displacements():
         assert scale == pytest.approx(np.linalg.lstsq(predicted[:, None], actual)[0][0])
         length = np.linalg.norm(predicted) * np.linalg.norm(actual)
         assert cosine == pytest.approx(predicted @ actual / length)
+
+
+@pytest.mark.parametrize("excess", [0.0, 0.05, 0.1, 0.15])
+def test_what_noise_explains_does_not_shorten_the_way(excess):
+    ways = []
+    for margin in (0.0, 0.02):
+        flight = Flight(Jump("linear", 5.0), 30, 30, 0.0, -0.9, -0.03, log_best=0.0)
+        seen = flight.expected(1.0 / 3.0) + excess + margin
+        ways.append((flight.correct(10, seen, margin), flight.last))
+    assert ways[0] == ways[1]
+    assert (ways[0][1] == 30) == (excess <= 0.05)
