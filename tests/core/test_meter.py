@@ -134,6 +134,18 @@ def test_a_descent_by_a_power_law_is_measured_within_the_interval():
     assert speedup == pytest.approx(true, rel=0.02)
 
 
+def test_what_is_counted_otherwise_is_not_held_against_a_speed_from_before():
+    meter = timed()
+    meter.close_stretch(2.0, 100, 0, predicting=False, progress=math.nan)
+    meter.secants.measure(100, 0.01)
+    meter.break_off(100, 0)
+    # Neither is what lies between, nor at what speed the loss fell then.
+    meter.close_block(1.0, 110, 0)
+    meter.close_block(0.5, 120, 0)
+    assert meter.secants.progress == 0.5
+    assert meter.secants.stands_for()[:2] == (20.0, 20.0)
+
+
 def test_nothing_predicted_is_a_little_below_one():
     meter = timed(4.0, 1.0)
     speedup, interval = meter.speedup(100, 4)

@@ -434,6 +434,16 @@ def test_what_they_stand_for_by_hand():
     assert SecantCredit(50, [0.0, 0.0], 100.0, 0.0, 1.0).stands_for()[:2] == (50.0, 50.0)
 
 
+def test_a_speed_that_is_measured_anew_is_that_of_all_that_the_run_stood_for():
+    credit = SecantCredit(taken=50, steps=100.0, speed=0.01, progress=1.0)
+    credit.measure(150, 0.004)
+    # 150 full steps of the optimizer, and the 125 that were stood for.
+    assert (credit.steps, credit.progress) == (275.0, 0.0)
+    credit.taken, credit.progress = 100, 1.1
+    expected = 100.0 + 1.1 / 0.004, 125.0 + 275.0 * (1.5**2 - 1.0)
+    assert credit.stands_for()[:2] == pytest.approx((min(expected[0], 250.0), expected[1]))
+
+
 STRETCHES = st.tuples(
     st.integers(1, 100), st.floats(0.0, 5.0), st.floats(-0.1, 0.0) | st.floats(1e-18, 0.5)
 )
