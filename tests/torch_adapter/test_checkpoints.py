@@ -539,6 +539,20 @@ def test_saves_every_so_many_steps_and_keeps_the_newest(tmp_path, enabled):
     assert (folder / "step-000000200.safetensors").exists()
 
 
+@pytest.mark.parametrize("before_jumps", [False, True])
+def test_saves_where_a_jump_may_begin_if_that_is_asked_for(tmp_path, before_jumps):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+    trainer.save_every(10_000, tmp_path, before_jumps=before_jumps)
+    begun = []
+    for step in range(160):
+        events = [event["event"] for event in trainer.step(closure).events]
+        begun += [step] * ("jump" in events)
+    assert begun
+    saved = {int(path.stem.removeprefix("step-")) for path in tmp_path.iterdir()}
+    assert (set(begun[-2:]) <= saved) if before_jumps else not saved
+
+
 def test_saving_by_itself_is_checked_first(tmp_path):
     trainer, _ = trained(0)
     for bad in (0, -1, 2.5, True, None):

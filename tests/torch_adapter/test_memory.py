@@ -13,7 +13,7 @@ from problems import BRISK, noisy, regression, weights
 from torch import nn
 
 from hybridcore import ConfigError, HybridTrainerConfig, Phase
-from hybridcore.memory import Size, beside_bytes, plan, snapshots_bytes
+from hybridcore.memory import FEWEST, Room, Size, beside_bytes, plan, snapshots_bytes
 from hybridcore_torch import HybridTrainer, codes
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
@@ -422,3 +422,29 @@ def test_what_there_is_no_room_for_is_told_at_once(caplog, copies, told):
     if told:
         with pytest.raises(ConfigError, match="needs room"), trainer.averaged():
             pass
+
+
+def test_what_was_given_up_stays_so_however_often_there_is_a_new_plan():
+    size = Size(1e6, 4e6, 8e6, on_gpu=False)
+    room = Room(HybridTrainerConfig(), 20)
+    room.measure(size)
+    room.give_up(20)
+    room.give_up(0)
+    for _ in range(2):
+        room.measure(size)
+        assert (room.pairs, room.snapshots, room.average) == (0, 5, True)
+    while room.snapshots:
+        room.give_up(0)
+        room.measure(size)
+        assert room.snapshots in (0, FEWEST)
+    room.give_up(0)
+    room.measure(size)
+    assert room.is_bare
+    assert not room.average
+    # A resumed run goes on without.
+    other = Room(HybridTrainerConfig(), 20)
+    other.measure(size)
+    found = other.restored(room.state_dict(), room.snapshots)
+    assert found.is_bare
+    assert not found.average
+    assert (other.pairs, other.snapshots, other.average) == (20, 6, True)

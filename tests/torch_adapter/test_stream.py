@@ -289,3 +289,16 @@ def test_the_summary_reads_as_the_numbers_are():
     assert text.startswith(f"120 steps: {statistics.full_steps} full")
     assert "none, nothing was predicted" in text
     assert max(map(len, text.splitlines())) < 110
+
+
+def test_a_resumed_run_that_died_at_once_is_not_complete(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with JsonLines(path) as stream:
+        train(30, callbacks=[stream])
+    assert read_stream(path).complete
+    head = path.read_text().splitlines()[0]
+    with path.open("a") as file:
+        file.write(head + "\n")
+    stream = read_stream(path)
+    assert len(stream.steps) == 30
+    assert not stream.complete
