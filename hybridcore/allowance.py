@@ -13,6 +13,8 @@ STANDS_FOR = 2.0
 PAID = 4.0
 # Flights are further apart than they have to be by so much at most.
 SPREAD = 0.25
+# A learning rate that is higher by less has not risen: it was computed anew.
+ROUNDING = 1e-6
 # Neither its multiples by squares, modulo 1, nor their sums come back to a pattern.
 GOLDEN = 0.6180339887498949
 
@@ -68,6 +70,11 @@ class Allowance:
     def pause(self) -> None:
         """Let no full step pay until the next call of :meth:`earn`."""
         self.paid = 0.0
+
+    def rises(self, rates: tuple[float, ...]) -> bool:
+        """Whether one of the groups' `rates` is higher than in the full step before."""
+        pairs = zip(rates, self._rates, strict=False)
+        return any(rate > before * (1.0 + ROUNDING) for rate, before in pairs)
 
     def see(self, rates: tuple[float, ...], *, scale: float, counts: bool) -> None:
         """Take in a full step.

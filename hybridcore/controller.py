@@ -120,6 +120,9 @@ class Controller:
 
     def finish(self) -> Turn | None:
         """Directives that end what may be taken back, without a step; None if there is nothing."""
+        self.prediction_error = None
+        if not self.stands_still:
+            self.forecast_loss = NAN
         if self.outer.unproven:
             return prove(self)
         if not self.may_roll_back:
@@ -242,7 +245,7 @@ class Controller:
         self.forget_path()
         self.pace.snapshots = self.pace.snapshots if snapshots is None else snapshots
         self.secant.pairs = pairs
-        self.flight, self.leap, self.forecast_loss = None, 0, NAN
+        self.flight, self.leap, self.lost, self.forecast_loss = None, 0, 0, NAN
         self.secant.rest(self.taken)
         self.pace.wait = self.config.min_full_steps
         if self.phase is not Phase.WARMUP:
@@ -391,7 +394,7 @@ class Controller:
         self.secant.pass_by(self.taken)
         self.taken = 0
         if event in (Event.VALIDATED, Event.ROLLED_BACK):
-            self.gram, self.bank = None, 0
+            self.gram, self.bank, self.lost = None, 0, 0
         if event is Event.VALIDATED:
             # After a rollback the trend from before the jump holds again, so only here.
             self.dynamics.restart()

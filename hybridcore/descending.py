@@ -55,10 +55,11 @@ def descend(controller: Controller) -> Turn:
         if not landed:
             controller.note("quasi-Newton steps")
         controller.forget_path()
-    if landed and on_trial and not secant.accepted:
+    in_vain = landed and on_trial and not secant.accepted
+    if in_vain:
         controller.note("trial taken back")
     if landed:
-        controller.close(math.log(secant.loss), predicting=False, progress=NAN)
+        _close_trial(controller, in_vain=in_vain)
         if secant.accepted and secant.measured:
             outside = controller.meter.outside(controller.counters.full_steps)
             controller.meter.secants.measure(outside, secant.speed)
@@ -87,13 +88,15 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
 
 def _end(controller: Controller) -> None:
     """Leave it to the optimizer, which goes on from here on a path of its own."""
-    meter, counters, loss = controller.meter, controller.counters, controller.secant.loss
-    if controller.secant.stage is Stage.DESCEND and math.isfinite(loss):
-        meter.close_block(math.log(loss), counters.full_steps, counters.probes)
+    meter, counters, secant = controller.meter, controller.counters, controller.secant
+    # What a trial has come to was not theirs.
+    theirs = secant.stage is Stage.DESCEND and not secant.holds_recovery
+    if theirs and math.isfinite(secant.loss):
+        meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
     meter.mark = (NAN, counters.full_steps, counters.probes)
     controller.note("quasi-Newton steps end")
     controller.note("optimizer goes on alone")
-    controller.secant.rest(controller.taken)
+    secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()
 
@@ -104,7 +107,14 @@ def finish_trial(controller: Controller) -> Turn:
     if not (math.isfinite(here) and here < before):
         yield Directive(Action.ROLLBACK)
         controller.note("trial taken back")
+        _close_trial(controller, in_vain=True)
     _end(controller)
+
+
+def _close_trial(controller: Controller, *, in_vain: bool) -> None:
+    """Begin a stretch of quasi-Newton steps; full steps of a trial `in_vain` stand for nothing."""
+    progress = 0.0 if in_vain else NAN
+    controller.close(math.log(controller.secant.loss), predicting=in_vain, progress=progress)
 
 
 def leap(controller: Controller) -> Turn:
@@ -116,6 +126,7 @@ def leap(controller: Controller) -> Turn:
         probe = yield Directive(Action.PROBE, own_batch=True)
         if controller.secant.lowers(probe):
             controller.prediction_error = abs(controller.forecast_loss - probe.loss) / probe.loss
+            controller.forecast_loss = controller.secant.expected
         else:
             yield from controller.secant.take_back(probe)
             controller.forecast_loss = controller.secant.loss

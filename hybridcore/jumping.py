@@ -163,7 +163,6 @@ def finish(controller: Controller) -> Turn:
 def roll_back(controller: Controller, why: str) -> Turn:
     """Undo the jump, and say `why`."""
     yield Directive(Action.ROLLBACK)
-    controller.lost = 0
     reward(controller, 0.0)
     controller.counters.rollbacks += 1
     controller.note("jump rolled back", arm=controller.in_flight.jump.extrapolator, why=why)

@@ -163,6 +163,8 @@ class Room:
     def __init__(self, config: HybridTrainerConfig, pairs: int, *, host: bool = True) -> None:
         self._config, self._host = config, host
         self.snapshots, self.pairs, self._average = config.snapshots, pairs, True
+        # Most snapshots that memory has not run out with.
+        self._most = config.snapshots
         self.plan = Plan("exact", config.snapshots, config.averaging, 0.0)
 
     @property
@@ -191,7 +193,7 @@ class Room:
                 self.plan.snapshots,
                 self.plan.kind,
             )
-        self.snapshots = min(self.snapshots, self.plan.snapshots)
+        self.snapshots = min(self._most, self.plan.snapshots)
 
     @property
     def is_bare(self) -> bool:
@@ -209,12 +211,9 @@ class Room:
         if pairs:
             self.pairs = 0
             return "no secant pairs"
-        if self.snapshots > FEWEST:
-            self.snapshots -= 1
-            return f"{self.snapshots} snapshots"
         if self.snapshots:
-            self.snapshots = 0
-            return "no snapshots and no jumps"
+            self.snapshots = self._most = self.snapshots - 1 if self.snapshots > FEWEST else 0
+            return f"{self.snapshots} snapshots" if self.snapshots else "no snapshots and no jumps"
         self.pairs, self._average = 0, False
         return "no average"
 
@@ -226,5 +225,7 @@ class Room:
         """Return one of the same plan with what :meth:`state_dict` says, and so many snapshots."""
         room = copy.copy(self)
         room.pairs, room._average = int(state["pairs"]), bool(state["average"])
+        # Fewer than there is room for are what was left when memory had run out.
+        room._most = self._config.snapshots if snapshots >= self.plan.snapshots else snapshots
         room.snapshots = snapshots
         return room

@@ -39,8 +39,6 @@ MOST_FALL = 6.0
 RISEN = 1.0
 # Full steps since the rate last rose from which on the loss is at a level of its own.
 LEVEL = 5 * INTERVAL
-# A learning rate that is higher by less has not risen: it was computed anew.
-ROUNDING = 1e-6
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
@@ -184,11 +182,12 @@ class OuterMomentum:
 
     def see(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the loss and the learning rate of a full step, as `directive` asked for it."""
-        loss, learning_rate, self._doubt = observation.loss, observation.learning_rate, -1
+        loss, self._doubt = observation.loss, -1
+        rates = (observation.learning_rate, *observation.other_rates)
         known = math.isfinite(self.loss)
-        risen = known and learning_rate > self._learning_rate * (1.0 + ROUNDING)
+        risen = known and self.allowance.rises(rates)
         self._level = 0 if risen else min(self._level + 1, LEVEL)
-        self._learning_rate = learning_rate
+        self._learning_rate = learning_rate = max(rates)
         if known:
             self._follow(loss)
         else:
@@ -197,7 +196,6 @@ class OuterMomentum:
             self._mean = self.loss
         if math.isfinite(self._lowest):
             self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
-        rates = (learning_rate, *observation.other_rates)
         self.allowance.see(rates, scale=directive.scale_at(rates), counts=self.active)
         if self.active and learning_rate > self._highest:
             self._highest = learning_rate
@@ -294,7 +292,8 @@ class OuterMomentum:
             Gram matrices of the bank, where they were asked for.
         """
         self._snapshots += 1
-        self.pending = self._snapshots > 1 and self.strength > 0.0
+        ends_displacement = self._snapshots > 1
+        self.pending = ends_displacement and self.strength > 0.0
         if gram is not None:
             # The newest four snapshots, oldest first, begin and end two displacements.
             moved = np.array([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 1.0]])
@@ -302,6 +301,9 @@ class OuterMomentum:
             self.straight = bool(between > STRAIGHT * np.sqrt(older * newer))
         if self.straight:
             self.stop()
+        elif ends_displacement and not self.pending:
+            # A loss below zero has begun to rise in this very step.
+            self.begin()
         return self.straight
 
     def step(self) -> Directive:

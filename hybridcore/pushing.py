@@ -83,6 +83,7 @@ def _go_back(controller: Controller) -> Turn:
     controller.note("outer step taken back")
     # The end of the run may be among the predicted steps beside it, which end with it.
     if controller.phase is Phase.PREDICT:
+        controller.forecast_loss = NAN
         controller.phase = transition(Phase.PREDICT, Event.HORIZON_REACHED)
     if controller.phase is Phase.CORRECT:
         controller.phase = transition(Phase.CORRECT, Event.VALIDATED)

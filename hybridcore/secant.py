@@ -117,6 +117,8 @@ class SecantDescent:
         self._probed, self._loss_probed = 0, NAN
         self._descent: Descent | None = None
         self._length = 1.0
+        # Loss that a probe found at the trial point.
+        self._found = NAN
         self._rejected, self._there = 0, False
         self._began, self._steps = NAN, 0
         self._own_speed = math.inf
@@ -136,7 +138,7 @@ class SecantDescent:
         How fast the optimizer is has to be found out anew.
         """
         self._floor -= by
-        for name in ("loss", "_marked", "_held", "_loss_probed"):
+        for name in ("loss", "_marked", "_held", "_loss_probed", "_found"):
             setattr(self, name, getattr(self, name) + by)
         self._recent = deque((_raised(value, by) for value in self._recent), maxlen=WINDOW)
         self._began, self.speed = _raised(self._began, by), math.inf
@@ -436,9 +438,14 @@ class SecantDescent:
 
     @property
     def expected(self) -> float:
-        """Loss at the trial point by the quadratic model, not below 0; or that of the base."""
+        """Loss at the trial point: that of a probe, or by the quadratic model, not below 0.
+
+        That of the base where there is no such point.
+        """
         if self._descent is None:
             return self.loss
+        if self._there and math.isfinite(self._found):
+            return self._found
         slope = self._length * (1.0 - 0.5 * self._length) * self._descent.slope
         return max(0.0, self.loss + slope)
 
@@ -448,6 +455,7 @@ class SecantDescent:
         self._there = usable(probe.loss) and sufficient(
             self._objective, probe.objective, self._length, self._descent.slope
         )
+        self._found = probe.loss
         return self._there
 
     # -- state ------------------------------------------------------------------------------
@@ -477,6 +485,7 @@ class SecantDescent:
             "_has_probe": False,
             "_probed": 0,
             "_loss_probed": NAN,
+            "_found": NAN,
         }
         numbers = later | state["numbers"]
         for name in _NUMBERS:
@@ -506,6 +515,7 @@ _NUMBERS = (
     "_probed",
     "_loss_probed",
     "_length",
+    "_found",
     "_rejected",
     "_began",
     "_steps",

@@ -18,13 +18,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hybridcore.config import HybridTrainerConfig
 from hybridcore.errors import StreamError
 from hybridcore.metrics import TrainingStatistics, finite
 from hybridcore.phases import Phase
 from hybridcore.types import StepResult
+
+if TYPE_CHECKING:
+    from hybridcore.engine import Engine
 
 logger = logging.getLogger("hybridcore")
 
@@ -37,6 +40,7 @@ class Trainer(Protocol):
     """What a callback may ask of the trainer that it is given first."""
 
     config: HybridTrainerConfig
+    engine: Engine
 
     def statistics(self) -> TrainingStatistics:
         """Return the summary of the run so far."""
@@ -73,6 +77,7 @@ class JsonLines:
     def __init__(self, path: str | Path, *, append: bool = False) -> None:
         self.path = Path(path)
         self._trainer: Trainer | None = None
+        self._engine: Engine | None = None
         self._pending: list[tuple[int, StepResult]] = []
         self._step: int | None = None
         self._written = 0.0
@@ -101,7 +106,7 @@ class JsonLines:
         if self._pending:
             # Of the run before, where a stream records several.
             self._flush()
-        self._trainer, self._step = trainer, None
+        self._trainer, self._engine, self._step = trainer, trainer.engine, None
         self._written = monotonic()
         head = {"hybridcore": __version__, "stream": VERSION, "config": trainer.config.to_dict()}
         self._write([json.dumps(head)])
@@ -114,6 +119,9 @@ class JsonLines:
             raise StreamError(
                 "JsonLines was called without a trainer: pass it as callbacks=[stream]"
             )
+        if self._trainer.engine is not self._engine:
+            # It has been given another state, and goes on from there.
+            self.begin(self._trainer)
         if self._step is None:
             self._step = self._trainer.statistics().steps - 1
         self._step += 1

@@ -49,6 +49,8 @@ def training_loss(closure: Closure) -> torch.Tensor:
     loss = _called(closure)
     if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
         raise _no_loss(loss, "closure")
+    if loss.is_complex():
+        raise ClosureError("closure returned a complex loss: return a real one, such as its .abs()")
     if not loss.requires_grad:
         raise ClosureError(
             "closure returned a loss without a graph (detached, or computed under no_grad): "

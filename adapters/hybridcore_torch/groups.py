@@ -89,12 +89,16 @@ def by_user(
     ModelError
         If a group is empty, or a parameter is missing, foreign or named twice.
     """
-    given = list(layer_groups)
-    if any(isinstance(group, torch.Tensor) for group in given):
-        raise ModelError(
-            "layer_groups must be lists of parameters, got a parameter in the place of one: pass a "
-            "list for each group, [[...], [...]]"
-        )
+    given = list(layer_groups) if isinstance(layer_groups, Iterable) else [layer_groups]
+    for group in given:
+        # A tensor is iterable too.
+        lists = isinstance(group, Iterable) and not isinstance(group, torch.Tensor | str)
+        wrong = [p for p in group if not isinstance(p, torch.Tensor)] if lists else [group]
+        if wrong:
+            raise ModelError(
+                f"layer_groups must be lists of parameters, got {type(wrong[0]).__name__}: pass a "
+                "list for each group, [[...], [...]]"
+            )
     groups = [list(group) for group in given]
     named = [id(p) for group in groups for p in group]
     if not groups or any(not group for group in groups):

@@ -1,5 +1,6 @@
 """Jumps: how they are chosen and followed, and what happens when they go wrong."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -332,3 +333,40 @@ class PathOf(Descent):
             return seen
         self.looked = True
         return seen._replace(gram=(self.points @ self.points.T)[None])
+
+
+def test_figures_of_a_step_do_not_outlive_the_end_of_a_run():
+    for settings in ({}, {"averaging": False}):
+        descent = PairedDescent(dataclasses.replace(BRISK, **settings), pairs=0)
+        while descent.engine.prediction_error is None:
+            descent.step()
+        descent.engine.finish()
+        while not descent.engine.step_done:
+            descent.engine.observe(descent.carry_out(descent.engine.next()))
+        for _ in range(5):
+            descent.step()
+            assert descent.engine.prediction_error is None
+            assert math.isnan(descent.engine.forecast_loss)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_bad_batches_behind_a_jump_that_is_over_are_not_held_against_the_next(restart):
+    descent = PairedDescent(BRISK, pairs=0)
+
+    def settle():
+        while descent.engine.phase is not Phase.CORRECT:
+            descent.step()
+
+    settle()
+    for _ in range(PATIENT_STEPS - 1):
+        descent.step(bad=True)
+    if restart:
+        descent.engine.regroup()
+    else:
+        descent.engine.finish()
+        while not descent.engine.step_done:
+            descent.engine.observe(descent.carry_out(descent.engine.next()))
+    assert descent.engine.phase is Phase.FULL
+    settle()
+    descent.step(bad=True)
+    assert descent.engine.phase is Phase.CORRECT

@@ -532,3 +532,42 @@ def test_the_path_is_held_against_itself_now_and_then():
         if outer.pending:
             outer.stepped()
     assert checked == [5, 10, 20, 40, 80, 120, 160, 200]
+
+
+def test_one_that_is_not_taken_where_it_was_due_has_them_begin_anew():
+    outer = OuterMomentum(50, 14)
+    outer.begin()
+    outer.take(None)
+    assert not outer.full_step.fresh_bank
+    # A loss below zero rises in the very step that ends the displacement.
+    outer.strength = 0.0
+    outer.take(None)
+    assert not outer.pending
+    outer.strength = 1.0
+    assert outer.full_step.fresh_bank
+    outer.take(None)
+    outer.take(None)
+    assert outer.pending
+    assert outer.step().coefficients.shape == (1, 2)
+
+
+def test_the_rates_of_all_parameter_groups_count():
+    def strengths(rates):
+        outer, found = OuterMomentum(50, 14), []
+        outer.begin()
+        for first, *others in rates:
+            outer.see(Observation(1.0, 1.0, first, other_rates=tuple(others)))
+            found.append(outer.strength)
+        return np.array(found)
+
+    level = [(0.1, 0.0, 0.2)] * 20
+    assert (strengths(level)[10:] > 0.0).all()
+    # While the rate of one of them rises there are none.
+    rising = [(0.1, 0.0, 0.02 * (1 + step)) for step in range(10)]
+    assert not strengths(rising + level)[1:19].any()
+    # They fade with the highest, and one that is not trained has no say.
+    for fallen in ((0.0, 0.025), (0.025, 0.0), (0.025, 0.025)):
+        highest = tuple(8.0 * rate for rate in fallen)
+        assert not strengths([highest] * 20 + [fallen])[-1]
+        half = tuple(4.0 * rate for rate in fallen)
+        assert 0.0 < strengths([highest] * 20 + [half])[-1] < strengths([highest] * 21)[-1]

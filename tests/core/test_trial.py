@@ -301,3 +301,53 @@ def test_a_trial_whose_first_batch_is_bad_begins_with_the_next():
     assert before.directives[-1].fresh_pairs
     assert np.array_equal(before.saved, kept)
     go_on(before, 200)
+
+
+# -- what it is worth ------------------------------------------------------------------------------
+
+
+def test_steps_of_a_trial_in_vain_stand_for_nothing():
+    descent = at("comparison")
+    counters, meter = descent.engine.counters, descent.engine.meter
+    before = counters.full_steps, meter.outside(counters.full_steps)
+    taken = meter.secants.taken
+    while descent.stage is Stage.GATHER:
+        descent.step()
+    descent.x = descent.x + 1.0
+    descent.step()
+    assert descent.engine.take_events()[-1]["event"] == "trial taken back"
+    meter, full = descent.engine.meter, descent.engine.counters.full_steps
+    assert full > before[0] + 5
+    # The first of them was taken with the decision.
+    assert meter.outside(full) == before[1] - 1
+    assert meter.secants.taken == taken
+
+
+def test_so_do_those_of_one_that_the_end_of_a_run_takes_back():
+    descent = at("comparison")
+    counters, meter = descent.engine.counters, descent.engine.meter
+    outside = meter.outside(counters.full_steps)
+    descent.step()
+    descent.x = descent.x + 1.0
+    descent.engine.finish()
+    while not descent.engine.step_done:
+        descent.engine.observe(descent.carry_out(descent.engine.next()))
+    assert "trial taken back" in [event["event"] for event in descent.engine.take_events()]
+    assert descent.engine.meter.outside(descent.engine.counters.full_steps) == outside - 1
+
+
+def test_steps_of_a_trial_that_the_optimizer_wins_are_its_own():
+    descent = at("comparison")
+    taken, outside = descent.engine.meter.secants.taken, descent.engine.meter.outside(0)
+    full = descent.engine.counters.full_steps
+    while descent.stage is Stage.GATHER:
+        descent.step()
+    descent.x = 0.01 * descent.x
+    descent.step()
+    assert descent.stage is Stage.REST
+    meter = descent.engine.meter
+    assert meter.secants.taken == taken
+    steps = descent.engine.counters.full_steps
+    assert meter.outside(0) == outside
+    assert meter.outside(steps) == outside + steps
+    assert steps > full

@@ -1,12 +1,13 @@
 """Trust in outer momentum: what the loss of batches before and after outer steps leaves of it."""
 
 import copy
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
-from descent import Overstepping, Watched, text
+from descent import Descent, Overstepping, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,3 +334,20 @@ def test_a_policy_gradient_is_left_alone_while_its_surrogate_rises():
     descent.run(700)
     assert descent.engine.counters.outer_steps == first
     assert math.isnan(descent.engine.forecast_loss)
+
+
+def test_after_one_was_taken_back_in_a_flight_no_forecast_is_told_of_full_steps():
+    descent = Descent(dataclasses.replace(NOISY, averaging=False), noise=0.3)
+    controller = descent.engine._controller
+    while not (controller.stands_still and controller.outer.unproven):
+        descent.step()
+    descent.engine.finish()
+    while not descent.engine.step_done:
+        directive = descent.engine.next()
+        seen = descent.carry_out(directive)
+        lost = directive.action is Action.PROBE
+        descent.engine.observe(Observation(math.inf) if lost else seen)
+    assert descent.engine.phase is Phase.FULL
+    for _ in range(3):
+        descent.step()
+        assert math.isnan(descent.engine.forecast_loss)

@@ -189,6 +189,7 @@ BAD_CLOSURES = {
     "vector": lambda loss: loss.expand(3),
     "detached": lambda loss: loss.detach(),
     "float": lambda loss: loss.item(),
+    "complex": lambda loss: loss * 1j,
 }
 
 
@@ -274,8 +275,9 @@ def test_arguments_that_do_not_fit_are_named():
         HybridTrainer(model, optimizer).step(torch.zeros(1))
     with pytest.raises(ModelError, match="layer_groups"):
         HybridTrainer(model, optimizer, layer_groups=[[model.weight]])
-    with pytest.raises(ModelError, match="a list for each group"):
-        HybridTrainer(model, optimizer, layer_groups=list(model.parameters()))
+    for groups in (list(model.parameters()), 3, ["weight"], [["weight", "bias"]], [3]):
+        with pytest.raises(ModelError, match="a list for each group"):
+            HybridTrainer(model, optimizer, layer_groups=groups)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

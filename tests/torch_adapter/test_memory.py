@@ -448,3 +448,20 @@ def test_what_was_given_up_stays_so_however_often_there_is_a_new_plan():
     assert found.is_bare
     assert not found.average
     assert (other.pairs, other.snapshots, other.average) == (20, 6, True)
+
+
+def test_a_smaller_model_has_room_for_what_a_larger_one_had_not():
+    small, large = (Size(n, 4.0 * n, 0.0, on_gpu=False) for n in (3e7, 3e8))
+    room = Room(HybridTrainerConfig(memory="2GiB"), 20)
+    found = []
+    for size in (small, large, small):
+        room.measure(size)
+        found.append(room.snapshots)
+    assert found[0] == found[2] > found[1]
+    # What memory had run out with stays given up, in a resumed run too.
+    room = Room(HybridTrainerConfig(memory="100x"), 0)
+    room.measure(small)
+    room.give_up(0)
+    for kept in (room, room.restored(room.state_dict(), room.snapshots)):
+        kept.measure(small)
+        assert kept.snapshots == HybridTrainerConfig().snapshots - 1

@@ -1,5 +1,6 @@
 """The stream of a run: whole, true to the run, and of no influence on it."""
 
+import copy
 import io
 import json
 import math
@@ -302,3 +303,22 @@ def test_a_resumed_run_that_died_at_once_is_not_complete(tmp_path):
     stream = read_stream(path)
     assert len(stream.steps) == 30
     assert not stream.complete
+
+
+def test_a_trainer_that_is_given_an_earlier_state_is_recorded_on_from_there(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with JsonLines(path) as stream:
+        model, optimizer, closure = regression()
+        trainer = HybridTrainer(model, optimizer, BRISK, callbacks=[stream])
+        losses = {}
+        for step in range(1, 181):
+            if step == 91:
+                state = copy.deepcopy(trainer.state_dict())
+            losses[step] = trainer.step(closure).loss
+        trainer.load_state_dict(state)
+        for step in range(91, 231):
+            # So that the two accounts can be told apart.
+            losses[step] = trainer.step(lambda: 2.0 * closure()).loss
+    stream = read_stream(path)
+    assert {row["step"]: row["loss"] for row in stream.steps} == losses
+    assert [record["steps"] for record in stream.statistics][-1] == 230
