@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,16 +91,18 @@ def by_user(
         If a group is empty, or a parameter is missing, foreign or named twice.
     """
     given = list(layer_groups) if isinstance(layer_groups, Iterable) else [layer_groups]
+    groups: list[Group] = []
     for group in given:
         # A tensor is iterable too.
         lists = isinstance(group, Iterable) and not isinstance(group, torch.Tensor | str)
-        wrong = [p for p in group if not isinstance(p, torch.Tensor)] if lists else [group]
+        members: list[Any] = list(group) if lists else [group]
+        wrong = [p for p in members if not (lists and isinstance(p, torch.Tensor))]
         if wrong:
             raise ModelError(
                 f"layer_groups must be lists of parameters, got {type(wrong[0]).__name__}: pass a "
                 "list for each group, [[...], [...]]"
             )
-    groups = [list(group) for group in given]
+        groups.append(members)
     named = [id(p) for group in groups for p in group]
     if not groups or any(not group for group in groups):
         raise ModelError("layer_groups must be non-empty lists of parameters, got an empty one")
