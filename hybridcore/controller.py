@@ -413,8 +413,12 @@ class Controller:
 
     @property
     def has_rest(self) -> bool:
-        """Whether outer steps, if they are wanted, have the time to pay."""
-        wanted = self.config.outer_momentum and self.pace.snapshots > 0
+        """Whether outer steps, if they are wanted, have the time to pay.
+
+        Not where a batch stays for several steps: what ten of them have in common is of that batch,
+        whose loss they are weighed by.
+        """
+        wanted = self.config.outer_momentum and self.pace.snapshots > 0 and not self.secant.repeats
         return wanted and self.pace.until_snapshot(self.taken) >= LEAST
 
     @property

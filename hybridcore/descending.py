@@ -32,6 +32,8 @@ def descend(controller: Controller) -> Turn:
             return
     stage, landing, on_trial = secant.stage, secant.landing, secant.holds_recovery
     observation, ended = yield from secant.step()
+    if secant.repeats and controller.outer.active:
+        controller.outer.stop()
     # A bad batch leaves the judgement to the next one.
     landed = landing and (ended or not secant.holds_recovery)
     if stage is Stage.DESCEND:

@@ -88,7 +88,8 @@ class OuterMomentum:
 
     ``y <- y + (1 - s + s * RATE) * d + m``
 
-    While the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
+    Where a batch stays for several steps there are none: that is the controller's to know. While
+    the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
     take the weights further than the loop itself dares to yet; then they begin without momentum.
 
     An outer step is taken at the end of the last of the ten full steps, or, where it is weighed, on

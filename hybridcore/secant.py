@@ -92,6 +92,8 @@ class SecantDescent:
         Whether the newest trial became the base.
     measured : bool
         Whether the step that has just landed measured the speed on a path of the optimizer's own.
+    repeats : bool
+        Whether two steps in a row had the same batch when that was last asked.
     converging : bool
         Whether neither the optimizer nor the curvature has found a lower loss of late.
     """
@@ -104,6 +106,7 @@ class SecantDescent:
         self.loss = NAN
         self.speed = 0.0
         self.accepted = False
+        self.repeats = False
         self.converging = False
         self.measured = False
         self._there = False
@@ -309,6 +312,8 @@ class SecantDescent:
         probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
         same = self._same(probe.loss, self._marked)
         observation = yield Directive(Action.FULL)
+        if self.stage is Stage.CHECK and observation.applied:
+            self.repeats = same
         if not (same and observation.applied):
             return observation, True
         if self.stage is Stage.CHECK:
@@ -483,6 +488,7 @@ class SecantDescent:
             "_floor": 0.0,
             "_scale": 0.0,
             "_has_probe": False,
+            "repeats": False,
             "_probed": 0,
             "_loss_probed": NAN,
             "_found": NAN,
@@ -503,6 +509,7 @@ _NUMBERS = (
     "loss",
     "speed",
     "accepted",
+    "repeats",
     "converging",
     "measured",
     "_there",

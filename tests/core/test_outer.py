@@ -10,6 +10,7 @@ import pytest
 from descent import Descent, Watched, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from secant_descent import PairedDescent
 
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.allowance import STANDS_FOR
@@ -25,6 +26,7 @@ from hybridcore.outer import (
     WEIGHED,
     OuterMomentum,
 )
+from hybridcore.secant import Stage
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
 
@@ -571,3 +573,40 @@ def test_the_rates_of_all_parameter_groups_count():
         assert not strengths([highest] * 20 + [fallen])[-1]
         half = tuple(4.0 * rate for rate in fallen)
         assert 0.0 < strengths([highest] * 20 + [half])[-1] < strengths([highest] * 21)[-1]
+
+
+class Staying(PairedDescent):
+    """Noisy batches, of which two in a row are the same from a step on."""
+
+    stays = False
+
+    def carry_out(self, directive, bad=False):
+        seen = super().carry_out(directive, bad)
+        secant = self.engine._controller.secant
+        if self.stays and directive.at_mark and secant.stage is Stage.CHECK:
+            return seen._replace(loss=secant._marked)
+        return seen
+
+
+def test_they_end_where_two_batches_in_a_row_are_the_same():
+    descent = Staying(HybridTrainerConfig(warmup_steps=20), noise=0.3)
+    descent.run(400)
+    outer, secant = descent.engine.controller.outer, descent.engine.controller.secant
+    assert outer.active
+    assert not secant.repeats
+    descent.stays = True
+    while not secant.repeats:
+        assert outer.active
+        descent.step()
+    moves = descent.engine.counters.outer_steps
+    descent.run(90)
+    assert not outer.active
+    assert descent.engine.counters.outer_steps == moves
+    other = descent.resumed()
+    assert other.engine.controller.secant.repeats
+    # Another look finds that they differ again.
+    descent.stays = False
+    while secant.repeats:
+        descent.step()
+    descent.run(100)
+    assert outer.active

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from problems import left_by, noisy, weights
+from problems import digits, left_by, noisy, weights
 
 from hybridcore import HybridTrainerConfig
 from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
+from hybridcore_torch import HybridTrainer
 
 
 class Adam(torch.optim.Adam):
@@ -317,3 +318,39 @@ def test_one_that_is_interrupted_at_its_end_is_not_taken_twice(weighed, monkeypa
     monkeypatch.setattr(engine, "observe", observe)
     trainer.step(watched)
     assert all(map(torch.equal, seen[-1], moved))
+
+
+def held(stays, steps):
+    """A network on batches of digits each of which stays for so many steps; the trainer."""
+    x, y = digits()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-3))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        if step % stays == 0:
+            batch = torch.randint(0, 1200, (64,), generator=generator)
+        trainer.step(lambda b=batch: torch.nn.functional.cross_entropy(model(x[b]), y[b]))
+    return trainer
+
+
+@pytest.mark.parametrize("stays", [1, 20, 60])
+def test_there_are_none_where_a_batch_stays_for_several_steps(stays):
+    statistics = held(stays, 500).statistics()
+    assert (statistics.outer_steps > 0) == (stays == 1)
+    assert statistics.secant_steps == 0
+
+
+def test_they_end_where_batches_begin_to_stay():
+    trainer = held(1, 400)
+    assert trainer.engine.controller.outer.active
+    x, y = digits()
+    for step in range(1000):
+        batch = slice(64 * (step // 40 % 16), 64 * (step // 40 % 16) + 64)
+        trainer.step(
+            lambda batch=batch: torch.nn.functional.cross_entropy(trainer.model(x[batch]), y[batch])
+        )
+        controller = trainer.engine.controller
+        assert not (controller.secant.repeats and controller.outer.active)
+    # It is seen by the next look, within 800 steps.
+    assert controller.secant.repeats
