@@ -228,8 +228,7 @@ class JAXPort:
         return np.int32(self.rates.skipped), np.array((scale, highest), np.float32)
 
     def _settle_rates(self) -> None:
-        # What a trace has left there ends with it.
-        self.rates.offset, self.rates.scale, self.rates.highest = 0, 1.0, math.inf
+        self.rates.offset, self.rates.scale, self.rates.highest = self.rates.skipped, 1.0, math.inf
 
     def _jitted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         eager = self.model.run_eagerly or not self.model.jit_compile
@@ -305,6 +304,7 @@ class JAXPort:
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""
         self.rates.skipped += batches
+        self.rates.offset = self.rates.skipped
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""

@@ -199,17 +199,31 @@ def recurrent_states(model: Any) -> list[Any]:
 def own_statistics(model: Any) -> Iterator[None]:
     """Have batch norm take the statistics of the batch for its averages, as all others are equal.
 
-    Averages over steps would be of older weights, and quasi-Newton steps are long.
+    Of a layer that is called more than once in a step it is their mean. Averages over steps would
+    be of older weights, and quasi-Newton steps are long.
     """
     layers = [one for one in model._flatten_layers() if isinstance(one, BatchNormalization)]
-    own = [layer.momentum for layer in layers]
+    momenta = [layer.momentum for layer in layers]
     try:
         for layer in layers:
-            layer.momentum = 0.0
+            vars(layer)["call"] = _averaging(layer)
         yield
     finally:
-        for layer, momentum in zip(layers, own, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
+            vars(layer).pop("call", None)
             layer.momentum = momentum
+
+
+def _averaging(layer: Any) -> Callable[..., Any]:
+    plain, calls = layer.call, 0
+
+    def call(*arguments: Any, training: Any = None, **named: Any) -> Any:
+        nonlocal calls
+        if training:
+            layer.momentum, calls = calls / (calls + 1.0), calls + 1
+        return plain(*arguments, training=training, **named)
+
+    return call
 
 
 def build_optimizer(model: Any) -> None:

@@ -31,7 +31,7 @@ class Rates:
     Attributes
     ----------
     offset : integer variable, tensor or int
-        Batches that the optimizer does not count: predicted or left out. Read inside a step.
+        Batches that the optimizer does not count: predicted or left out.
     scale : float variable or tensor
         Factor on every learning rate inside a step.
     highest : float variable or tensor
@@ -81,12 +81,16 @@ class Rates:
         finally:
             self._inside = False
 
+    @property
+    def follow_schedule(self) -> bool:
+        """Whether they depend on how many batches there were."""
+        return isinstance(self.optimizer._learning_rate, LearningRateSchedule)
+
     def unscaled(self) -> Any:
         """Learning rate as the user set it."""
-        rate = self.optimizer._learning_rate
-        if isinstance(rate, LearningRateSchedule):
-            skipped = self.offset if self._inside else self.skipped
-            return rate(self.optimizer._iterations + skipped)
+        if self.follow_schedule:
+            schedule = self.optimizer._learning_rate
+            return schedule(self.optimizer._iterations + self.offset)
         return self._plain()
 
     def _current(self) -> Any:

@@ -52,9 +52,9 @@ def affordable(model: Any, wanted: int, room: float) -> int:
 class SecantBank:
     """The newest `capacity` pairs of a displacement and the change of the gradient over it.
 
-    Vectors are flat, and pairs the rows of two tensors, oldest first, with zeros before the first
-    one, so that nothing is compiled anew for another number of them; see
-    ``hybridcore.quasi_newton`` for what is made of them. The metric is the inverse root of the mean
+    Vectors are flat, and pairs the rows of two tensors, of zeros where there is none yet, so that
+    nothing is compiled anew for another number of them; see ``hybridcore.quasi_newton`` for what
+    is made of them. The metric is the inverse root of the mean
     square of the gradients that the pairs saw when their products were first asked for, as in Adam,
     and stays until the bank is emptied.
 
@@ -101,7 +101,8 @@ class SecantBank:
         """Forget the base, the pairs and the metric."""
         # Base, its gradient, displacements, changes of the gradient.
         self._held: tuple[Any, Any, Any, Any] | None = None
-        self._pairs = 0
+        # Rows of the pairs, oldest first.
+        self._order: list[int] = []
         # Until it is the metric, the sum of so many squared gradients.
         self._metric: Any = None
         self._squares = 0
@@ -112,8 +113,11 @@ class SecantBank:
         if self._held is None:
             self._held = tuple(self._first(self._port.gradients))
         else:
-            held = tuple(self._next(self._port.gradients, *self._held))
-            self._held, self._pairs = held, min(self._pairs + 1, self._capacity)
+            full = len(self._order) == self._capacity
+            row = self._order[0] if full else len(self._order)
+            place = ops.convert_to_tensor([[row]], "int32")
+            held = tuple(self._next(self._port.gradients, *self._held, place))
+            self._held, self._order = held, [*self._order[full:], row]
         gradient = self._held[1]
         if not self._is_metric:
             total = ops.zeros_like(gradient) if self._metric is None else self._metric
@@ -127,11 +131,11 @@ class SecantBank:
             count = ops.convert_to_tensor(float(self._squares), "float32")
             self._metric, self._is_metric = self._as_metric(self._metric, count), True
         _, *vectors = self._held
-        both = ops.convert_to_numpy(self._inner_products(*vectors, self._metric))
-        both = np.array(both[:, self._capacity - self._pairs :], np.float64)
-        plain, scaled = both[: self._capacity], both[self._capacity :]
-        unused = self._capacity - self._pairs
-        return Secants(plain[unused:], scaled[unused:])
+        found = self._inner_products(*vectors, self._metric)
+        plain, scaled = (np.array(ops.convert_to_numpy(one), np.float64) for one in found)
+        # The gradient is in the place of the last change.
+        places = [*self._order, self._capacity]
+        return Secants(plain[np.ix_(self._order, places)], scaled[np.ix_(places, places)])
 
     def reach(self, coefficients: NDArray[np.float64]) -> None:
         """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
@@ -139,10 +143,10 @@ class SecantBank:
             self.back_to_base()
             return
         assert self._held is not None
-        k, unused = self._pairs, np.zeros(self._capacity - self._pairs)
-        shares = np.concatenate((unused, coefficients[:k], unused, coefficients[k:]))
-        shares = ops.convert_to_tensor(shares.astype(np.float32))
-        self._reach(*self._held, self._metric, shares)
+        k, shares = len(self._order), np.zeros((2, self._capacity), np.float32)
+        shares[0, self._order], shares[1, self._order] = coefficients[:k], coefficients[k:-1]
+        steepest = np.array(coefficients[-1], np.float32)
+        self._reach(*self._held, self._metric, *map(ops.convert_to_tensor, (shares, steepest)))
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
@@ -155,11 +159,13 @@ class SecantBank:
         if self._held is not None:
             base, gradient, *pairs = self._held
             for one in pairs:
-                rows += list(ops.convert_to_numpy(one)[self._capacity - self._pairs :])
+                rows += list(ops.convert_to_numpy(one)[: len(self._order)])
             rows += [base, gradient, self._metric]
         rows = [np.array(ops.convert_to_numpy(row)) for row in rows]
-        counts = [self._pairs, self._held is not None, self._squares, self._is_metric]
-        return {"rows": rows, "counts": [int(count) for count in counts]}
+        counts = [len(self._order), self._held is not None, self._squares, self._is_metric]
+        # In another order their sums would differ in the last digit.
+        order = list(self._order)
+        return {"rows": rows, "counts": [int(count) for count in counts], "order": order}
 
     def takes(self, state: dict[str, Any]) -> bool:
         """Whether `state` is of as many weights and no more pairs."""
@@ -175,10 +181,12 @@ class SecantBank:
             return
         rows = [np.asarray(row) for row in state["rows"]]
         unused = [np.zeros_like(rows[-1])] * (self._capacity - pairs)
-        moved, changed = (unused + rows[i * pairs : (i + 1) * pairs] for i in range(2))
+        moved, changed = (rows[i * pairs : (i + 1) * pairs] + unused for i in range(2))
         held = (*rows[2 * pairs : 2 * pairs + 2], np.stack(moved), np.stack(changed))
         base, gradient, moved, changed = (ops.convert_to_tensor(value) for value in held)
-        self._held, self._pairs = (base, gradient, moved, changed), pairs
+        self._held = base, gradient, moved, changed
+        # States from before there was one hold the oldest first.
+        self._order = [int(row) for row in state.get("order", range(pairs))]
         self._metric, self._is_metric = ops.convert_to_tensor(rows[-1]), bool(is_metric)
 
     # -- what is compiled -------------------------------------------------------------------
@@ -189,11 +197,17 @@ class SecantBank:
         return base, _flat(gradients), none, none
 
     def _reached(
-        self, base: Any, gradient: Any, moved: Any, changed: Any, metric: Any, shares: Any
+        self,
+        base: Any,
+        gradient: Any,
+        moved: Any,
+        changed: Any,
+        metric: Any,
+        shares: Any,
+        steepest: Any,
     ) -> list[Any]:
-        k = self._capacity
-        curved = ops.matmul(shares[k : 2 * k], changed) + shares[2 * k] * gradient
-        return self._split(base + metric * curved + ops.matmul(shares[:k], moved))
+        curved = ops.matmul(shares[1], changed) + steepest * gradient
+        return self._split(base + metric * curved + ops.matmul(shares[0], moved))
 
     def _split(self, flat: Any) -> list[Any]:
         parts, start = [], 0
@@ -215,11 +229,12 @@ def _moved_on(
     gradient: Any,
     moved: Any,
     changed: Any,
+    place: Any,
 ) -> tuple[Any, ...]:
-    """Make `weights` and `gradients` the base, and of what is between the two the newest pair."""
+    """Make `weights` and `gradients` the base, and what is between the two the pair at `place`."""
     here, slope = _flat(weights), _flat(gradients)
-    moved = ops.concatenate((moved[1:], (here - base)[None]))
-    changed = ops.concatenate((changed[1:], (slope - gradient)[None]))
+    moved = ops.scatter_update(moved, place, (here - base)[None])
+    changed = ops.scatter_update(changed, place, (slope - gradient)[None])
     return here, slope, moved, changed
 
 
@@ -229,7 +244,7 @@ def _metric(total: Any, count: Any) -> Any:
     return metric / ops.mean(metric)
 
 
-def _products(gradient: Any, moved: Any, changed: Any, metric: Any) -> Any:
-    """Return ``plain`` of :class:`hybridcore.Secants` over its ``scaled``."""
+def _products(gradient: Any, moved: Any, changed: Any, metric: Any) -> tuple[Any, Any]:
     changes = ops.concatenate((changed, gradient[None]))
-    return ops.matmul(ops.concatenate((moved, changes * metric)), ops.transpose(changes))
+    others = ops.transpose(changes)
+    return ops.matmul(moved, others), ops.matmul(changes * metric, others)

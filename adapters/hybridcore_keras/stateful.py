@@ -124,8 +124,8 @@ class StatefulPort:
             tracker.reset_state()
         self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
         statistics = own_statistics(model) if self._keeping else contextlib.nullcontext()
+        rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside(), unused(self._unused), statistics:
-            rate = ops.cast(self.rates.unscaled(), "float32")
             logs = self._plain_step(data)
         check_reports_loss(model, logs)
         check_steps(self._seen.steps)
@@ -268,6 +268,9 @@ class StatefulPort:
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""
         self.rates.skipped += batches
+        if self.rates.follow_schedule:
+            # At once, as other callbacks, and what they compile, may look at the learning rate.
+            self._set_rates(self._scale, self._highest)
 
     def finish(self, logs: dict[str, Any]) -> Any:
         """Return what ``fit`` expects of a train function."""

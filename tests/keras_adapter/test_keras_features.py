@@ -201,6 +201,24 @@ def test_where_every_batch_is_the_same_batch_norm_holds_its_own_statistics():
     close([norm.moving_mean], [0.99 * before + 0.01 * inside.mean(0)])
 
 
+def test_statistics_of_a_layer_that_is_called_twice_are_the_mean_of_both():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    norm = keras.layers.BatchNormalization()
+    halves = [norm(keras.layers.Dense(8, name=name)(inputs)) for name in ("first", "second")]
+    outputs = keras.layers.Dense(10)(keras.layers.Concatenate()(halves))
+    model = compiled(keras.Model(inputs, outputs))
+    port = trained(model, 3).hands.port
+    x, _ = batch()
+    inside = [np.asarray(model.get_layer(n)(x), np.float64) for n in ("first", "second")]
+    with port.alone(batch()):
+        port.gradient()
+    close([norm.moving_mean], [np.mean([h.mean(0) for h in inside], axis=0)])
+    close([norm.moving_variance], [np.mean([h.var(0) for h in inside], axis=0)])
+    assert norm.momentum == 0.99
+    assert "call" not in vars(norm)
+
+
 def test_after_quasi_newton_steps_the_loss_at_inference_is_that_of_training():
     model = perceptron(layers=normalised)
     hybrid = HybridCallback(CURVED)

@@ -160,7 +160,7 @@ def test_where_memory_runs_out_they_are_given_up_first(monkeypatch, caplog):
 
     def refused(bank):
         plain(bank)
-        if bank._pairs == 3:
+        if len(bank._order) == 3:
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr(SecantBank, "take", refused)
