@@ -93,7 +93,8 @@ class SecantDescent:
     measured : bool
         Whether the step that has just landed measured the speed on a path of the optimizer's own.
     repeats : bool
-        Whether two steps in a row had the same batch when that was last asked.
+        Whether batches stay for several steps, but not for many, as far as is known: two in a row
+        were the same, and one that came much later was another.
     converging : bool
         Whether neither the optimizer nor the curvature has found a lower loss of late.
     """
@@ -312,8 +313,8 @@ class SecantDescent:
         probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
         same = self._same(probe.loss, self._marked)
         observation = yield Directive(Action.FULL)
-        if self.stage is Stage.CHECK and observation.applied:
-            self.repeats = same
+        if observation.applied and (self.stage is Stage.PROVE or not same):
+            self.repeats = self.stage is Stage.PROVE and not same
         if not (same and observation.applied):
             return observation, True
         if self.stage is Stage.CHECK:

@@ -588,7 +588,7 @@ class Staying(PairedDescent):
         return seen
 
 
-def test_they_end_where_two_batches_in_a_row_are_the_same():
+def test_they_end_where_a_batch_stays_for_some_steps():
     descent = Staying(HybridTrainerConfig(warmup_steps=20), noise=0.3)
     descent.run(400)
     outer, secant = descent.engine.controller.outer, descent.engine.controller.secant

@@ -29,7 +29,8 @@ def test_products_and_points_are_those_of_the_vectors():
     k, size = state["counts"][0], sum(w.size for w in weights_of(model))
     rows = np.array(state["rows"], dtype=np.float64)
     assert rows.shape == (2 * k + 3, size)
-    moved, changed, (base, gradient, metric) = rows[:k], rows[k : 2 * k], rows[2 * k :]
+    moved, changed = (rows[i * k : (i + 1) * k][state["order"]] for i in range(2))
+    base, gradient, metric = rows[2 * k :]
     assert np.abs(moved).min(axis=0).max() > 0.0
     both = np.vstack((changed, gradient))
     plain, scaled = bank.products()
