@@ -61,7 +61,7 @@ def descend(controller: Controller) -> Turn:
     if in_vain:
         controller.note("trial taken back")
     if landed:
-        _close_trial(controller, in_vain=in_vain)
+        _close_landing(controller, in_vain=in_vain)
         if secant.accepted and secant.measured:
             outside = controller.meter.outside(controller.counters.full_steps)
             controller.meter.secants.measure(outside, secant.speed)
@@ -109,12 +109,12 @@ def finish_trial(controller: Controller) -> Turn:
     if not (math.isfinite(here) and here < before):
         yield Directive(Action.ROLLBACK)
         controller.note("trial taken back")
-        _close_trial(controller, in_vain=True)
+        _close_landing(controller, in_vain=True)
     _end(controller)
 
 
-def _close_trial(controller: Controller, *, in_vain: bool) -> None:
-    """Begin a stretch of quasi-Newton steps; full steps of a trial `in_vain` stand for nothing."""
+def _close_landing(controller: Controller, *, in_vain: bool) -> None:
+    """End what the optimizer has taken; full steps of a trial `in_vain` stand for nothing."""
     progress = 0.0 if in_vain else NAN
     controller.close(math.log(controller.secant.loss), predicting=in_vain, progress=progress)
 

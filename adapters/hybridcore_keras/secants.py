@@ -54,9 +54,9 @@ class SecantBank:
 
     Vectors are flat, and pairs the rows of two tensors, of zeros where there is none yet, so that
     nothing is compiled anew for another number of them; see ``hybridcore.quasi_newton`` for what
-    is made of them. The metric is the inverse root of the mean
-    square of the gradients that the pairs saw when their products were first asked for, as in Adam,
-    and stays until the bank is emptied.
+    is made of them. The metric is the inverse root of the mean square of the gradients that the
+    pairs saw when their products were first asked for, as in Adam, and stays until the bank is
+    emptied.
 
     Parameters
     ----------
