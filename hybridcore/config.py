@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from hybridcore.errors import ConfigError
 
 Dynamics = Literal["linear", "mlp", "rssm"]
@@ -128,6 +130,11 @@ class HybridTrainerConfig:
     on_divergence: OnDivergence = "recover"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                # A sweep over an array has NumPy's numbers, which JSON does not.
+                object.__setattr__(self, field.name, value.item())
         for name in ("enabled", "group_correction", "outer_momentum", "averaging"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")

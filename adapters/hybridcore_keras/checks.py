@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -38,13 +38,14 @@ def as_groups(layer_groups: object) -> list[list[Any]] | None:
     """
     if layer_groups is None:
         return None
-    if not isinstance(layer_groups, Iterable):
+    if not isinstance(layer_groups, Iterable) or isinstance(layer_groups, Mapping):
         raise ConfigError(
-            f"layer_groups must be lists of variables, got {type(layer_groups).__name__}"
+            f"layer_groups must be lists of variables, got {type(layer_groups).__name__}: pass a "
+            "list for each group, [[...], [...]]"
         )
     groups = list(layer_groups)
     for group in groups:
-        if not isinstance(group, Iterable) or hasattr(group, "shape"):
+        if not isinstance(group, Iterable) or isinstance(group, str) or hasattr(group, "shape"):
             raise ConfigError(
                 f"layer_groups must be lists of variables, got {type(group).__name__} in the place "
                 "of one: pass a list for each group, [[...], [...]]"

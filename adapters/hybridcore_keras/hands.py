@@ -333,7 +333,7 @@ class Hands:
             return
         self._tried = True
         try:
-            self.port.probe(self._held_out())
+            loss = self.port.probe(self._held_out())
         except Exception as error:
             if is_out_of_memory(error):
                 # A probe for which there is no room is done without, once it is needed.
@@ -345,6 +345,12 @@ class Hands:
                 "fit takes from its data, (x, y) or (x, y, sample_weight); it raised "
                 f"{type(error).__name__}: {shorten(str(error), LONGEST)}"
             ) from error
+        if not math.isfinite(loss):
+            logger.warning(
+                "probe has the loss %s at first, and there are neither jumps nor quasi-Newton "
+                "steps while that is no finite number: look for NaN in its batch",
+                loss,
+            )
 
     def _held_out(self) -> tuple[Any, ...]:
         """Return the user's probe, brought to the device once."""

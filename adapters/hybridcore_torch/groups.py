@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,11 +90,10 @@ def by_user(
     ModelError
         If a group is empty, or a parameter is missing, foreign or named twice.
     """
-    given = list(layer_groups) if isinstance(layer_groups, Iterable) else [layer_groups]
+    given = list(layer_groups) if _holds(layer_groups) else [layer_groups]
     groups: list[Group] = []
     for group in given:
-        # A tensor is iterable too.
-        lists = isinstance(group, Iterable) and not isinstance(group, torch.Tensor | str)
+        lists = _holds(group)
         members: list[Any] = list(group) if lists else [group]
         wrong = [p for p in members if not (lists and isinstance(p, torch.Tensor))]
         if wrong:
@@ -116,3 +115,8 @@ def by_user(
             f"missing, {foreign} not trainable by it"
         )
     return groups
+
+
+def _holds(value: Any) -> bool:
+    """Whether `value` is a list of something, and not one of what can be iterated over besides."""
+    return isinstance(value, Iterable) and not isinstance(value, torch.Tensor | str | Mapping)

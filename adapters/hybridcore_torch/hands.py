@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
@@ -140,7 +141,13 @@ class Hands:
     def try_probe(self) -> None:
         """Evaluate the user's probe, if there is one, to learn at once whether that can be done."""
         if self._probe is not None:
-            self._prober.loss(self._probe, "probe")
+            loss = self._prober.loss(self._probe, "probe")
+            if not math.isfinite(loss):
+                logger.warning(
+                    "probe has the loss %s at first, and there are neither jumps nor quasi-Newton "
+                    "steps while that is no finite number: look for NaN in its batch",
+                    loss,
+                )
 
     def carry_out(self, directive: Directive, closure: Closures | None) -> Observation:
         """Do what `directive` says; `closure` may be None where it needs no batch."""

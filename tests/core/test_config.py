@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +43,19 @@ def test_bad_values_name_setting_and_value(name, value):
         HybridTrainerConfig(**{name: value})
     assert str(caught.value).startswith(f"{name} must be ")
     assert str(caught.value).endswith(f"got {value!r}")
+
+
+def test_numbers_of_numpy_are_settings_too():
+    config = HybridTrainerConfig(
+        enabled=np.bool_(True),
+        horizon=np.int64(30),
+        confidence_threshold=np.float32(0.5),
+        memory=np.str_("2x"),
+    )
+    assert config == HybridTrainerConfig(horizon=30, confidence_threshold=0.5, memory="2x")
+    assert HybridTrainerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match=r"horizon must be .*, got 7\.5"):
+        HybridTrainerConfig(horizon=np.float64(7.5))
 
 
 def test_every_setting_is_checked():

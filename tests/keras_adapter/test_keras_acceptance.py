@@ -1,5 +1,7 @@
 """The promises of the Keras adapter, on real problems."""
 
+import dataclasses
+
 import documents
 import keras
 import numpy as np
@@ -279,6 +281,14 @@ def test_the_progress_bar_shows_what_it_always_did(capsys):
     assert "loss:" in capsys.readouterr().out
 
 
+def test_a_probe_that_is_no_number_is_told_once(caplog):
+    config = dataclasses.replace(BRISK, outer_momentum=False)
+    hybrid = HybridCallback(config, probe=(digits()[0] * np.nan, digits()[1]))
+    train(regression(), 2, hybrid, steps_per_epoch=60)
+    assert hybrid.statistics().predicted_steps == 0
+    assert caplog.text.count("probe has the loss nan at first") == 1
+
+
 def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match="from_dict"):
         HybridCallback({"horizon": 3})
@@ -294,6 +304,9 @@ def test_arguments_that_do_not_fit_are_named():
     for flat in (list, iter):
         with pytest.raises(ConfigError, match=r"got \w*Variable in the place .* for each group"):
             HybridCallback(layer_groups=flat(model.trainable_variables))
+    for groups in ({"all": model.trainable_variables}, ["kernel"], 3):
+        with pytest.raises(ConfigError, match=r"got (dict|str|int).* a list for each group"):
+            HybridCallback(layer_groups=groups)
     with pytest.raises(ModelError, match="layer_groups"):
         train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))
     frozen = regression()

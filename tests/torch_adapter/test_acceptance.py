@@ -278,6 +278,8 @@ def test_arguments_that_do_not_fit_are_named():
     for groups in (list(model.parameters()), 3, ["weight"], [["weight", "bias"]], [3]):
         with pytest.raises(ModelError, match="a list for each group"):
             HybridTrainer(model, optimizer, layer_groups=groups)
+    with pytest.raises(ModelError, match="got dict: pass a list for each group"):
+        HybridTrainer(model, optimizer, layer_groups={"all": list(model.parameters())})
     HybridTrainer(model, optimizer, layer_groups=[model.parameters()])
 
 

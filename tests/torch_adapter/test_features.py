@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, weights
+from problems import BRISK, regression, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -405,6 +406,16 @@ def test_a_model_that_is_on_the_meta_device_still_is_refused():
         model = nn.Linear(3, 2)
     with pytest.raises(ModelError, match=r"weight is on the meta device .*to_empty"):
         HybridTrainer(model, adam(model))
+
+
+def test_a_probe_that_is_no_number_is_told_once(caplog):
+    model, optimizer, closure = regression()
+    config = dataclasses.replace(BRISK, outer_momentum=False)
+    trainer = HybridTrainer(model, optimizer, config, probe=lambda: closure() * math.nan)
+    for _ in range(150):
+        trainer.step(closure)
+    assert trainer.statistics().predicted_steps == 0
+    assert caplog.text.count("probe has the loss nan at first") == 1
 
 
 def test_a_probe_is_of_all_parts():
