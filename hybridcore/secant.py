@@ -271,7 +271,7 @@ class SecantDescent:
 
     def compare(self) -> None:
         """Let the optimizer show whether it is faster by now; what undoes that has been kept."""
-        self._trial.begin(self.loss)
+        self._trial.begin(self.loss, self._own_speed)
         self._marked = NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
@@ -394,6 +394,9 @@ class SecantDescent:
                 yield from self._undo_trial()
                 return observation, False
             self.speed, self.converging = speed, speed * self._steps < LEAST_FALL
+            if self._steps > self.pairs and not endless:
+                # What it took to get there counts once, and the steps ahead are of the later ones.
+                self.speed = max(speed, self._trial.speed)
             if speed > self._own_speed:
                 self.loss = observation.loss
                 return observation, True

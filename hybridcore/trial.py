@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybridcore.types import NAN, Observation
@@ -17,6 +18,9 @@ SPIKE = 10.0
 MOST_VAIN, MUCH_LOWER = 2, 0.5
 # Bad batches in a row that are the fault of where the optimizer has led.
 LOST = 2
+# Steps by which it is told how fast the loss falls now: the medians of their halves are not moved
+# by spikes.
+NEWEST = 14
 
 
 @dataclass(slots=True)
@@ -36,6 +40,12 @@ class OptimizerTrial:
         Number of the step, from 0, at which it fell last.
     first_rate, last_rate : float
         Learning rate of the first step and of the newest.
+    pace : float
+        Fall of the log loss by a step of the block before it; infinite where that is not known.
+    newest : list of float
+        Log losses of the newest steps, at most `NEWEST`.
+    waited : bool
+        Whether this one, or one before it in vain, had more steps than is usual.
     """
 
     loss: float = NAN
@@ -44,6 +54,9 @@ class OptimizerTrial:
     fallen: int = 0
     first_rate: float = 0.0
     last_rate: float = 0.0
+    pace: float = math.inf
+    newest: list[float] = field(default_factory=list)
+    waited: bool = False
 
     @property
     def active(self) -> bool:
@@ -55,9 +68,18 @@ class OptimizerTrial:
         """Whether it may take any number of steps."""
         return self.vain >= MOST_VAIN
 
-    def begin(self, loss: float) -> None:
-        """Begin one at weights that have this `loss`."""
-        self.loss, self.bad = loss, 0
+    @property
+    def speed(self) -> float:
+        """Fall of the log loss by a step, of late; 0 before there are two."""
+        half = len(self.newest) // 2
+        return (self._level(half) - self._level(-half)) / half if half else 0.0
+
+    def _level(self, newest: int) -> float:
+        return statistics.median(self.newest[:newest] if newest > 0 else self.newest[newest:])
+
+    def begin(self, loss: float, pace: float) -> None:
+        """Begin one at weights that have this `loss`, where the block before it was so fast."""
+        self.loss, self.bad, self.pace, self.newest = loss, 0, pace, []
 
     def count_bad(self) -> bool:
         """Take note of a bad batch; return whether that is not the batch's fault any more."""
@@ -72,8 +94,8 @@ class OptimizerTrial:
         observation : Observation
             What the step showed.
         steps, most, block : int
-            Number of the step, from 1, the most that a usual trial has, and for how long the
-            learning rate of an endless one may stay as it is.
+            Number of the step, from 1, the most that a usual trial has unless it catches up, and
+            for how long the learning rate of an endless one may stay as it is.
         """
         rate, self.bad = observation.learning_rate, 0
         if steps == 1:
@@ -83,9 +105,25 @@ class OptimizerTrial:
         self.last_rate = rate
         if observation.loss > SPIKE * self.loss:
             return True
+        self.newest = [*self.newest[1 - NEWEST :], math.log(observation.loss)]
         if not self.endless:
-            return steps >= most
+            if steps < most:
+                return False
+            if (steps == most and self.waited) or not self._catches_up(steps):
+                return True
+            self.waited = True
+            return False
         return observation.loss < MUCH_LOWER * self.loss or steps - self.fallen > block
+
+    def _catches_up(self, steps: int) -> bool:
+        """Whether it is slower than the block was on the whole, and faster now.
+
+        From where quasi-Newton steps have led the optimizer often takes the loss up at first. It
+        has to be back, by how fast it is now, within as many steps as it has had.
+        """
+        speed = self.speed
+        fall = math.log(self.loss) - self._level(-(len(self.newest) // 2))
+        return speed > self.pace and -speed <= fall / steps <= self.pace
 
     def count_stuck(self) -> None:
         """Take note of a block that got stuck: after one in vain that counts as another."""

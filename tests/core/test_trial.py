@@ -108,6 +108,44 @@ def test_after_two_trials_in_vain_at_a_falling_rate_the_optimizer_has_all_the_ti
     assert trial(secant, 1e-4)[0] == 10
 
 
+def test_a_trial_that_catches_up_goes_on_until_it_is_ahead_or_slows_down():
+    def tried(losses, pace=0.01, there=2.0):
+        secant = SecantDescent(10, 20)
+        secant._own_speed = pace
+        return trial(secant, 0.0, losses, there)[0], secant
+
+    falling = [1.5 * math.exp(-0.05 * step) for step in range(60)]
+    # In step n the median of the newest seven is that of three steps before, falling[n - 5], and at
+    # n = 17 it is below exp(-0.01 n) for the first time.
+    took, secant = tried(falling, there=falling[16])
+    assert took == 17
+    assert secant.loss == falling[16]
+    # No faster than the block was, or too far up to be back soon, it has ten steps as ever.
+    assert tried(falling, pace=0.05001)[0] == 10
+    assert tried([2.0 * loss for loss in falling])[0] == 10
+    # It ends where it is no faster any more, in vain where that is above where it began.
+    took, secant = tried([*falling[:8], *[falling[8]] * 60])
+    assert 10 < took < 25
+    assert secant.loss == 1.0
+    # What it took to get back to where it began is no measure of the steps ahead.
+    slow = [falling[8] * 0.991**step for step in range(60)]
+    took, secant = tried([*falling[:8], *slow], there=0.9)
+    assert 10 < took < 25
+    assert -math.log(0.9) / took < 0.008
+    assert secant.speed == pytest.approx(-math.log(0.991))
+
+
+def test_after_one_that_caught_up_in_vain_the_next_has_its_usual_time():
+    falling = [1.5 * math.exp(-0.05 * step) for step in range(60)]
+    secant = SecantDescent(10, 20)
+    for there, expected in ((2.0, 17), (2.0, 10), (0.95, 10), (2.0, 17)):
+        secant._own_speed = 0.01
+        assert trial(secant, 0.0, falling, there)[0] == expected
+        again = SecantDescent(10, 20)
+        again.load_state_dict(json.loads(text(secant.state_dict())))
+        secant = again
+
+
 # -- where batches are bad ------------------------------------------------------------------------
 
 

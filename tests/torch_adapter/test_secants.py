@@ -258,6 +258,28 @@ def test_where_no_two_batches_are_the_same_there_are_none(cause):
     assert trainer.statistics().secant_steps == 0
 
 
+@pytest.mark.slow
+def test_where_curvature_gains_little_it_ends_no_higher_after_as_many_steps():
+    """The optimizer's loss rises before it falls there, and its trials need more than 20 steps."""
+    x, _ = digits()
+    x = x[:1350]
+    ends = []
+    for enabled in (False, True):
+        config, of_seeds = HybridTrainerConfig(enabled=enabled), []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8), nn.Linear(8, 64))
+            model.extend((nn.Tanh(), nn.Linear(64, 64)))
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            trainer = HybridTrainer(model, optimizer, config)
+            for _ in range(600):
+                trainer.step(lambda m=model: F.mse_loss(m(x), x))
+            trainer.finish(lambda m=model: F.mse_loss(m(x), x))
+            of_seeds.append(float(F.mse_loss(model(x), x).detach()))
+        ends.append(np.mean(of_seeds))
+    assert ends[1] <= ends[0]
+
+
 def test_batches_that_stay_for_a_while_do_no_harm():
     """As in loops that take several steps on each batch."""
     x, y = digits()
