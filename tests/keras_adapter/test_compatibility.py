@@ -1,5 +1,6 @@
 """What else people use in `fit`: each thing with predicted steps beside it."""
 
+import dataclasses
 import gc
 import json
 
@@ -25,7 +26,7 @@ from keras_problems import (
     weights,
 )
 
-from hybridcore import HybridTrainerConfig, Phase
+from hybridcore import DivergenceError, HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 # What Keras does to TensorFlow's tensors.
@@ -225,6 +226,23 @@ def test_learning_rate_scheduler_and_reduce_on_plateau():
         keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1000),
     )
     assert float(model.optimizer.learning_rate) == pytest.approx(1e-2 * 0.995**14, rel=1e-5)
+
+
+def test_a_second_model_begins_anew():
+    first, told = perceptron(), []
+    before = [HybridCallback(BRISK), HybridCallback(BRISK)]
+    train(first, 80, before[0])
+    kept = weights(first)
+    for hybrid in before:
+        # A first batch that is left out tells nothing, and the other model's loss is not its.
+        watch = Watch(hybrid)
+        train(perceptron(seed=1), 90, hybrid, watch, data=spoiled([0], np.nan))
+        assert hybrid.statistics().steps == 90
+        told.append((watch.losses, watch.phases))
+    np.testing.assert_array_equal(told[0][0], told[1][0])
+    assert told[0][1] == told[1][1]
+    assert Phase.PREDICT in told[0][1]
+    assert same(kept, weights(first))
 
 
 def test_early_stopping():
@@ -481,6 +499,31 @@ def test_weights_that_another_callback_writes_are_kept(when, first):
     while not writer.written:
         train(model, 4, *((writer, hybrid) if first else (hybrid, writer)))
     for step in range(1, 5):
+        train(model, 1, hybrid)
+        assert far(model) < 0.03 * step
+
+
+@pytest.mark.parametrize("how", ["an error of a callback", "a bad batch that raises"])
+def test_weights_that_are_written_after_a_fit_was_cut_off_are_kept(how):
+    hybrid = HybridCallback(BRISK)
+    watch = Watch(hybrid)
+    train(regression(), 100, hybrid, watch)
+    settling = watch.phases.index(Phase.CORRECT) + 1
+    bad = how == "a bad batch that raises"
+    config = dataclasses.replace(BRISK, on_divergence="raise" if bad else "recover")
+    model, hybrid = regression(), HybridCallback(config)
+
+    def fail(batch, logs):
+        if batch == settling:
+            raise OSError
+
+    cut = keras.callbacks.LambdaCallback(on_train_batch_end=fail)
+    data = spoiled([settling] if bad else [], np.nan)
+    with pytest.raises(DivergenceError if bad else OSError):
+        train(model, 1, hybrid, cut, data=data, steps_per_epoch=100)
+    assert hybrid.engine.phase is Phase.CORRECT
+    model.set_weights([np.full_like(w, 3.0) for w in model.get_weights()])
+    for step in range(1, 20):
         train(model, 1, hybrid)
         assert far(model) < 0.03 * step
 
