@@ -245,6 +245,18 @@ def test_a_second_model_begins_anew():
     assert same(kept, weights(first))
 
 
+def test_a_new_optimizer_begins_anew():
+    finals = []
+    for hybrid in (None, HybridCallback(BRISK)):
+        model, callbacks = regression(), [] if hybrid is None else [hybrid]
+        train(model, 10, *callbacks)
+        train(compiled(model, keras.optimizers.SGD(0.3)), 5, *callbacks)
+        finals.append(weights(model))
+    assert hybrid.statistics().steps == 5
+    for ours, theirs in zip(*finals, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_early_stopping():
     stop = keras.callbacks.EarlyStopping(monitor="loss", patience=400, restore_best_weights=True)
     predicts(regression(), 150, stop)

@@ -422,16 +422,31 @@ def test_a_run_that_ends_in_a_jump_is_left_at_the_better_weights(phase, spoil):
         hybrid._left = hybrid.hands.fingerprint()
     jumped = weights_of(model)
     iterations, steps = int(model.optimizer.iterations), hybrid.statistics().steps
+    average = hybrid.hands.average
     hybrid.finish(digits())
     assert hybrid.engine.phase is Phase.FULL
     assert not hybrid.engine.may_roll_back
     assert same(weights_of(model), before if spoil else jumped)
     assert (int(model.optimizer.iterations), hybrid.statistics().steps) == (iterations, steps)
     assert hybrid.statistics().rollbacks == spoil
+    assert hybrid.state_dict()["recovery"] is None
+    # Nothing has changed that it would not know of.
+    train(model, 1, hybrid)
+    assert hybrid.hands.average is average is not None
     predicted = hybrid.statistics().predicted_steps
     train(model, 100, hybrid)
     assert hybrid.statistics().predicted_steps > predicted
     assert model.evaluate(*digits(), verbose=0) < 0.3
+
+
+def test_weights_that_are_written_before_a_run_is_ended_are_kept():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while hybrid.engine.phase is not Phase.CORRECT:
+        train(model, 1, hybrid)
+    model.set_weights([-w for w in model.get_weights()])
+    written = weights_of(model)
+    hybrid.finish(digits())
+    assert same(weights_of(model), written)
 
 
 @pytest.mark.parametrize("name", ["probe", "put_back"])
