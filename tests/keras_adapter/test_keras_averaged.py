@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras_problems import digits, perceptron, same, weights
+from keras_problems import CURVED, digits, perceptron, regression, same, train, weights
 
 from hybridcore import Action, ConfigError, HybridTrainerConfig, ProtocolError
 from hybridcore.averaging import DECAY, INTERVAL
@@ -56,6 +56,32 @@ def test_it_is_the_polynomial_mean_of_what_fit_went_through():
         with pytest.raises(ProtocolError, match="leave the with block"):
             model.fit(*digits(), verbose=0, callbacks=[hybrid])
     assert same(raw, weights(model))
+
+
+def test_quasi_newton_steps_are_in_it():
+    hybrid, mean, asked = HybridCallback(CURVED), [], []
+
+    class Mean(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            observe = hybrid.engine.observe
+
+            def watched(observation):
+                action, share = hybrid.engine.next().action, hybrid.engine.next().average
+                if share:
+                    now = [np.array(w, np.float64) for w in self.model.get_weights()]
+                    past = mean if mean else now
+                    mean[:] = [m + share * (w - m) for m, w in zip(past, now, strict=True)]
+                    asked.append(action)
+                observe(observation)
+
+            hybrid.engine.observe = watched
+
+    model = regression()
+    train(model, 1, hybrid, Mean(), steps_per_epoch=70)
+    assert asked.count(Action.BASE) > 3
+    with hybrid.averaged():
+        for found, expected in zip(weights(model), mean, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_noise_is_less_at_the_average():
