@@ -249,6 +249,24 @@ def test_a_bad_batch_leaves_all_state_as_it_was():
     assert hybrid.statistics().divergences == 1
 
 
+def test_a_bad_batch_among_good_ones_is_as_if_it_had_not_been_there():
+    x, y = digits()
+    spoilt = x.copy()
+    spoilt[600:700] = np.nan
+    good = np.r_[0:600, 700:1700]
+    found = []
+    for inputs, labels, callbacks in (
+        (x[good], y[good], []),
+        (spoilt[:1700], y[:1700], [HybridCallback(HybridTrainerConfig(warmup_steps=999))]),
+    ):
+        model = perceptron(layers=normalised, metrics=["accuracy"])
+        more = {"batch_size": 100, "epochs": 2, "shuffle": False, "verbose": 0}
+        history = model.fit(inputs, labels, callbacks=callbacks, **more).history
+        found.append([history["loss"], history["accuracy"], *weights_of(model)])
+    for theirs, ours in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_a_bad_batch_can_raise():
     hybrid = HybridCallback(HybridTrainerConfig(on_divergence="raise"))
     model = regression()

@@ -281,6 +281,29 @@ def test_copies_are_of_the_layers_that_are_trained_now_though_values_are_equal()
     assert same(first.get_weights(), before)
 
 
+def test_a_bound_layer_that_is_trained_from_now_on_stays_in_its_bounds():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((64,))
+    free = keras.layers.Dense(10)
+    bound = keras.layers.Dense(10, kernel_constraint="non_neg", trainable=False)
+    model = keras.Model(inputs, keras.layers.Add()([free(inputs), bound(inputs)]))
+    bound.kernel.assign(keras.ops.abs(bound.kernel))
+    optimizer = keras.optimizers.Adam(1e-2)
+    compiled(model, optimizer)
+    optimizer.build([*free.variables, *bound.variables])
+    hybrid, least = HybridCallback(CURVED), []
+    train(model, 1, hybrid, steps_per_epoch=60)
+    assert hybrid.statistics().secant_steps > 0
+    bound.trainable = True
+    compiled(model, optimizer)
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: least.append(bound.kernel.numpy().min())
+    )
+    train(model, 1, hybrid, note, steps_per_epoch=90)
+    assert min(least) >= 0.0
+    assert hybrid.hands.pairs == 0
+
+
 def test_after_fit_nothing_of_the_callbacks_is_left_on_model_and_optimizer():
     plain, model = perceptron(), perceptron()
     train(plain, 2)
