@@ -26,7 +26,7 @@ from keras_problems import (
     weights,
 )
 
-from hybridcore import DivergenceError, HybridTrainerConfig, Phase
+from hybridcore import Action, Directive, DivergenceError, HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 # What Keras does to TensorFlow's tensors.
@@ -393,6 +393,20 @@ def test_a_stateful_layer_sees_each_batch_once_and_its_state_is_saved():
 
     models[2].fit(**data, epochs=1, steps_per_epoch=1, verbose=0, callbacks=[other, Began()])
     assert same(began[:1], states[1:])
+
+
+def test_a_rollback_restores_the_state_of_a_stateful_layer():
+    x, y = digits()
+    model, hybrid = recurrent(), HybridCallback(HybridTrainerConfig(warmup_steps=999))
+    model.fit(x[:30].reshape(-1, 8, 8), y[:30], batch_size=30, verbose=0, callbacks=[hybrid])
+    state = model.layers[0].states[0]
+    before = state.numpy()
+    with hybrid.hands.port.alone((tf.constant(x[30:60].reshape(-1, 8, 8)), tf.constant(y[30:60]))):
+        hybrid.hands.carry_out(Directive(Action.SAVE))
+        hybrid.hands.carry_out(Directive(Action.FULL))
+        assert not np.array_equal(state.numpy(), before)
+        hybrid.hands.carry_out(Directive(Action.ROLLBACK))
+    assert np.array_equal(state.numpy(), before)
 
 
 @pytest.mark.parametrize("built", [True, False])

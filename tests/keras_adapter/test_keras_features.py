@@ -238,6 +238,7 @@ def test_after_another_compile_passes_are_those_of_the_new_loss_and_layers():
     hybrid = trained(model)
     port = hybrid.hands.port
     with port.alone(batch()):
+        port.buffers()
         port.probe(None)
         port.gradient()
         port.apply(1.0)
@@ -253,7 +254,10 @@ def test_after_another_compile_passes_are_those_of_the_new_loss_and_layers():
     before, expected = weights(model), gradients(model, loss)
     with port.alone((x, y)):
         assert port.probe(None) == pytest.approx(float(loss(y, model(x))), rel=1e-5)
+        beside, kept = [v.numpy() for v in model.metrics_variables], port.buffers()
         _, figures = port.gradient()
+        port.put_back_buffers(kept)
+        assert same([v.numpy() for v in model.metrics_variables], beside)
         port.apply(1.0)
     assert figures.gradient_norm == pytest.approx(euclidean(expected), rel=1e-4)
     assert same(weights(model)[:2], before[:2])
