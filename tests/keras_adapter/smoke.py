@@ -37,8 +37,14 @@ def fit(model, *callbacks, epochs=150, inputs=x, labels=y, batch_size=2000, **mo
 # Predicted steps, with a schedule, normalisation and a probe of the user's.
 schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 400, 1e-3)
 model = build(keras.optimizers.Adam(schedule))
-hybrid = HybridCallback(BRISK, probe=(x[:300], y[:300]))
-history = fit(model, hybrid)
+hybrid, rates = HybridCallback(BRISK, probe=(x[:300], y[:300])), []
+note = keras.callbacks.LambdaCallback(
+    on_epoch_end=lambda epoch, logs: rates.append(
+        float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    )
+)
+history = fit(model, hybrid, note)
+assert np.allclose(rates, [float(schedule(n + 1)) for n in range(150)], 1e-4), rates
 statistics = hybrid.statistics()
 assert statistics.predicted_steps > 20, statistics
 assert statistics.steps == 150

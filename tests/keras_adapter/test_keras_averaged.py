@@ -56,6 +56,10 @@ def test_it_is_the_polynomial_mean_of_what_fit_went_through():
         with pytest.raises(ProtocolError, match="leave the with block"):
             model.fit(*digits(), verbose=0, callbacks=[hybrid])
     assert same(raw, weights(model))
+    with pytest.raises(KeyboardInterrupt), hybrid.averaged():
+        raise KeyboardInterrupt
+    assert same(raw, weights(model))
+    hybrid.state_dict()
 
 
 def test_quasi_newton_steps_are_in_it():

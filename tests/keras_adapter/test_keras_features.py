@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 from keras_problems import (
     BRISK,
     CROSS_ENTROPY,
@@ -24,6 +26,7 @@ from hybridcore import Action, Directive, HybridTrainerConfig
 from hybridcore_keras import HybridCallback
 from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.gradients import gradient_norm
+from hybridcore_keras.groups import by_depth
 from hybridcore_keras.ports import port_of
 
 # What Keras does to TensorFlow's tensors.
@@ -416,6 +419,14 @@ def test_a_batch_that_is_bad_on_one_replica_is_left_out_on_both():
 
 
 # -- numbers --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
+def test_layer_groups_are_eighths_of_the_elements_by_depth(sizes):
+    middles = np.cumsum(sizes) - np.array(sizes) / 2
+    eighths = np.floor(8 * middles / sum(sizes)).astype(int)
+    expected = [np.flatnonzero(eighths == one).tolist() for one in np.unique(eighths)]
+    assert by_depth(sizes) == expected
 
 
 def sum_of_squares(values):

@@ -167,6 +167,35 @@ def test_history_and_all_state_go_on_where_they_were():
                 assert same(keep.states[at][1], values), (epoch, at)
 
 
+def test_a_run_is_taken_back_to_where_it_was():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while not hybrid.engine.may_jump:
+        train(model, 1, hybrid)
+    state = hybrid.state_dict()
+    losses = train(model, 50, hybrid)["loss"]
+    hybrid.load_state_dict(state)
+    assert train(model, 50, hybrid)["loss"] == losses
+    memory = hybrid.statistics().memory
+    assert memory["recovery"] > 0
+    # A new one knows what the run has taken so far.
+    again = HybridCallback(BRISK)
+    again.load_state_dict(hybrid.state_dict())
+    train(model, 1, again)
+    assert again.statistics().memory["recovery"] == memory["recovery"]
+
+
+def test_what_was_saved_without_snapshots_takes_new_ones_before_it_jumps():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while not hybrid.engine.may_jump:
+        train(model, 1, hybrid)
+    again = HybridCallback(BRISK)
+    again.load_state_dict(hybrid.state_dict(snapshots=False))
+    train(model, 1, again)
+    assert again.statistics().predicted_steps == 0
+    train(model, 1, again, steps_per_epoch=100)
+    assert again.statistics().predicted_steps > 0
+
+
 def test_shuffling_by_numpy_and_dropout_go_on_where_they_were(tmp_path):
     x, y = digits()
 

@@ -70,6 +70,19 @@ def test_a_train_step_that_reports_its_loss_and_one_that_does_not():
                 train(model, 1, HybridCallback(BRISK))
 
 
+def test_a_train_step_that_keeps_its_loss_to_a_metric():
+    class Quiet(Custom):
+        def train_step(self, data):
+            return {"energy": super().train_step(data)["loss"]}
+
+    keras.utils.set_random_seed(0)
+    model, hybrid = Quiet(), HybridCallback(BRISK)
+    model.compile(keras.optimizers.Adam(1e-2))
+    energies = train(model, 1, hybrid, steps_per_epoch=150)["energy"]
+    assert hybrid.statistics().predicted_steps > 0
+    assert 0.0 < energies[0] < 2.0
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_train_step_takes_one_step_of_the_optimizer(steps):
     class Steps(Custom):
@@ -89,7 +102,7 @@ def test_a_train_step_takes_one_step_of_the_optimizer(steps):
         train(model, 1, HybridCallback(BRISK))
 
 
-@pytest.mark.parametrize("place", ["attribute", "list", "layer"])
+@pytest.mark.parametrize("place", ["attribute", "list", "dictionary", "layer"])
 def test_a_second_optimizer_is_refused_where_it_is_used(place):
     # Outside of the model, so that it is held in one place.
     used = []
@@ -106,6 +119,7 @@ def test_a_second_optimizer_is_refused_where_it_is_used(place):
     owner, held = {
         "attribute": (model, other),
         "list": (model, [other]),
+        "dictionary": (model, {"other": other}),
         "layer": (model.hidden, other),
     }[place]
     owner.held = held
