@@ -118,6 +118,17 @@ def test_an_overflow_of_the_loss_scale_is_no_divergence():
     assert finite(model)
 
 
+def test_at_a_loss_scale_below_one_nothing_overflows_but_the_gradient_itself():
+    model, optimizer, closure = regression()
+    strict = dataclasses.replace(BRISK, on_divergence="raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    trainer = HybridTrainer(model, optimizer, strict, scaler=scaler)
+    # Finite, with a gradient that is not.
+    with pytest.raises(DivergenceError, match="gradient norm nan"):
+        trainer.step(lambda: closure() + (0.0 * model.bias.sum()).abs().sqrt())
+    assert trainer.statistics().divergences == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [JUMPING, BRISK], ids=["jumps", "pairs"])
 def test_a_spike_of_a_hundred_times_the_loss_is_survived(config, record_property):

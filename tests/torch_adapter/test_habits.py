@@ -78,6 +78,17 @@ def test_a_bad_gradient_of_a_frozen_optimizer_s_neighbour_does_not_stay():
     assert trainer.statistics().divergences <= 1
 
 
+def test_a_bad_loss_stays_with_no_neighbour_of_a_frozen_optimizer():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.SGD(model[2].parameters(), 0.1), max_grad_norm=1.0)
+    for step in range(20):
+        factor = np.nan if step == 3 else 1.0
+        trainer.step(lambda f=factor: f * F.cross_entropy(model(x), y))
+    assert trainer.statistics().divergences == 1
+
+
 class Cached(nn.Module):
     """A linear model with a cache that grows, and a buffer whose rows share one memory."""
 

@@ -1,6 +1,7 @@
 """What a user's loop relies on: data, rollback, probes, structure, groups, snapshots."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import BRISK, digits, regression
+from problems import BRISK, digits, regression, weights
 from torch import nn
 
 from hybridcore import (
@@ -309,6 +310,49 @@ def test_a_loss_scaler_takes_part():
     for _ in range(120):
         trainer.step(closure)
     assert closure().item() < 1.0
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_scaled_clipped_and_in_parts_it_is_the_loop_by_hand(enabled, clip):
+    """To the last bit, in warm-up and switched off, where the scale grows until it overflows."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 16, 4, generator=generator) for _ in range(90)]
+    ends = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters()}]
+        optimizer = torch.optim.SGD(groups, 3e-3, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**122, growth_interval=4)
+        trainer = HybridTrainer(
+            *(model, optimizer, HybridTrainerConfig(enabled=enabled)),
+            scheduler=schedule,
+            scaler=scaler,
+            max_grad_norm=clip,
+        )
+        scales = []
+        for batch in batches:
+            losses = [
+                lambda p=part, m=model: 30.0 * F.mse_loss(m(p[:, :3]), p[:, 3:]) for part in batch
+            ]
+            scales.append(scaler.get_scale())
+            if not by_hand:
+                trainer.step(losses)
+                continue
+            optimizer.zero_grad()
+            for loss in losses:
+                scaler.scale(loss() / 2).backward()
+            if clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+        assert any(after < before for before, after in itertools.pairwise(scales))
+        ends.append([*weights(model), torch.tensor(scales)])
+    assert all(map(torch.equal, *ends))
 
 
 class OwnZeroGrad(torch.optim.SGD):

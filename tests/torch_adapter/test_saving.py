@@ -83,6 +83,19 @@ def test_a_bad_batch_leaves_running_statistics_alone():
     assert torch.equal(before, model[1].running_mean)
 
 
+def test_a_pass_that_raises_leaves_running_statistics_alone():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+    for _ in range(3):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    before = [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(ZeroDivisionError):
+        trainer.step(lambda: F.cross_entropy(model(x + 1.0), y) / (1 // 0))
+    assert all(map(torch.equal, before, model.buffers()))
+
+
 def test_bad_batches_in_a_row_while_settling_end_in_a_rollback():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK)
