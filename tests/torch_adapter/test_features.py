@@ -340,11 +340,21 @@ def test_each_group_has_its_own_decay():
     assert decay.penalty() == pytest.approx(expected, rel=1e-6)
 
 
+class Numbered(torch.optim.SGD):
+    """Counts by a number that is no tensor, as optimizers outside of torch do."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        return super().step(closure)
+
+
 OPTIMIZERS = {
     "fused": lambda parameters: torch.optim.Adam(parameters, 1e-2, fused=True),
     "foreach": lambda parameters: torch.optim.Adam(parameters, 1e-2, foreach=True),
     "muon": lambda parameters: torch.optim.Muon(parameters, 1e-2),
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters, 1e-2),
+    "numbered": lambda parameters: Numbered(parameters, 1e-2, momentum=0.9),
 }
 
 

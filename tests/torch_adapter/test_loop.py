@@ -209,7 +209,7 @@ def test_groups_are_contiguous_and_hold_each_parameter_once(sizes):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-5)]
 )
-@pytest.mark.parametrize("size", [3, 4096, 140_001])
+@pytest.mark.parametrize("size", [3, 4096, 140_001, 2**20])
 def test_gram_and_move_equal_numpy(dtype, tolerance, size):
     torch.manual_seed(0)
     group = [nn.Parameter(torch.randn(size).to(dtype)), nn.Parameter(torch.randn(2, 3).to(dtype))]

@@ -435,6 +435,17 @@ def test_the_optimizer_follows_by_clipped_gradients():
     assert roots.max() < 1e-3
 
 
+def test_pairs_are_of_gradients_that_are_not_clipped():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK, max_grad_norm=1e-3)
+    secant = trainer.engine.controller.secant
+    while trainer.statistics().secant_steps < 5 or not secant.accepted:
+        trainer.step(closure)
+    bank = trainer._hands.secants
+    gradient = torch.autograd.grad(closure(), list(model.parameters()))
+    torch.testing.assert_close(bank._views[bank._base[1]], list(gradient))
+
+
 def test_a_layer_that_is_not_used_does_not_decay():
     x, y = digits()
     torch.manual_seed(0)
