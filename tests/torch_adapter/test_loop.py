@@ -207,7 +207,13 @@ def test_groups_are_contiguous_and_hold_each_parameter_once(sizes):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 1e-5)]
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 1e-5),
+        (torch.float64, 1e-12),
+        (torch.bfloat16, 1e-5),
+        (torch.float16, 1e-5),
+    ],
 )
 @pytest.mark.parametrize("size", [3, 4096, 140_001, 2**20])
 def test_gram_and_move_equal_numpy(dtype, tolerance, size):
@@ -230,7 +236,7 @@ def test_gram_and_move_equal_numpy(dtype, tolerance, size):
     coefficients = np.array([[0.5, -1.0, 0.25, 1.25]] * 2)
     bank.move(coefficients)
     got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()
-    rounding = 2e-2 if dtype is torch.bfloat16 else tolerance
+    rounding = 2e-2 if dtype.itemsize == 2 else tolerance
     np.testing.assert_allclose(got, coefficients[0] @ kept, rtol=rounding, atol=rounding)
     bank.move(np.array([[0.0, 0.0, 0.0, 1.0]] * 2))
     got = torch.cat([p.detach().double().reshape(-1) for p in group]).numpy()

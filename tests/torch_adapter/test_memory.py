@@ -179,6 +179,20 @@ def test_what_has_no_values_takes_no_memory():
         assert not bank.gram().any()
 
 
+@pytest.mark.parametrize("size", [3, 2**20])
+@pytest.mark.parametrize("kind", ["exact", "int8", "bfloat16"])
+def test_a_group_without_values_is_passed_over(kind, size):
+    p, none, q = (nn.Parameter(torch.zeros(n)) for n in (size, 0, 3))
+    bank = SnapshotBank([[p], [none], [q]], 4, kind=kind)
+    for step in range(2):
+        bank.take(fresh=step == 0, exact=step == 1)
+        p.data.add_(1.0)
+        q.data.add_(1.0)
+    bank.move(np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
+    assert p.unique().tolist() == [1.0]
+    assert q.unique().tolist() == [0.0]
+
+
 def test_states_from_before_there_was_an_origin_are_read():
     p = nn.Parameter(torch.randn(600))
     bank, again = (SnapshotBank([[p]], 4, kind="int8") for _ in range(2))
