@@ -331,12 +331,17 @@ def test_each_group_is_scaled_from_its_own_rate():
 
 def test_each_group_has_its_own_decay():
     model = network()
-    rest = [*model[2].parameters(), *model[4].parameters()]
-    groups = [{"params": model[0].parameters()}, {"params": rest, "weight_decay": 1e-2}]
+    groups = [
+        {"params": model[0].parameters()},
+        {"params": model[2].parameters(), "weight_decay": 1e-2},
+        # At a rate of zero there is none.
+        {"params": model[4].parameters(), "weight_decay": 1e-2, "lr": 0.0},
+    ]
     optimizer = torch.optim.SGD(groups, 3e-2)
     loss_of(model)().backward()
     decay = Decay(optimizer, list(model.parameters()))
-    expected = 0.5e-2 * sum(float(p.detach().double().square().sum()) for p in rest)
+    decaying = model[2].parameters()
+    expected = 0.5e-2 * sum(float(p.detach().double().square().sum()) for p in decaying)
     assert decay.penalty() == pytest.approx(expected, rel=1e-6)
 
 

@@ -118,6 +118,7 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind, size):
     np.testing.assert_array_equal(again.gram(), bank.gram())
     assert not SnapshotBank([group, other], 3, kind=kind).takes(state)
     assert not SnapshotBank([group], 4, kind=kind).takes(state)
+    assert not SnapshotBank([[*group, *other]], 4, kind=kind).takes(state)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -191,6 +192,27 @@ def test_a_group_without_values_is_passed_over(kind, size):
     bank.move(np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
     assert p.unique().tolist() == [1.0]
     assert q.unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("kind", ["exact", "int8", "bfloat16"])
+def test_a_group_of_two_precisions_is_one(kind):
+    torch.manual_seed(0)
+    group = [nn.Parameter(torch.randn(600)), nn.Parameter(torch.randn(300, dtype=torch.float64))]
+    bank, taken = SnapshotBank([group], 4, kind=kind), []
+    for step in range(3):
+        for p in group:
+            p.data.add_(torch.randn_like(p))
+        bank.take(fresh=step == 0, exact=step == 2)
+        taken.append(torch.cat([p.detach().double() for p in group]).numpy())
+    moved = np.array(taken) - taken[-1]
+    np.testing.assert_allclose(bank.gram()[0], moved @ moved.T, rtol=0.02)
+    # One of them has left the newest snapshot.
+    group[1].data.add_(1.0)
+    away = [p.detach().clone() for p in group]
+    bank.set_aside()
+    bank.move(np.array([[1.0, 0.0, 0.0]]))
+    bank.put_back()
+    assert all(map(torch.equal, group, away))
 
 
 def test_states_from_before_there_was_an_origin_are_read():

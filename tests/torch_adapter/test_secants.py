@@ -14,6 +14,7 @@ from torch import nn
 from hybridcore import CheckpointError, HybridTrainerConfig, Phase
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.decay import Decay
 from hybridcore_torch.secants import SecantBank, affordable
 
 
@@ -118,7 +119,8 @@ def test_room_for_pairs():
     assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20, 2**31) == 0
     assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20, 2**28) == 0
     maximizing = torch.optim.Adam(parameters, maximize=True)
-    assert affordable(maximizing, parameters, 20, 2**28) == 0
+    for other in (maximizing, torch.optim.ASGD(parameters), torch.optim.Rprop(parameters)):
+        assert affordable(other, parameters, 20, 2**28) == 0
     # What its decay adds to the loss is not known, so it may have none.
     for decay, pairs in ((0.0, 20), (0.1, 0)):
         own = torch.optim.Adafactor(parameters, weight_decay=decay)
@@ -224,6 +226,22 @@ def test_decoupled_decay_is_where_the_optimizer_rests():
         step = p.grad + root * p.detach()
         assert step.norm() < 0.1 * p.grad.norm()
     assert trainer.statistics().secant_steps > 50
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_decoupled_decay_is_by_the_root_that_the_optimizer_divides_by(amsgrad):
+    p = nn.Parameter(torch.ones(3))
+    options = {"betas": (0.9, 0.9), "eps": 0.1, "amsgrad": amsgrad}
+    optimizer = torch.optim.AdamW([p], 1e-2, weight_decay=0.3, **options)
+    square, squares = 0.0, []
+    for gradient in (3.0, 0.1, 0.1):
+        p.grad = torch.full((3,), gradient)
+        optimizer.step()
+        square = 0.9 * square + 0.1 * gradient**2
+        squares.append(square)
+    root = math.sqrt((max(squares) if amsgrad else square) / (1.0 - 0.9**3))
+    (strength,) = Decay(optimizer, [p]).strengths
+    np.testing.assert_allclose(strength.numpy(), 0.3 * (root + 0.1), rtol=1e-5)
 
 
 def test_the_optimizer_follows_at_a_rate_of_zero():
@@ -380,15 +398,23 @@ def test_a_probe_ends_them_before_they_overfit(number):
         assert trainer.statistics().secant_steps < 5
 
 
-def test_saved_in_the_middle_of_a_descent_it_goes_on_bit_for_bit(tmp_path):
-    model, optimizer, closure = regression()
+@pytest.mark.parametrize(
+    ("kind", "decay"),
+    [(torch.optim.Adam, 0.0), (torch.optim.SGD, 0.03), (torch.optim.AdamW, 0.3)],
+)
+def test_saved_in_the_middle_of_a_descent_it_goes_on_bit_for_bit(kind, decay, tmp_path):
+    def made(seed):
+        model, _, closure = regression(seed)
+        return model, kind(model.parameters(), 1e-2, weight_decay=decay), closure
+
+    model, optimizer, closure = made(0)
     trainer = HybridTrainer(model, optimizer, BRISK)
     while trainer.statistics().secant_steps < 7:
         trainer.step(closure)
     trainer.save(tmp_path / "run.pt")
     expected = [trainer.step(closure).loss for _ in range(60)]
-    other, adam, again = regression(seed=1)
-    resumed = HybridTrainer.load(tmp_path / "run.pt", other, adam)
+    other, fresh, again = made(1)
+    resumed = HybridTrainer.load(tmp_path / "run.pt", other, fresh)
     assert [resumed.step(again).loss for _ in range(60)] == expected
     assert all(map(torch.equal, weights(model), weights(other)))
 
