@@ -173,6 +173,21 @@ def test_structure_may_change_at_any_time(at):
     assert closure().item() < 2.0
 
 
+def test_what_is_left_when_a_layer_is_frozen_is_predicted():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+    groups = [list(model[0].parameters()), list(model[2].parameters())]
+    trainer = HybridTrainer(
+        model, torch.optim.Adam(model.parameters(), 3e-3), BRISK, layer_groups=groups
+    )
+    for step in range(200):
+        if step == 30:
+            model[0].requires_grad_(False)
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    assert trainer.statistics().predicted_steps > 30
+
+
 def test_tied_and_unused_parameters():
     x, y = digits()
     torch.manual_seed(0)

@@ -459,6 +459,9 @@ def test_peaks_are_in_the_statistics():
     assert memory["average"] == size
     assert 4 * size <= memory["snapshots"] <= 6 * size
     assert memory["secant pairs"] == 0
+    resumed, _, _ = noisy(config=BRISK)
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.statistics().memory == memory
 
 
 @pytest.mark.parametrize(("copies", "told"), [("2x", 1), ("3x", 0)])

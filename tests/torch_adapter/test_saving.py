@@ -161,6 +161,62 @@ def test_parameters_outside_the_model_are_saved_and_clipped(tmp_path):
     assert torch.equal(other, temperature)
 
 
+def test_parameters_outside_the_model_have_to_be_as_many():
+    model, optimizer, _, closure = learned_loss()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    trainer.step(closure)
+    other, _, _ = regression(seed=1)
+    wide = [*other.parameters(), nn.Parameter(torch.zeros(2))]
+    before = weights(other)
+    with pytest.raises(CheckpointError, match="outside the model differ"):
+        HybridTrainer(other, torch.optim.Adam(wide), BRISK).load_state_dict(trainer.state_dict())
+    assert all(map(torch.equal, before, weights(other)))
+
+
+def test_a_loss_scale_comes_back(tmp_path):
+    def scaled(seed, scale):
+        model, optimizer, closure = regression(seed)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        return model, optimizer, closure, scaler
+
+    model, optimizer, closure, scaler = scaled(0, 2.0**10)
+    trainer = HybridTrainer(model, optimizer, BRISK, scaler=scaler)
+    for _ in range(7):
+        trainer.step(closure)
+    trainer.save(tmp_path / "run")
+    other, fresh, again, other_scaler = scaled(1, 2.0)
+    resumed = HybridTrainer.load(tmp_path / "run", other, fresh, scaler=other_scaler)
+    assert other_scaler.get_scale() == 2.0**12
+    # One step on: the next growth is two steps off.
+    for _ in range(2):
+        trainer.step(closure)
+        resumed.step(again)
+    assert other_scaler.get_scale() == scaler.get_scale() == 2.0**13
+    assert all(map(torch.equal, weights(model), weights(other)))
+    off = HybridTrainer(other, fresh, BRISK, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.raises(CheckpointError, match="scaler that was off"):
+        trainer.load_state_dict(off.state_dict())
+
+
+class Versioned(nn.Linear):
+    """A layer whose parameters are told apart by the version that they were saved by."""
+
+    _version = 7
+    found = None
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest):
+        self.found = local_metadata.get("version")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_a_layer_is_told_the_version_that_its_parameters_are_of(tmp_path):
+    model = nn.Sequential(Versioned(4, 2))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), BRISK)
+    trainer.save(tmp_path / "run")
+    HybridTrainer.load(tmp_path / "run", model, trainer.optimizer)
+    assert model[0].found == 7
+
+
 def test_numbers_of_numpy_in_an_optimizer_survive_a_checkpoint(tmp_path):
     model, _, closure = regression()
     optimizer = torch.optim.Adam(model.parameters(), np.float64(1e-2))

@@ -98,6 +98,22 @@ def test_products_stay_exact_while_pairs_come_and_go():
     assert bank.products().plain.shape == (0, 1)
 
 
+def test_pairs_of_double_precision_lose_nothing_of_it():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(50, dtype=torch.float64))
+    bank, points, gradients = SecantBank(torch.optim.SGD([p], 1e-2), [p], 3), [], []
+    for _ in range(4):
+        p.data.add_(torch.randn_like(p), alpha=1e-9)
+        p.grad = 1.0 + 1e-9 * torch.randn_like(p)
+        points.append(flat([p]).copy())
+        gradients.append(flat([p.grad]).copy())
+        bank.take()
+    s, y = np.diff(points, axis=0), np.diff(gradients, axis=0)
+    expected = s @ y.T
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(bank.products().plain[:, :3], expected, atol=1e-5 * scale)
+
+
 def test_what_trains_more_slowly_moves_less():
     bank, parameters, points, gradients = take_pairs(6, 5, rates=(1e-2, 0.0))
     coefficients = np.zeros(11)
