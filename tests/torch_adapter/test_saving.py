@@ -173,6 +173,17 @@ def test_parameters_outside_the_model_have_to_be_as_many():
     assert all(map(torch.equal, before, weights(other)))
 
 
+def test_a_frozen_parameter_outside_the_model_may_be_of_any_kind():
+    model, _, closure = regression()
+    counts = nn.Parameter(torch.arange(3), requires_grad=False)
+    optimizer = torch.optim.Adam([*model.parameters(), counts], 1e-2)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    for _ in range(100):
+        trainer.step(closure)
+    assert trainer.statistics().predicted_steps > 0
+    assert counts.tolist() == [0, 1, 2]
+
+
 def test_a_loss_scale_comes_back(tmp_path):
     def scaled(seed, scale):
         model, optimizer, closure = regression(seed)
