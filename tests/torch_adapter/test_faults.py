@@ -207,6 +207,29 @@ def test_where_memory_runs_out_training_goes_on():
     assert "memory has run out, so from now on there are 5 snapshots" in log
 
 
+def test_a_jump_is_taken_back_where_memory_runs_out_in_it():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+    while trainer.engine.phase is not Phase.CORRECT:
+        if trainer.engine.may_jump:
+            before = weights(model)
+        trainer.step(closure)
+    jumped, seen = weights(model), []
+
+    def short():
+        seen.append(weights(model))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+        return closure()
+
+    steps = trainer.statistics().steps
+    assert trainer.step(short).phase is Phase.FULL
+    assert all(map(torch.equal, seen[0], jumped))
+    assert all(map(torch.equal, seen[1], before))
+    assert not trainer.engine.may_roll_back
+    assert trainer.statistics().steps == steps + 1
+
+
 @pytest.mark.parametrize(("rows", "room"), [(5, 5), (4, 4), (3, 0)])
 def test_an_allocator_that_refuses_gets_fewer_snapshots_and_then_none(
     rows, room, monkeypatch, caplog
