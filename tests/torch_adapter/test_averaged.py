@@ -116,6 +116,8 @@ def test_it_is_saved_and_resumed(tmp_path):
     trainer.save(tmp_path / "run.pt")
     other, fresh, again = regression(seed=1)
     resumed = HybridTrainer.load(tmp_path / "run.pt", other, fresh)
+    with trainer.averaged(), resumed.averaged():
+        assert all(map(torch.equal, weights(model), weights(other)))
     for _ in range(100):
         trainer.step(closure)
         resumed.step(again)

@@ -11,8 +11,10 @@ from problems import BRISK, digits, regression, weights
 from torch import nn
 
 from hybridcore import (
+    Action,
     CheckpointError,
     ConfigError,
+    Directive,
     ModelError,
     Phase,
 )
@@ -81,6 +83,14 @@ def test_a_bad_batch_leaves_running_statistics_alone():
     before = model[1].running_mean.clone()
     trainer.step(lambda: F.cross_entropy(model(x * float("nan")), y))
     assert torch.equal(before, model[1].running_mean)
+
+
+def test_a_bad_batch_makes_neither_snapshot_nor_average():
+    model, optimizer, closure = regression()
+    hands = HybridTrainer(model, optimizer, BRISK)._hands
+    hands.carry_out(Directive(Action.FULL, snapshot=True, average=1.0), lambda: closure() * np.nan)
+    assert hands.bank is None
+    assert hands.average is None
 
 
 def test_a_pass_that_raises_leaves_running_statistics_alone():

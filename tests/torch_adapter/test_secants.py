@@ -11,7 +11,7 @@ from problems import BRISK, digits, leaping, regression, weights
 from scipy.optimize import minimize
 from torch import nn
 
-from hybridcore import CheckpointError, HybridTrainerConfig, Phase
+from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Phase
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
 from hybridcore_torch.decay import Decay
@@ -273,6 +273,47 @@ def test_the_optimizer_follows_at_a_rate_of_zero():
     assert optimizer.param_groups[0]["lr"] == rate
 
 
+def test_the_penalty_of_decay_is_part_of_what_a_probe_compares():
+    model, _, closure = regression()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, weight_decay=0.3)
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.statistics().secant_steps < 5:
+        trainer.step(closure)
+    # A descent has no snapshots beside it.
+    assert trainer._hands.bank is None or trainer._hands.bank.nbytes == 0
+    seen = trainer._hands.carry_out(Directive(Action.PROBE, own_batch=True), closure)
+    penalty = 0.15 * (flat(model.parameters()) ** 2).sum()
+    assert seen.objective == pytest.approx(closure().item() + penalty, rel=1e-6)
+
+
+class Shrinking(torch.optim.SGD):
+    """Moves the weights at a rate of zero too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.999)
+
+
+def test_an_optimizer_that_moves_at_a_rate_of_zero_moves_no_weights_in_a_descent():
+    model, _, closure = regression()
+    trainer = HybridTrainer(model, Shrinking(model.parameters(), 0.1), BRISK)
+    while trainer.statistics().secant_steps < 30:
+        result = trainer.step(closure)
+        if trainer.statistics().secant_steps > 1 and result.phase is Phase.FULL:
+            assert result.loss == pytest.approx(closure().item(), rel=1e-5)
+
+
+def test_fresh_pairs_begin_without_the_old_ones():
+    model, optimizer, closure = regression()
+    hands, found = HybridTrainer(model, optimizer, BRISK)._hands, []
+    for fresh in (True, False, False, True, False):
+        hands.carry_out(Directive(Action.FULL, pair=True, fresh_pairs=fresh), closure)
+        found.append(len(hands.secants.state_dict()["order"]))
+    assert found == [0, 1, 2, 0, 1]
+
+
 @pytest.mark.parametrize("cause", ["dropout", "batches", "noise"])
 def test_where_no_two_batches_are_the_same_there_are_none(cause):
     x, y = digits()
@@ -388,6 +429,9 @@ def test_a_held_out_loss_that_rises_leaves_the_run_to_the_optimizer():
         trainer.step(lambda: F.cross_entropy(model(x[train]), y[train]))
     statistics = trainer.statistics()
     assert 0 < statistics.secant_steps < 300
+    # Nor is there a copy of the pairs any more.
+    assert not trainer.engine.holds_pairs
+    assert trainer.state_dict()["secants"] is None
 
 
 @pytest.mark.parametrize("number", [1.0, math.nan])
