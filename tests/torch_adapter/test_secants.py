@@ -279,8 +279,6 @@ def test_the_penalty_of_decay_is_part_of_what_a_probe_compares():
     trainer = HybridTrainer(model, optimizer, BRISK)
     while trainer.statistics().secant_steps < 5:
         trainer.step(closure)
-    # A descent has no snapshots beside it.
-    assert trainer._hands.bank is None or trainer._hands.bank.nbytes == 0
     seen = trainer._hands.carry_out(Directive(Action.PROBE, own_batch=True), closure)
     penalty = 0.15 * (flat(model.parameters()) ** 2).sum()
     assert seen.objective == pytest.approx(closure().item() + penalty, rel=1e-6)
@@ -308,10 +306,14 @@ def test_an_optimizer_that_moves_at_a_rate_of_zero_moves_no_weights_in_a_descent
 def test_fresh_pairs_begin_without_the_old_ones():
     model, optimizer, closure = regression()
     hands, found = HybridTrainer(model, optimizer, BRISK)._hands, []
+    hands.carry_out(Directive(Action.FULL, snapshot=True), closure)
+    assert hands.bank.nbytes > 0
     for fresh in (True, False, False, True, False):
         hands.carry_out(Directive(Action.FULL, pair=True, fresh_pairs=fresh), closure)
         found.append(len(hands.secants.state_dict()["order"]))
     assert found == [0, 1, 2, 0, 1]
+    # Nor are there snapshots beside them.
+    assert hands.bank.nbytes == 0
 
 
 @pytest.mark.parametrize("cause", ["dropout", "batches", "noise"])
