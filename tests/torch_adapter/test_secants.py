@@ -514,6 +514,29 @@ def test_a_trial_that_is_taken_back_leaves_no_mark_in_running_statistics():
     assert taken_back > 3
 
 
+def test_a_pass_that_raises_at_a_trial_point_leaves_none_of_it():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+    while trainer.statistics().secant_steps < 3:
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    elsewhere = 0
+    for _ in range(20):
+        before, seen = copy.deepcopy(model.state_dict()), []
+
+        def raises(seen=seen):
+            seen.append(weights(model))
+            return F.cross_entropy(model(x), y) / (1 // 0)
+
+        with pytest.raises(ZeroDivisionError):
+            trainer.step(raises)
+        elsewhere += not torch.equal(seen[0][0], before["0.weight"])
+        assert all(map(torch.equal, before.values(), model.state_dict().values()))
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+    assert elsewhere > 10
+
+
 def test_the_optimizer_follows_by_clipped_gradients():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK, max_grad_norm=1e-3)
