@@ -88,12 +88,12 @@ def test_an_error_inside_puts_the_weights_back():
     trainer.step(closure)
 
 
-@pytest.mark.parametrize("call", ["step", "state_dict", "averaged"])
+@pytest.mark.parametrize("call", ["step", "state_dict", "load_state_dict", "averaged"])
 def test_the_run_waits_until_its_own_weights_are_back(call):
     trainer, closure, _ = noisy()
     for _ in range(20):
         trainer.step(closure)
-    arguments = (closure,) if call == "step" else ()
+    arguments = {"step": (closure,), "load_state_dict": (trainer.state_dict(),)}.get(call, ())
     with trainer.averaged(), pytest.raises(ProtocolError, match="leave the with block"):
         getattr(trainer, call)(*arguments)
     assert trainer.statistics().steps == 20
@@ -136,6 +136,17 @@ def test_frozen_parameters_leave_it_and_it_starts_over():
     raw = weights(trainer.model)
     with trainer.averaged():
         assert all(map(torch.equal, raw, weights(trainer.model)))
+
+
+def test_what_the_user_has_written_is_shown():
+    trainer, closure, _ = noisy()
+    for _ in range(50):
+        trainer.step(closure)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.fill_(3.0)
+    with trainer.averaged():
+        assert all((p == 3.0).all() for p in trainer.model.parameters())
 
 
 def test_half_precision_is_averaged_in_single():

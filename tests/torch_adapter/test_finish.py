@@ -44,11 +44,25 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
     # It goes on, jumps and all.
     for _ in range(4):
         loss = closure().item()
-        assert trainer.step(closure).loss == loss
+        result = trainer.step(closure)
+        assert result.loss == loss
+        assert not any("start over" in event["event"] for event in result.events)
     for _ in range(120):
         trainer.step(closure)
     assert trainer.statistics().predicted_steps > summary.predicted_steps
     assert closure().item() < 0.3
+
+
+def test_weights_that_the_user_writes_into_a_jump_are_kept():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, JUMPS)
+    while trainer.engine.phase is not Phase.PREDICT:
+        trainer.step(closure)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(3.0)
+    trainer.finish(closure)
+    assert all((p == 3.0).all() for p in model.parameters())
 
 
 def test_a_trial_of_the_optimizer_is_taken_back_unless_it_has_helped():
