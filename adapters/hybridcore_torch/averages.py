@@ -50,13 +50,21 @@ class WeightAverage:
     def in_place(self) -> Iterator[None]:
         """Put the average into the parameters, and what was there back at the end."""
         raw = [p.detach().clone() for p in self._parameters]
-        self._put(self.values)
-        self.shown = True
         try:
+            self._put(self.values)
+            self.shown = True
             yield
         finally:
-            self._put(raw)
-            self.shown = False
+            try:
+                self._take_down(raw)
+            except BaseException:
+                # An interrupt in the midst of it.
+                self._take_down(raw)
+                raise
+
+    def _take_down(self, raw: list[torch.Tensor]) -> None:
+        self._put(raw)
+        self.shown = False
 
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:

@@ -282,7 +282,10 @@ def _check_fits(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         if present is not None and not isinstance(state[name], dict):
             raise CheckpointError(f"state is damaged: it holds no {name}")
     if trainer.scaler is not None and state["scaler"].keys() != trainer.scaler.state_dict().keys():
-        raise CheckpointError("state was saved with a scaler that was off: build the same one")
+        was, now = ("on", "off") if state["scaler"] else ("off", "on")
+        raise CheckpointError(
+            f"state was saved with a scaler that was {was}, and here it is {now}: build the same"
+        )
     others = outside(trainer.model, trainer.optimizer)
     if [p.shape for p in others] != [p.shape for p in state["outside"]]:
         raise CheckpointError(

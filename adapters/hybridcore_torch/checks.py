@@ -19,7 +19,8 @@ from hybridcore import (
 
 def are_finite(model: nn.Module) -> bool:
     """Whether all parameters are finite numbers."""
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    dense = [p for p in model.parameters() if p.layout is torch.strided]
+    return all(bool(torch.isfinite(p).all()) for p in dense)
 
 
 def bad_batch(observation: Observation, step: int, model: nn.Module) -> DivergenceError:

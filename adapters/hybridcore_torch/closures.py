@@ -11,6 +11,7 @@ from torch import nn
 
 from hybridcore import ClosureError
 from hybridcore_torch import buffers
+from hybridcore_torch.buffers import BufferWatch
 from hybridcore_torch.ranks import reshard
 
 Closure = Callable[[], torch.Tensor]
@@ -70,6 +71,7 @@ class Prober:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._needs_graph = False
+        self._buffers = BufferWatch()
 
     def loss(self, closure: Closures, name: str) -> float:
         """Loss of `closure` at the present weights; `name` is what an error calls it."""
@@ -87,7 +89,7 @@ class Prober:
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
-        kept = buffers.keep(self._model.modules())
+        kept = self._buffers.keep(self._model.modules())
         devices = {p.device.index for p in self._model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             try:

@@ -41,7 +41,7 @@ def trainable_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     others = [p for p in outside(model, optimizer) if p.requires_grad]
     for module in model.modules():
         sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-        if sparse and id(module.weight) in held:
+        if sparse and module.weight.requires_grad and id(module.weight) in held:
             raise ModelError(
                 f"{type(module).__name__}(sparse=True) makes sparse gradients, which cannot be "
                 "watched: build it with sparse=False and use a dense optimizer"

@@ -75,6 +75,9 @@ class Hands:
         config: HybridTrainerConfig,
         structure: Structure,
     ) -> None:
+        if not getattr(scaler, "is_enabled", lambda: True)():
+            # Nothing overflows by what it does.
+            scaler = None
         self._model, self._optimizer = model, optimizer
         self._scaler, self._probe = scaler, probe
         self._prober = Prober(model)
@@ -179,12 +182,13 @@ class Hands:
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
-            self.secants.reach(directive.coefficients)
-            self._on_trial = bool(directive.coefficients.any())
-            if self._on_trial:
-                self._kept = []
-            else:
+            away = bool(directive.coefficients.any())
+            if not away:
+                # Before the weights, whose memory a buffer may share.
                 buffers.put_back(self._kept)
+            self._kept, self._on_trial = [], True
+            self.secants.reach(directive.coefficients)
+            self._on_trial = away
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
@@ -193,7 +197,11 @@ class Hands:
                 self.average = None
             self.snapshots.save()
             self.recovery = RecoveryPoint(
-                self._model, self._optimizer, self._scaler, self.snapshots.kind
+                self._model,
+                self._optimizer,
+                self._scaler,
+                self.stepper.buffers,
+                self.snapshots.kind,
             )
             self._measure()
         elif action is Action.ROLLBACK:
@@ -228,8 +236,8 @@ class Hands:
             self.bank.put_back()
         if self._on_trial:
             assert self.secants is not None
-            self.secants.back_to_base()
             buffers.put_back(self._kept)
+            self.secants.back_to_base()
             self._on_trial = False
         if self._moving and self.bank is not None:
             self.bank.return_to_newest()
@@ -358,7 +366,7 @@ class Hands:
         update = directive.action is Action.FULL
         if not update:
             # A trial point that is taken back must not stay in running statistics.
-            self._kept = buffers.keep(self.stepper.modules)
+            self._kept = self.stepper.buffers.keep(self.stepper.modules)
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
         observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         self._taking = False

@@ -121,7 +121,7 @@ class Ranks:
             return
         text = np.frombuffer(pickle.dumps(dict(arguments)), np.uint8)
         sizes = [int(row) for row in self._exchange(torch.tensor([len(text)]))]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         padded[: len(text)] = torch.from_numpy(text.copy())
         rows = self._exchange(padded)
         seen = [

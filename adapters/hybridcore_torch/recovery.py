@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybridcore.memory import CODED, Kind
+from hybridcore_torch.buffers import BufferWatch, can_come_back
 from hybridcore_torch.ranks import local
 
 
@@ -23,6 +24,8 @@ class RecoveryPoint:
     ----------
     model, optimizer, scaler
         The objects to copy now, and to restore in place later.
+    watch : BufferWatch
+        Copies the model's buffers.
     kind : Kind
         How the bank keeps snapshots; float32 of the optimizer goes with them: in bfloat16, or to
         the host.
@@ -33,6 +36,7 @@ class RecoveryPoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
+        watch: BufferWatch,
         kind: Kind = "exact",
     ) -> None:
         def kept(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +45,10 @@ class RecoveryPoint:
             tensor = tensor.detach()
             return tensor.to("cpu", copy=True) if kind == "host" else tensor.clone()
 
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        kept_buffers = {id(one.buffer): one.copy for one in watch.keep(model.modules())}
+        self._buffers = {
+            name: kept_buffers[id(b)] for name, b in model.named_buffers() if id(b) in kept_buffers
+        }
         self._optimizer = _copied(state_of(optimizer), kept)
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
 
@@ -63,16 +70,18 @@ class RecoveryPoint:
         for name, buffer in model.named_buffers():
             # A cache that has grown or is new since is not of the weights: it may stay.
             saved = self._buffers.get(name)
-            written = 0 not in buffer.stride() or buffer.numel() < 2
-            if written and saved is not None and saved.shape == buffer.shape:
+            if saved is not None and saved.shape == buffer.shape and can_come_back(buffer):
                 buffer.copy_(saved)
         present, saved = state_of(optimizer), self._optimizer["state"]
-        # Tensors are written in place: a second copy of all of them would take the most memory.
+        # Tensors are written in place: a second copy of all of them would take the most memory, and
+        # load_state_dict gives them the dtype of the weights.
+        live = {id(state) for state in optimizer.state.values()}
         if not _copy_over(present["state"], saved):
-            present["state"] = copy.deepcopy(saved)
-        stale = _stale(optimizer)
-        optimizer.load_state_dict(present)
-        optimizer.state.update(stale)
+            present["state"], live = copy.deepcopy(saved), set()
+        if not all(id(state) in live for state in present["state"].values()):
+            stale = _stale(optimizer)
+            optimizer.load_state_dict(present)
+            optimizer.state.update(stale)
         if scaler is not None and self._scaler is not None:
             scaler.load_state_dict(self._scaler)
 

@@ -122,7 +122,9 @@ class SnapshotBank:
         Products are summed in blocks, in the precision of the parameters inside a block and in
         float64 over blocks: nearly as exact as float64 throughout, at a fraction of its time.
         """
-        out = torch.zeros(self._groups, self.count, self.count, dtype=torch.float64)
+        shape = self._groups, self.count, self.count
+        # There wherever the user makes tensors by default.
+        out = torch.zeros(shape, dtype=torch.float64, device="cpu")
         for bucket, share in zip(self._buckets, self._shares, strict=True):
             for group, start, stop in bucket.spans:
                 out[group] += share * bucket.gram(self._order, start, stop).cpu()

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybridcore import ClosureError, Observation
+from hybridcore import ClosureError, ModelError, Observation
 from hybridcore_torch import buffers
+from hybridcore_torch.buffers import BufferWatch
 from hybridcore_torch.closures import Closure, Closures, training_loss
 from hybridcore_torch.gradients import are_wide, gradient_norm, loss_and_norm, wide_norm
 from hybridcore_torch.groups import outside
@@ -38,6 +39,8 @@ class Stepper:
 
     Attributes
     ----------
+    buffers : BufferWatch
+        Copies the model's buffers.
     late : bool
         Whether nothing is fetched from the device before the backward pass, and then once: the
         model is not on the CPU.
@@ -60,7 +63,10 @@ class Stepper:
         self._ranks = ranks
         # What of a step the plain loop would not have done.
         self._watching = 0.0
+        self._written: int | None = None
+        self._unscaled = False
         self._told_of_schedule = self._told_of_none = False
+        self.buffers = BufferWatch()
         self.refresh()
 
     def refresh(self) -> None:
@@ -103,6 +109,7 @@ class Stepper:
         """Do what the plain loop does, and nothing else."""
         start = perf_counter()
         self._optimizer.zero_grad()
+        self._written = self._first_written()
         loss = self._gradients(closure, guarded=False)
         norm = NAN
         if self._max_grad_norm is not None:
@@ -132,7 +139,19 @@ class Stepper:
         update : bool
             False leaves the weights and the optimizer alone.
         """
-        kept = buffers.keep(self.modules)
+        try:
+            return self._full(closure, scale, keep, update)
+        except BaseException:
+            if self._unscaled and self._scaler is not None:
+                # Or it would take this batch's gradients for unscaled in every later step.
+                self._scaler.update(self._scaler.get_scale())
+                self._unscaled = False
+            raise
+
+    def _full(
+        self, closure: Closures, scale: Scale, keep: Keep | None, update: bool
+    ) -> Observation:
+        kept = self.buffers.keep(self.modules)
         start = perf_counter()
         self._drop_gradients()
         norm, overflow = NAN, False
@@ -148,8 +167,14 @@ class Stepper:
                 gone_through = self.late or math.isfinite(value) or self._ranks.several
                 if gone_through:
                     value, norm = self._watched_norm(loss, value, keep, clip=update)
-        except BaseException:
+        except BaseException as error:
             buffers.put_back(kept)
+            sparse = [g for p in self._used() if (g := p.grad) is not None and g.is_sparse]
+            if sparse and isinstance(error, RuntimeError):
+                raise ModelError(
+                    "a gradient is sparse, which cannot be watched: leave sparse=True out of the "
+                    "embedding and use a dense optimizer"
+                ) from error
             raise
         rates = self._learning_rates
         if gone_through:
@@ -167,6 +192,7 @@ class Stepper:
                 overflow = scaled and math.isfinite(value)
             if self._scaler is not None:
                 self._scaler.update()
+                self._unscaled = False
         self.advance_schedule()
         applied = math.isfinite(norm)
         if not applied:
@@ -194,7 +220,9 @@ class Stepper:
         zero_grad = self._optimizer.zero_grad
         if getattr(zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
             zero_grad()
+            self._written = self._first_written()
             return
+        self._written = None
         # torch's own does the same in a record for the profiler, which takes longer than all else.
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
@@ -263,9 +291,14 @@ class Stepper:
         no_sync = getattr(self._model, "no_sync", None)
         return contextlib.nullcontext() if no_sync is None else no_sync()
 
-    def _check_no_gradients(self) -> None:
+    def _first_written(self) -> int | None:
+        """How often the gradient of the first parameter was written, None where there is none."""
         first = self._optimizer.param_groups[0]["params"][:1]
-        if first and first[0].grad is not None:
+        return None if not first or first[0].grad is None else first[0].grad._version
+
+    def _check_no_gradients(self) -> None:
+        # An optimizer of the user's own may keep gradients of zero.
+        if self._first_written() != self._written:
             self._optimizer.zero_grad()
             raise ClosureError(
                 "closure called backward(), which the trainer does: leave backward(), zero_grad() "
@@ -300,6 +333,7 @@ class Stepper:
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
+            self._unscaled = True
         most = self._max_grad_norm if clip else None
         if most is not None and keep is None and not self._ranks.several and not self.late:
             return value, self._clip(most)

@@ -80,7 +80,7 @@ class Structure:
 
     def _look(self) -> list[tuple[object, ...]]:
         return [
-            (id(p), p.requires_grad, p.shape, p.dtype, p.device)
+            (id(p), p.requires_grad, p.shape, p.stride(), p.dtype, p.device)
             for group in self._optimizer.param_groups
             for p in group["params"]
         ]

@@ -379,6 +379,14 @@ class HybridTrainer:
             )
 
     def _start_over(self) -> None:
+        try:
+            self._forget_copies()
+        except BaseException:
+            # An interrupt in the midst of it: the engine would ask for copies that are gone.
+            self._forget_copies()
+            raise
+
+    def _forget_copies(self) -> None:
         self._hands.restart()
         self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
 
@@ -411,6 +419,8 @@ class HybridTrainer:
             nothing has been changed then.
         """
         self._check_own_weights("load_state_dict()")
+        if self.config.enabled:
+            self._check_structure()
         checkpoints.restore(self, state)
 
     def save(self, path: str | Path, *, snapshots: bool = True) -> None:

@@ -15,6 +15,7 @@ from hybridcore.cli import selftest
 from hybridcore.cli.common import UserError
 from hybridcore.cli.memory import estimate, optimizer_class
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.buffers import BufferWatch
 from hybridcore_torch.recovery import RecoveryPoint
 
 OPTIMIZERS = {
@@ -69,7 +70,9 @@ def test_the_estimate_is_what_a_run_takes(optimizer, dtype):
             found = storages(part)
             most[name] = max(most[name], sum(n for at, n in found.items() if at not in own))
     # What SAVE makes; not every one of these runs has a jump.
-    most["recovery"] = sum(storages(RecoveryPoint(model, trainer.optimizer, None, None)).values())
+    most["recovery"] = sum(
+        storages(RecoveryPoint(model, trainer.optimizer, None, BufferWatch())).values()
+    )
     most["optimizer"] = sum(storages(list(trainer.optimizer.state.values())).values())
     most["weights"] = sum(storages(list(model.parameters())).values())
     count = sum(p.numel() for p in model.parameters())

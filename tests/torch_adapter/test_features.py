@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridcore import HybridTrainerConfig, ModelError
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.buffers import BufferWatch
 from hybridcore_torch.closures import Prober
 from hybridcore_torch.decay import Decay
 from hybridcore_torch.groups import trainable_parameters
@@ -380,7 +381,7 @@ def test_the_state_of_every_optimizer_comes_back(kind):
 
     steps(3)
     before = copy.deepcopy(list(state().values()))
-    point = RecoveryPoint(model, optimizer, None)
+    point = RecoveryPoint(model, optimizer, None, BufferWatch())
     steps(3)
     point.restore(model, optimizer, None)
     assert len(state()) == len(before) > 0
@@ -394,7 +395,7 @@ def test_a_scaler_comes_back_with_a_rollback():
     model, optimizer, _ = plain()
     scaler = torch.amp.GradScaler("cpu", 2.0**10)
     scaler.scale(torch.zeros(()))
-    point = RecoveryPoint(model, optimizer, scaler)
+    point = RecoveryPoint(model, optimizer, scaler, BufferWatch())
     scaler.update(2.0)
     point.restore(model, optimizer, scaler)
     assert scaler.get_scale() == 2.0**10

@@ -15,6 +15,7 @@ from torch import nn
 from hybridcore import ConfigError, HybridTrainerConfig, Phase
 from hybridcore.memory import FEWEST, Room, Size, beside_bytes, plan, snapshots_bytes
 from hybridcore_torch import HybridTrainer, codes
+from hybridcore_torch.buffers import BufferWatch
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.snapshots import SnapshotBank
 
@@ -322,7 +323,7 @@ def test_the_optimizers_state_comes_back(kind, cleared):
     for _ in range(301):
         optimizer.step()
     before = {k: v.clone() for k, v in optimizer.state[model.weight].items()}
-    point = RecoveryPoint(model, optimizer, None, kind)
+    point = RecoveryPoint(model, optimizer, None, BufferWatch(), kind)
     for _ in range(2):
         # Twice: what was restored must not be what the optimizer trains on.
         for _ in range(3):
