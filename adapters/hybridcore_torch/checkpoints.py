@@ -139,6 +139,8 @@ def _load(trainer: HybridTrainer, state: dict[str, Any], optimizer: dict[str, An
 
         # An optimizer takes new tensors, and does not write into those that it has.
         load(trainer.optimizer, optimizer, state_of(trainer.optimizer))
+        # It asks for settings of the groups, any of which may be damaged.
+        trainer._hands.pairs_of(0)
         if trainer.scheduler is not None:
             before = copy.deepcopy(trainer.scheduler.state_dict())
             load(trainer.scheduler, copy.deepcopy(state["scheduler"]), before)

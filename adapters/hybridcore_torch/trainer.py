@@ -419,8 +419,9 @@ class HybridTrainer:
             nothing has been changed then.
         """
         self._check_own_weights("load_state_dict()")
-        if self.config.enabled:
-            self._check_structure()
+        if self.config.enabled and self._structure.renew():
+            # Frozen since the last step, for instance, as the state is.
+            self._start_over()
         checkpoints.restore(self, state)
 
     def save(self, path: str | Path, *, snapshots: bool = True) -> None:
