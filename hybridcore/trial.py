@@ -71,8 +71,8 @@ class OptimizerTrial:
     @property
     def speed(self) -> float:
         """Fall of the log loss by a step, of late; 0 before there are two."""
-        half = len(self.newest) // 2
-        return (self._level(half) - self._level(-half)) / half if half else 0.0
+        count, half = len(self.newest), len(self.newest) // 2
+        return (self._level(half) - self._level(-half)) / (count - half) if half else 0.0
 
     def _level(self, newest: int) -> float:
         return statistics.median(self.newest[:newest] if newest > 0 else self.newest[newest:])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,21 +17,25 @@ from hybridcore_torch.ranks import local
 LARGE, SAMPLE = 2**18, 1024
 
 
-class _Mark(NamedTuple):
-    """What tells whether a large buffer has changed."""
+@dataclass(slots=True)
+class _Mark:
+    """How a large buffer was when last looked at, and whether it has ever changed."""
 
     buffer: weakref.ref[torch.Tensor]
     version: int
     sample: torch.Tensor
+    changes: bool = False
 
-    def is_of(self, buffer: torch.Tensor) -> bool:
-        """Whether that is `buffer`, and as it was."""
-        same = self.buffer() is buffer and self.version == buffer._version
-        return same and torch.equal(self.sample, _sample(buffer))
+    def look(self, buffer: torch.Tensor) -> bool:
+        """Return whether `buffer`, which this is of, has changed so far."""
+        if not self.changes:
+            same = self.version == buffer._version and torch.equal(self.sample, _sample(buffer))
+            self.changes = not same
+        return self.changes
 
 
 class KeptBuffer(NamedTuple):
-    """A buffer, its place and a copy; of a large one what tells whether it has changed too."""
+    """A buffer, its place and a copy; of a large one its mark too."""
 
     registry: dict[str, torch.Tensor | None]
     name: str
@@ -45,13 +50,24 @@ Kept = list[KeptBuffer]
 class BufferWatch:
     """Copies the buffers that passes change.
 
-    Large ones that were the same at the last look are tables and frozen weights: they are left out
-    for as long as they stay so, and what the pass in which one changes first does to it stays.
+    Large ones that have not changed since they were first looked at are tables and frozen weights:
+    they are left out. One that changes later is copied from the next look on, and what was done to
+    it until then stays.
     """
 
     def __init__(self) -> None:
-        # By registry and name.
-        self._marks: dict[tuple[int, str], _Mark] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._marks: weakref.WeakKeyDictionary[nn.Module, dict[str, _Mark]]
+        self._marks = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references cannot be pickled, and a copy looks at buffers of its own.
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
 
     def keep(self, modules: Iterable[nn.Module]) -> Kept:
         """Copy the buffers of `modules`, their children excluded, that may change."""
@@ -61,15 +77,17 @@ class BufferWatch:
             for name, buffer in registry.items() if registry else ():
                 if buffer is None or not can_come_back(buffer):
                     continue
-                mark = None
-                if buffer.numel() >= LARGE:
-                    key = id(registry), name
-                    before = self._marks.get(key)
-                    if before is not None and before.is_of(buffer):
-                        continue
+                if buffer.numel() < LARGE:
+                    kept.append(KeptBuffer(registry, name, buffer, buffer.detach().clone(), None))
+                    continue
+                marks = self._marks.setdefault(module, {})
+                mark = marks.get(name)
+                if mark is None or mark.buffer() is not buffer:
                     mark = _Mark(weakref.ref(buffer), buffer._version, _sample(buffer))
-                    self._marks[key] = mark
+                elif not mark.look(buffer):
+                    continue
                 kept.append(KeptBuffer(registry, name, buffer, buffer.detach().clone(), mark))
+                marks[name] = mark
         return kept
 
 
@@ -77,8 +95,11 @@ class BufferWatch:
 def put_back(kept: Kept) -> None:
     """Undo what was done to the buffers since they were kept, new tensors in their place too."""
     for registry, name, buffer, copy, mark in kept:
-        if mark is None or not mark.is_of(buffer):
-            buffer.copy_(copy)
+        if mark is not None:
+            mark.look(buffer)
+        buffer.copy_(copy)
+        if mark is not None:
+            mark.version = buffer._version
         registry[name] = buffer
 
 
@@ -91,8 +112,10 @@ def can_come_back(buffer: torch.Tensor) -> bool:
 
 
 def _sample(buffer: torch.Tensor) -> torch.Tensor:
-    """Copy of elements of `buffer` from all over it."""
+    """Copy of elements of `buffer` from all over it, as they lie in memory."""
     values = local(buffer.detach())
+    strides = values.stride()
+    values = values.permute(sorted(range(values.dim()), key=lambda d: -strides[d]))
     if values.is_contiguous():
         values = values.view(-1)
     values = values[:: max(1, values.shape[0] // SAMPLE)]

@@ -102,7 +102,7 @@ def check_arguments(
             raise ModelError(
                 "scheduler drives another optimizer: build it from the optimizer given here"
             )
-    calls = ("scale", "unscale_", "step", "update")
+    calls = ("scale", "unscale_", "step", "update", "get_scale")
     scales = all(callable(getattr(scaler, call, None)) for call in calls)
     if scaler is not None and (isinstance(scaler, type) or not scales):
         raise ModelError(

@@ -147,8 +147,8 @@ class Hands:
             loss = self._prober.loss(self._probe, "probe")
             if not math.isfinite(loss):
                 logger.warning(
-                    "probe has the loss %s at first, and there are neither jumps nor quasi-Newton "
-                    "steps while that is no finite number: look for NaN in its batch",
+                    "probe has the loss %s at first, and no jump or quasi-Newton step is kept "
+                    "while that is no finite number: look for NaN in its batch",
                     loss,
                 )
 

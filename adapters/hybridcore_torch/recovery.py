@@ -76,9 +76,10 @@ class RecoveryPoint:
         # Tensors are written in place: a second copy of all of them would take the most memory, and
         # load_state_dict gives them the dtype of the weights.
         live = {id(state) for state in optimizer.state.values()}
-        if not _copy_over(present["state"], saved):
-            present["state"], live = copy.deepcopy(saved), set()
-        if not all(id(state) in live for state in present["state"].values()):
+        in_place = _copy_over(present["state"], saved)
+        if not in_place:
+            present["state"] = copy.deepcopy(saved)
+        if not (in_place and all(id(state) in live for state in present["state"].values())):
             stale = _stale(optimizer)
             optimizer.load_state_dict(present)
             optimizer.state.update(stale)

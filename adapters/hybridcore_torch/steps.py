@@ -42,8 +42,8 @@ class Stepper:
     buffers : BufferWatch
         Copies the model's buffers.
     late : bool
-        Whether nothing is fetched from the device before the backward pass, and then once: the
-        model is not on the CPU.
+        Whether nothing is fetched from the device before the backward pass, and then once, but
+        for samples of large buffers: the model is not on the CPU.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Stepper:
         except BaseException as error:
             buffers.put_back(kept)
             sparse = [g for p in self._used() if (g := p.grad) is not None and g.is_sparse]
-            if sparse and isinstance(error, RuntimeError):
+            if sparse and isinstance(error, NotImplementedError):
                 raise ModelError(
                     "a gradient is sparse, which cannot be watched: leave sparse=True out of the "
                     "embedding and use a dense optimizer"
@@ -332,8 +332,8 @@ class Stepper:
         The norm is not finite if either is not.
         """
         if self._scaler is not None:
-            self._scaler.unscale_(self._optimizer)
             self._unscaled = True
+            self._scaler.unscale_(self._optimizer)
         most = self._max_grad_norm if clip else None
         if most is not None and keep is None and not self._ranks.several and not self.late:
             return value, self._clip(most)

@@ -80,7 +80,12 @@ class Structure:
 
     def _look(self) -> list[tuple[object, ...]]:
         return [
-            (id(p), p.requires_grad, p.shape, p.stride(), p.dtype, p.device)
+            (id(p), p.requires_grad, p.shape, _strides(p), p.dtype, p.device)
             for group in self._optimizer.param_groups
             for p in group["params"]
         ]
+
+
+def _strides(parameter: torch.Tensor) -> tuple[int, ...] | None:
+    dense = parameter.layout is torch.strided and not parameter.is_nested
+    return parameter.stride() if dense else None

@@ -170,6 +170,8 @@ class HybridTrainer:
         ------
         ClosureError
             If the closure does not return a loss; nothing has been changed then.
+        ModelError
+            If gradients are sparse, or if nothing can be trained any more.
         DivergenceError
             With ``on_divergence="raise"``, after a batch whose loss or gradients were not finite
             was left out.
@@ -416,7 +418,8 @@ class HybridTrainer:
         ------
         CheckpointError
             If the state is of another version, model, optimizer, scheduler, scaler or clipping;
-            nothing has been changed then.
+            nothing has been changed then, but that a jump under way ends where layers have been
+            frozen or added since the last step.
         """
         self._check_own_weights("load_state_dict()")
         if self.config.enabled and self._structure.renew():

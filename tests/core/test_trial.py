@@ -12,7 +12,7 @@ from secant_descent import PairedDescent, at, go_on, made
 
 from hybridcore import Action, Observation
 from hybridcore.secant import MOST_REJECTED, VAIN, SecantDescent, Stage
-from hybridcore.trial import MOST_VAIN
+from hybridcore.trial import MOST_VAIN, OptimizerTrial
 
 # -- what it comes to ------------------------------------------------------------------------------
 
@@ -133,6 +133,15 @@ def test_a_trial_that_catches_up_goes_on_until_it_is_ahead_or_slows_down():
     assert 10 < took < 25
     assert -math.log(0.9) / took < 0.008
     assert secant.speed == pytest.approx(-math.log(0.991))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 11, 14])
+def test_the_speed_of_a_trial_is_the_fall_of_the_log_loss_by_a_step(count):
+    trial = OptimizerTrial()
+    trial.begin(1.0, 0.01)
+    for step in range(count):
+        trial.see(Observation(math.exp(-0.05 * step), 1.0, 0.1), step + 1, 20, 50)
+    assert trial.speed == pytest.approx(0.05)
 
 
 def test_after_one_that_caught_up_in_vain_the_next_has_its_usual_time():

@@ -1,6 +1,7 @@
 """Buffers, optimizers and scalers that are not as most are, and interrupts in odd places."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from drilling import Interrupter
 from problems import BRISK, digits, regression, weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridcore import CheckpointError, ClosureError, HybridTrainerConfig, ModelError
 from hybridcore_torch import HybridTrainer
 from hybridcore_torch.buffers import LARGE, BufferWatch, put_back
+from hybridcore_torch.recovery import RecoveryPoint
 
 JUMPS = dataclasses.replace(BRISK, secant_pairs=0)
 
@@ -74,8 +77,59 @@ def test_a_large_buffer_is_copied_while_it_changes_and_only_then(change, layout)
         change(model.table)
         put_back(copies)
         assert torch.equal(model.table, before)
+        # Looked at twice with no pass between, it changes still.
+        assert [one.name for one in kept()] == ["table", "small"]
     model.table = model.table.clone()
     assert [one.name for one in kept()] == ["table", "small"]
+    assert [one.name for one in kept()] == ["small"]
+    watch = pickle.loads(pickle.dumps(watch))
+    assert [one.name for one in kept()] == ["table", "small"]
+
+
+def test_a_large_buffer_for_which_there_was_no_memory_is_copied_at_the_next_look():
+    model = nn.Module()
+    model.register_buffer("table", torch.rand(LARGE))
+    watch = BufferWatch()
+
+    class Short(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            if function is torch.ops.aten.clone.default and arguments[0].numel() == LARGE:
+                raise torch.OutOfMemoryError
+            return function(*arguments, **(named or {}))
+
+    with Short(), pytest.raises(torch.OutOfMemoryError):
+        watch.keep([model])
+    assert len(watch.keep([model])) == 1
+
+
+class Counting(nn.Linear):
+    """Changes a large buffer in each pass."""
+
+    def __init__(self):
+        super().__init__(64, 10)
+        self.register_buffer("seen", torch.zeros(LARGE))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.seen += x.mean()
+        return super().forward(x)
+
+
+def test_a_bad_batch_leaves_no_mark_in_a_large_buffer_whatever_the_step_is_for():
+    x, y = digits()
+    stages = set()
+    for bad in range(18, 48):
+        torch.manual_seed(0)
+        model = Counting()
+        trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
+        secant = trainer.engine.controller.secant
+        for step in range(bad + 1):
+            if step == bad:
+                stages.add((secant.stage.name, secant.landing))
+            batch = x * float("nan") if step == bad else x
+            trainer.step(lambda m=model, b=batch: F.cross_entropy(m(b), y))
+        assert model.seen.isfinite().all()
+    assert {("GATHER", False), ("DESCEND", True), ("DESCEND", False)} <= stages
 
 
 def test_a_table_that_nothing_changes_costs_no_copy_in_a_step():
@@ -84,7 +138,7 @@ def test_a_table_that_nothing_changes_costs_no_copy_in_a_step():
     trainer = HybridTrainer(model, optimizer, BRISK, probe=closure)
     copied = []
 
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    class Count(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
             large = function is torch.ops.aten.clone.default and arguments[0].numel() == LARGE
             copied.append(trainer.statistics().steps) if large else None
@@ -105,9 +159,21 @@ def test_a_trial_point_does_not_come_back_by_a_buffer_that_shares_memory():
     model = nn.Sequential(nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 10))
     model.register_buffer("prototypes", model[2].weight.detach(), persistent=False)
     trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
-    secant, taken, last = trainer.engine.controller.secant, 0, float("inf")
-    for _ in range(300):
+    secant, last = trainer.engine.controller.secant, float("inf")
+    taken = failed = 0
+
+    def fail():
+        raise KeyError
+
+    for step in range(300):
         before = secant.stage
+        if before.name == "DESCEND" and not secant.landing and step % 5 == 0:
+            at_base = weights(model)
+            try:
+                trainer.step(fail)
+            except KeyError:
+                failed += 1
+                assert all(map(torch.equal, at_base, weights(model)))
         trainer.step(lambda: F.cross_entropy(model(x), y))
         here = float(F.cross_entropy(model(x), y).detach())
         if secant.stage is before and before.name == "DESCEND":
@@ -115,6 +181,7 @@ def test_a_trial_point_does_not_come_back_by_a_buffer_that_shares_memory():
             taken += not secant.accepted
         last = here
     assert taken > 0
+    assert failed > 0
 
 
 # -- optimizers ------------------------------------------------------------------------------------
@@ -198,6 +265,16 @@ def test_a_rollback_leaves_states_as_wide_as_they_are():
     assert all(map(torch.equal, momenta, kept))
 
 
+def test_a_rollback_to_before_the_first_step_leaves_no_state():
+    model, optimizer, closure = regression()
+    point = RecoveryPoint(model, optimizer, None, BufferWatch())
+    closure().backward()
+    optimizer.step()
+    assert optimizer.state
+    point.restore(model, optimizer, None)
+    assert not optimizer.state
+
+
 class Looked(nn.Module):
     def __init__(self):
         super().__init__()
@@ -214,6 +291,12 @@ def test_sparse_gradients_are_told_whatever_makes_them():
     with pytest.raises(ModelError, match="gradient is sparse"):
         trainer.step(lambda: model(torch.arange(4)).square().mean())
     assert all(map(torch.equal, before, weights(model)))
+
+    def fail():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        trainer.step([lambda: model(torch.arange(4)).square().mean(), fail])
     # A table that is frozen has none.
     words = nn.Embedding(5, 4, sparse=True).requires_grad_(False)
     model = nn.Sequential(words, nn.Linear(4, 2))
@@ -221,9 +304,11 @@ def test_sparse_gradients_are_told_whatever_makes_them():
     trainer.step(lambda: model(torch.arange(4)).square().mean())
 
 
+@pytest.mark.filterwarnings("ignore:.*Sparse CSR:UserWarning")
 def test_frozen_weights_that_are_sparse_are_no_reason_to_stop(tmp_path):
     model, optimizer, closure = regression()
-    model.frozen = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    model.frozen = nn.Parameter(torch.eye(3).to_sparse_csr(), requires_grad=False)
+    optimizer.add_param_group({"params": [model.frozen]})
     trainer = HybridTrainer(model, optimizer, JUMPS)
     trainer.save_every(5, tmp_path)
     for _ in range(12):
@@ -258,6 +343,27 @@ def test_a_step_with_a_scaler_that_is_cut_off_can_be_taken_again(error, clip):
         assert result.loss < last
         last = result.loss
     assert scaler.get_scale() == 16.0
+
+
+class Interrupted(torch.amp.GradScaler):
+    """Ctrl-C comes as the gradients have just been unscaled, once."""
+
+    times = 1
+
+    def unscale_(self, optimizer):
+        super().unscale_(optimizer)
+        if self.times:
+            self.times -= 1
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_behind_unscale_is_no_reason_to_stop():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, scaler=Interrupted("cpu", init_scale=16.0))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(closure)
+    first = trainer.step(closure).loss
+    assert trainer.step(closure).loss < first
 
 
 def test_a_scaler_that_is_off_is_none():
