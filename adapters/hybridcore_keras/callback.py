@@ -38,9 +38,86 @@ from hybridcore_keras.checks import (
 from hybridcore_keras.hands import Hands, on_device
 from hybridcore_keras.history import report
 from hybridcore_keras.losses import RunningMean
-from hybridcore_keras.ports import port_of
+from hybridcore_keras.ports import Port, port_of
 
 NAN = float("nan")
+_METRICS = "_get_metrics_result_or_logs"
+_CUT_OFF = "if fit was cut off, call on_train_end() of this callback first"
+
+
+class _Fit:
+    """One fit of a model: stands in for its train function, and for its method `_METRICS`.
+
+    Keras does not tell callbacks that a fit is cut off outside of the train function. Whether it
+    is still this one is looked up whenever the model calls, therefore.
+    """
+
+    def __init__(self, callback: HybridCallback, model: Any, port: Port) -> None:
+        self.callback, self.model, self._port = callback, model, port
+        self._plain, self._history = model.train_function, model.history
+        self._epochs: Any = None
+
+    def take_over(self) -> None:
+        """Put it in the place of what it stands in for."""
+        vars(self.model)[_METRICS] = self._metrics
+        self.model.train_function = self
+
+    def give_back(self) -> None:
+        """Undo that; what has been compiled or taken over by another since then stays."""
+        self._port.remove()
+        if _Fit.of(self.model) is self:
+            vars(self.model).pop(_METRICS)
+        if self.model.train_function is self:
+            self.model.train_function = self._plain
+
+    def begin(self) -> None:
+        """Learn what tells it from others: History may be the user's, and in two of them."""
+        if self._epochs is None:
+            # It is a new list in each, and made later than the callback is told of the fit.
+            self._epochs = getattr(self._history, "epoch", None)
+
+    @staticmethod
+    def of(model: Any) -> _Fit | None:
+        """Return the one that has taken `model` over, also where it was compiled since then."""
+        found = getattr(vars(model).get(_METRICS), "__self__", None)
+        return found if isinstance(found, _Fit) else None
+
+    @property
+    def only_begins(self) -> bool:
+        """Whether the model's present fit is this one, and has had no epoch yet."""
+        return self._epochs is None and self.model.history is self._history
+
+    @property
+    def _goes_on(self) -> bool:
+        model = self.model
+        return (
+            self.callback._fit is self
+            and model.train_function is self
+            and model.history is self._history
+            and (self._epochs is None or self._epochs is self._history.epoch)
+        )
+
+    def end(self) -> None:
+        """Give the model back after it was cut off, and forget what was known of its weights."""
+        if self.callback._fit is self:
+            self.callback._start_over()
+        else:
+            self.give_back()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Take a step."""
+        if self._goes_on:
+            with self._port.replaced:
+                return self.callback._train(*arguments)
+        self.end()
+        self.model.make_train_function()
+        return self.model.train_function(*arguments)
+
+    def _metrics(self, logs: Any) -> Any:
+        if self._goes_on:
+            return self.callback._epoch_logs(logs)
+        self.end()
+        return self.model._get_metrics_result_or_logs(logs)
 
 
 class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
@@ -104,7 +181,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self.layer_groups = as_groups(layer_groups)
         self.engine = Engine(self.config, self.config.secant_pairs)
         self._hands: Hands | None = None
-        self._fitting = False
+        # The fit that is under way, or was cut off.
+        self._fit: _Fit | None = None
         self.epoch = 0
         self._loaded: dict[str, Any] | None = None
         # What was put back, until the first epoch begins.
@@ -113,8 +191,6 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._trained: tuple[Any, Any] | None = None
         # Fingerprint of the weights as they were left, until they are trained again.
         self._left: list[float] | None = None
-        # Each fit has one of its own.
-        self._history: Any = None
         # What the last full step told, and with the forecasts since then, as it is told to Keras.
         self._full_logs: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
@@ -146,8 +222,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "averaged() needs the setting averaging=True, got False: build the callback with "
                 "it, which costs one copy of the weights"
             )
-        if self._fitting:
-            raise ProtocolError("averaged() while fit runs: call it after fit has returned")
+        if self._fit is not None:
+            raise ProtocolError(
+                f"averaged() while fit runs: call it after fit has returned; {_CUT_OFF}"
+            )
         if self._hands is not None and not self._hands.room.plan.average:
             raise ConfigError(
                 "averaged() needs room for one copy of the weights, and the setting "
@@ -180,8 +258,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "finish() needs a batch, got None: pass one as (x, y), or build the callback with "
                 "probe="
             )
-        if self._fitting:
-            raise ProtocolError("finish() while fit runs: call it after fit has returned")
+        if self._fit is not None:
+            raise ProtocolError(
+                f"finish() while fit runs: call it after fit has returned; {_CUT_OFF}"
+            )
         hands, engine = self._hands, self.engine
         if hands is None:
             return
@@ -219,16 +299,17 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         known = self._trained is not None and self._trained == (model, model.optimizer)
         if self.config.enabled:
             check_model(model)
-            interrupted = getattr(model.train_function, "__self__", None)
-            if isinstance(interrupted, HybridCallback):
-                if interrupted._history is model.history:
-                    interrupted._give_back()
-                    raise ModelError(
-                        "callbacks holds HybridCallback twice: pass one, as only one can decide "
-                        "which steps are taken"
-                    )
-                # It was not told, and what became of the weights since then is not known here.
-                interrupted._start_over()
+            other = _Fit.of(model)
+            if other is not None and other.only_begins:
+                other.callback._give_back()
+                raise ModelError(
+                    "callbacks holds HybridCallback twice: pass one, as only one can decide "
+                    "which steps are taken"
+                )
+            for cut_off in (other, self._fit):
+                # What became of the weights since then is not known here.
+                if cut_off is not None:
+                    cut_off.end()
             hands = self._hands
             if hands is None or not known:
                 hands = Hands(port_of(model), self.config, self.probe, self.layer_groups)
@@ -248,17 +329,19 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 raise
 
     def _take_over(self, model: Any, hands: Hands) -> None:
-        self._history = model.history
+        self._fit = _Fit(self, model, hands.port)
         hands.port.install()
         self._check_structure()
-        self._fitting = True
-        model.train_function = self._train
-        model.__dict__["_get_metrics_result_or_logs"] = self._epoch_logs
+        self._fit.take_over()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Give the model back as it was."""
-        if self.config.enabled:
-            self._give_back()
+        """Give the model back as it was.
+
+        Keras does not call it after a ``fit`` that was cut off by Ctrl-C or another callback. Call
+        it then, if :meth:`finish` or :meth:`averaged` are to follow; it does no harm at any time
+        between two calls of ``fit``.
+        """
+        self._give_back()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Begin a new running mean of the loss.
@@ -273,7 +356,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._restored is not None:
             restored, self._restored = self._restored, None
             saving.check_untouched(self.model, restored)
-        if self.config.enabled:
+        if self._fit is not None:
+            self._fit.begin()
             self._check_structure()
             self._left = None
 
@@ -311,8 +395,6 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """Stand in for ``model.train_function``."""
         start = perf_counter()
         hands, engine = self.hands, self.engine
-        if self._trained is not None and self._trained[0].history is not self._history:
-            return self._train_plainly(*arguments)
         hands.port.begin(*arguments)
         working = 0.0
         of_step: Observation | None = None
@@ -384,12 +466,6 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._hands, self._full_logs = hands, {}
         self._trained, self._left = (model, model.optimizer), None
 
-    def _train_plainly(self, *arguments: Any) -> Any:
-        """Leave the model to a ``fit`` without this callback, which was not told of its end."""
-        self._start_over()
-        self._model.make_train_function()
-        return self._model.train_function(*arguments)
-
     def _start_over(self) -> None:
         """Give the model back, and forget what was known of its weights."""
         self.engine.abandon()
@@ -415,13 +491,13 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._left = None
 
     def _give_back(self) -> None:
-        self._fitting = False
-        if self._trained is not None:
-            self._trained[0].__dict__.pop("_get_metrics_result_or_logs", None)
-            self.hands.port.remove()
-            if self._left is None:
-                # In the middle of an epoch.
-                self._left = self.hands.fingerprint()
+        if self._fit is None:
+            return
+        self._fit.give_back()
+        if self._left is None:
+            # In the middle of an epoch.
+            self._left = self.hands.fingerprint()
+        self._fit = None
 
     def _epoch_logs(self, logs: Any) -> Any:
         """Stand in for the model's method, which knows nothing of predicted steps."""

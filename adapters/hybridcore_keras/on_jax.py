@@ -18,7 +18,7 @@ from hybridcore import ModelError
 from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, own_statistics
+from hybridcore_keras.ports import Figures, Replaced, built, own_statistics
 from hybridcore_keras.rates import Rates
 
 _FIGURES = "hybrid_figures"
@@ -46,6 +46,10 @@ class JAXPort:
         self.rates = Rates(self.optimizer)
         self._plain_step = model.train_step
         self._plain_apply = self.optimizer.stateless_apply
+        self.replaced = Replaced(
+            (model, "train_step", self._train_step),
+            (self.optimizer, "stateless_apply", self._apply),
+        )
         self._plain_function: Any = None
         self._function: Any = None
         self._probe_function: Any = None
@@ -66,26 +70,22 @@ class JAXPort:
 
     # -- taking over ------------------------------------------------------------------------
 
-    def install(self) -> None:
-        """Have Keras build its train function around the watched step; once for a ``compile``."""
-        model = self.model
+    def install(self) -> bool:
+        """Take over the rates, and have Keras build a train function around the watched step."""
+        model, plain = self.model, self.model.train_function
         self.rates.install()
         self._unused = other_optimizers(model)
-        vars(self.optimizer)["stateless_apply"] = self._apply
-        vars(model)["train_step"] = self._train_step
-        if self._function is None or model.train_function is not self._plain_function:
-            self._plain_function = model.train_function
-            model.make_train_function(force=True)
-            self._function = model.train_function
+        new = self._function is None or plain is not self._plain_function
+        if new:
+            self._function, self._plain_function = None, plain
             self._probe_function = self._gradient_function = self._applier = None
             self.variables = list(model.trainable_variables)
+            self._function = built(model, self.replaced)
+        return new
 
     def remove(self) -> None:
-        """Give model and optimizer back as they were."""
-        vars(self.model).pop("train_step", None)
-        vars(self.optimizer).pop("stateless_apply", None)
+        """Give the optimizer its rates back."""
         self.rates.remove()
-        self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
 
@@ -193,7 +193,8 @@ class JAXPort:
         self._state = [_copies([variable.value for variable in part]) for part in owners]
         self._batches = [batch]
         try:
-            yield
+            with self.replaced:
+                yield
         finally:
             for part, values in zip(owners, self._state, strict=True):
                 for variable, value in zip(part, values, strict=True):

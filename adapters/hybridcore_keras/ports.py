@@ -22,6 +22,29 @@ class Figures(NamedTuple):
     learning_rate: float
 
 
+class Replaced:
+    """Methods that stand in for those of model and optimizer, for as long as a block lasts.
+
+    No longer, because Keras does not tell where ``fit`` is cut off between two steps.
+
+    Parameters
+    ----------
+    *methods : tuple of (object, str, callable)
+        Whose method, which one, and what stands in for it.
+    """
+
+    def __init__(self, *methods: tuple[Any, str, Callable[..., Any]]) -> None:
+        self._methods = [(vars(owner), name, method) for owner, name, method in methods]
+
+    def __enter__(self) -> None:
+        for owned, name, method in self._methods:
+            owned[name] = method
+
+    def __exit__(self, *_: object) -> None:
+        for owned, name, _method in self._methods:
+            owned.pop(name, None)
+
+
 class Port(Protocol):
     """One batch of ``fit`` on one backend, and the model's state.
 
@@ -36,23 +59,32 @@ class Port(Protocol):
         left out.
     gradients : list of tensor
         Those that :meth:`gradient` left, one for each of `variables`.
+    replaced : Replaced
+        What has to hold while anything but :meth:`install` and :meth:`remove` is called.
     """
 
     model: Any
     rates: Rates
     gradients: list[Any]
+    replaced: Replaced
 
     @property
     def variables(self) -> list[Any]:
         """Trainable variables, in the order of the model."""
         ...
 
-    def install(self) -> None:
-        """Have Keras build its train function around the watched step; once for a ``compile``."""
+    def install(self) -> bool:
+        """Take over the rates, and have Keras build a train function around the watched step.
+
+        Returns
+        -------
+        bool
+            Whether it was built, which is done once for a ``compile``.
+        """
         ...
 
     def remove(self) -> None:
-        """Give model and optimizer back as they were."""
+        """Give the optimizer its rates back."""
         ...
 
     def begin(self, *arguments: Any) -> None:
@@ -224,6 +256,17 @@ def _averaging(layer: Any) -> Callable[..., Any]:
         return plain(*arguments, training=training, **named)
 
     return call
+
+
+def built(model: Any, replaced: Replaced) -> Any:
+    """Have Keras build a train function of `model` around what is `replaced`, and return it."""
+    plain = model.train_function
+    try:
+        with replaced:
+            model.make_train_function(force=True)
+        return model.train_function
+    finally:
+        model.train_function = plain
 
 
 def build_optimizer(model: Any) -> None:

@@ -16,7 +16,9 @@ from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
 from hybridcore_keras.ports import (
     Figures,
+    Replaced,
     build_optimizer,
+    built,
     is_built,
     own_statistics,
     recurrent_states,
@@ -58,6 +60,9 @@ class StatefulPort:
         self.rates.offset = _held(0, "int")
         self._plain_step = model.train_step
         self._plain_apply = self.optimizer.apply
+        self.replaced = Replaced(
+            (model, "train_step", self._train_step), (self.optimizer, "apply", self._apply)
+        )
         self._plain_function: Any = None
         self._function: Any = None
         self._scale, self._highest, self._offset = 1.0, math.inf, 0
@@ -82,33 +87,29 @@ class StatefulPort:
 
     # -- taking over ------------------------------------------------------------------------
 
-    def install(self) -> None:
-        """Have Keras build its train function around the watched step; once for a ``compile``."""
-        model = self.model
+    def install(self) -> bool:
+        """Take over the rates, and have Keras build a train function around the watched step."""
+        model, plain = self.model, self.model.train_function
         if is_built(model) and type(model).train_step is keras.Model.train_step:
             # TensorFlow gives variables that are made in a step no value if it is interrupted.
             build_optimizer(model)
         self.rates.install()
         self._unused = other_optimizers(model)
-        vars(self.optimizer)["apply"] = self._apply
-        vars(model)["train_step"] = self._train_step
-        if self._function is None or model.train_function is not self._plain_function:
-            self._plain_function = model.train_function
-            model.make_train_function(force=True)
-            self._function = model.train_function
+        new = self._function is None or plain is not self._plain_function
+        if new:
+            self._function, self._plain_function = None, plain
             self._applier = self._follower = self._state_beside = None
             self._renew()
+            self._function = built(model, self.replaced)
         self._set_rates(self._scale, self._highest)
+        return new
 
     def _renew(self) -> None:
         """Forget what was compiled before."""
 
     def remove(self) -> None:
-        """Give model and optimizer back as they were."""
-        vars(self.model).pop("train_step", None)
-        vars(self.optimizer).pop("apply", None)
+        """Give the optimizer its rates back."""
         self.rates.remove()
-        self.model.train_function = self._plain_function
 
     # -- inside the compiled step -----------------------------------------------------------
 
@@ -245,7 +246,8 @@ class StatefulPort:
         self.install()
         self._batches = [batch]
         try:
-            yield
+            with self.replaced:
+                yield
         finally:
             self.abandon()
             self.remove()

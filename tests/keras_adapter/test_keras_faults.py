@@ -11,10 +11,11 @@ import keras
 import numpy as np
 import pytest
 from drilling import Interrupter
-from keras_problems import BRISK, CURVED, digits, regression, same, train, weights
+from keras_problems import BRISK, CURVED, compiled, digits, regression, same, train, weights
 
-from hybridcore import Phase
+from hybridcore import Phase, ProtocolError
 from hybridcore_keras import HybridCallback
+from hybridcore_keras.callback import _Fit
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -60,7 +61,7 @@ def left_over(model):
     """What a callback that was not given the time to let go of its model leaves in it."""
     replaced = ("train_step", "apply", "_get_current_learning_rate", "_get_metrics_result_or_logs")
     found = {name for owner in (model, model.optimizer) for name in vars(owner)} & {*replaced}
-    ours = isinstance(getattr(model.train_function, "__self__", None), HybridCallback)
+    ours = isinstance(model.train_function, _Fit)
     return found | ({"train_function"} if ours else set())
 
 
@@ -106,3 +107,108 @@ def test_an_interrupted_fit_can_be_begun_again(config, times, record_property):
     assert model.evaluate(*digits(), verbose=0) < 0.1
     assert not left_over(model)
     record_property("times", interrupted)
+
+
+# -- cut off where Keras tells nobody: in another callback, or in validation ----------------------
+
+RATE = 0.3
+
+
+class CutOff(keras.callbacks.Callback):
+    """Raises at the end of its first fit."""
+
+    done = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def cut_off(model, hybrid, *callbacks, steps=3):
+    with pytest.raises(KeyboardInterrupt):
+        train(model, 1, hybrid, *callbacks, CutOff(), steps_per_epoch=steps)
+    assert {"train_function"} <= left_over(model)
+
+
+def gradient_descent(model):
+    return compiled(model, keras.optimizers.SGD(RATE))
+
+
+@pytest.mark.parametrize("then", ["nothing", "the same optimizer", "another optimizer"])
+@pytest.mark.parametrize("follows", ["plain fit", "the same callback", "another callback"])
+def test_after_a_fit_that_was_cut_off_training_goes_on_as_in_plain_fit(then, follows):
+    plain, model, hybrid = regression(), regression(), HybridCallback(BRISK)
+    gradient_descent(plain)
+    gradient_descent(model)
+    train(plain, 3)
+    cut_off(model, hybrid)
+    if then != "nothing":
+        compiled(model, model.optimizer if "same" in then else keras.optimizers.SGD(RATE))
+        assert left_over(model) <= {"_get_metrics_result_or_logs", "_get_current_learning_rate"}
+    callbacks = {"the same callback": [hybrid], "another callback": [HybridCallback(BRISK)]}
+    got = train(model, 4, *callbacks.get(follows, []))
+    expected = train(plain, 4)
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-5)
+    for ours, theirs in zip(weights(model), weights(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert int(model.optimizer.iterations) == (4 if then == "another optimizer" else 7)
+    assert not left_over(model)
+    assert follows == "the same callback" or hybrid.statistics().steps == 3
+
+
+@pytest.mark.parametrize("call", ["train_on_batch", "evaluate"])
+def test_after_a_cut_off_and_a_compile_the_models_other_methods_are_its_own(call):
+    model, hybrid = regression(), HybridCallback(BRISK)
+    cut_off(model, hybrid)
+    compiled(model, keras.optimizers.SGD(RATE))
+    assert np.isfinite(getattr(model, call)(*digits()))
+    assert hybrid.statistics().steps == 3
+    train(model, 1, hybrid)
+    assert not left_over(model)
+
+
+def test_a_model_whose_fit_was_cut_off_is_left_alone_when_the_callback_trains_another():
+    first, second, hybrid = regression(), regression(seed=1), HybridCallback(BRISK)
+    cut_off(first, hybrid)
+    train(second, 2, hybrid)
+    assert not left_over(first)
+    before, steps = weights(second), int(first.optimizer.iterations)
+    train(first, 3)
+    assert int(first.optimizer.iterations) == steps + 3
+    assert same(before, weights(second))
+    assert hybrid.statistics().steps == 2
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_history_of_the_users_may_be_in_the_fit_after_one_that_was_cut_off(again):
+    model, hybrid, history = regression(), HybridCallback(BRISK), keras.callbacks.History()
+    cut_off(model, hybrid, history)
+    train(model, 4, *([hybrid] if again else []), history)
+    assert int(model.optimizer.iterations) == 7
+    assert hybrid.statistics().steps == (7 if again else 3)
+    assert not left_over(model)
+
+
+def test_a_run_is_ended_by_hand_after_a_fit_that_was_cut_off():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while hybrid.engine.phase is not Phase.PREDICT:
+        train(model, 1, hybrid)
+    cut_off(model, hybrid)
+    assert hybrid.engine.phase is Phase.PREDICT
+    for call in (hybrid.averaged, lambda: hybrid.finish(digits())):
+        with pytest.raises(ProtocolError, match=r"call on_train_end\(\) of this callback first"):
+            call()
+    hybrid.on_train_end()
+    assert not left_over(model)
+    hybrid.finish(digits())
+    assert hybrid.engine.phase is Phase.FULL
+    with hybrid.averaged():
+        assert np.isfinite(model.evaluate(*digits(), verbose=0))
+    # Once more does no harm, wherever the model has been since then.
+    compiled(model, keras.optimizers.SGD(RATE))
+    train(model, 1)
+    function = model.train_function
+    hybrid.on_train_end()
+    assert model.train_function is function
+    assert hybrid.statistics().divergences == 0
