@@ -427,7 +427,6 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     self._full_logs = hands.logs
                 self._mean.full_steps += of_step.applied
             self._logs = self._mean.of(self._full_logs)
-            result = hands.port.finish(self._logs)
             seconds = perf_counter() - start
             engine.count_time(phase, seconds, seconds - working)
         except BaseException as error:
@@ -445,13 +444,15 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # A trial point may be far off: that is no fault of the batch.
         bad = not of_step.applied and math.isnan(engine.forecast_loss)
         if self.config.on_divergence == "raise" and bad:
+            # First, as with JAX the model gets its weights back from there.
+            hands.port.abandon()
             self._give_back()
             raise DivergenceError(
                 f"loss {of_step.loss:g} with gradient norm {of_step.gradient_norm:g} in step "
                 f"{engine.counters.steps}: the batch was left out and the optimizer took no step; "
                 "lower the learning rate or check the data"
             )
-        return result
+        return hands.port.finish(self._logs)
 
     # -- the model --------------------------------------------------------------------------
 
@@ -495,7 +496,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             return
         self._fit.give_back()
         if self._left is None:
-            # In the middle of an epoch.
+            # In the middle of an epoch, where with JAX a model has no weights of its own.
+            getattr(self._fit.model, "jax_state_sync", lambda: None)()
             self._left = self.hands.fingerprint()
         self._fit = None
 

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-from hybridcore import CheckpointError, HybridTrainerConfig, Phase
+from hybridcore import CheckpointError, DivergenceError, HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 SHORT = {"warmup_steps": 20, "min_full_steps": 24, "horizon": 30, "correction_interval": 10}
@@ -98,6 +98,30 @@ fit(model, hybrid, epochs=1, inputs=x * np.float32("nan"))
 after = model.get_weights() + [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
 assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 assert hybrid.statistics().divergences == 1
+
+# Or it raises, and leaves the model as the batch before did; the weights are not taken for others.
+plain, model = (build(keras.optimizers.SGD(0.1)) for _ in range(2))
+hybrid = HybridCallback(HybridTrainerConfig(warmup_steps=999, on_divergence="raise"))
+for one, callbacks in ((plain, []), (model, [hybrid])):
+    fit(one, *callbacks, epochs=3, batch_size=500)
+fit(plain, epochs=1, inputs=x[:1500], labels=y[:1500], batch_size=500)
+spoiled = x.copy()
+spoiled[1600:] = np.nan
+try:
+    fit(model, hybrid, epochs=1, inputs=spoiled, batch_size=500)
+except DivergenceError as error:
+    refused = str(error)
+assert "the batch was left out" in refused
+kept = hybrid.hands.average
+assert kept is not None
+for _ in range(2):
+    found, expected = model.get_weights(), plain.get_weights()
+    assert all(np.allclose(a, b, 1e-3, 1e-5) for a, b in zip(found, expected, strict=True))
+    iterations = [keras.ops.convert_to_numpy(m.optimizer.iterations) for m in (model, plain)]
+    assert iterations[0] == iterations[1]
+    fit(plain, epochs=1, batch_size=500)
+    fit(model, hybrid, epochs=1, batch_size=500)
+    assert hybrid.hands.average is kept
 
 # A resumed run goes on bit for bit, from snapshots in fewer bits too.
 CODED = dataclasses.replace(BRISK, snapshot_kind="int8")
