@@ -442,7 +442,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             hands.port.abandon()
             raise
         # A trial point may be far off: that is no fault of the batch.
-        bad = not of_step.applied and math.isnan(engine.forecast_loss)
+        bad = not (of_step.applied or of_step.overflow) and math.isnan(engine.forecast_loss)
         if self.config.on_divergence == "raise" and bad:
             # First, as with JAX the model gets its weights back from there.
             hands.port.abandon()

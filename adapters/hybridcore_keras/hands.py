@@ -256,7 +256,9 @@ class Hands:
         self.logs, figures = port.gradient() if directive.pair else port.full(*rates)
         observation = _seen(figures, start)
         if not observation.applied:
-            port.skip(1)
+            if not observation.overflow:
+                port.skip(1)
+            # Else the schedule of plain fit does not go on either.
             return observation
         self._on_trial = False
         if directive.pair:
@@ -411,6 +413,9 @@ def _sums(values: Sequence[Any]) -> Any:
 
 
 def _seen(figures: Figures, start: float) -> Observation:
-    loss, norm, rate = figures
+    loss, norm, rate, scale = figures
     applied = math.isfinite(loss) and math.isfinite(norm)
-    return Observation(loss, norm, rate, perf_counter() - start, applied=applied)
+    # A scale below one cannot be what made them overflow.
+    overflow = scale >= 1.0 and math.isfinite(loss) and not applied
+    seconds = perf_counter() - start
+    return Observation(loss, norm, rate, seconds, applied=applied, overflow=overflow)

@@ -60,7 +60,7 @@ class JAXPort:
         # While the gradients of a pass are kept instead of being applied.
         self._keeping = False
         self._kept: list[Any] = []
-        self._told: tuple[Any, Any] | None = None
+        self._told: tuple[Any, Any, Any] | None = None
         # Steps of the optimizer in the present batch.
         self._steps = 0
         self._unused: list[Any] = []
@@ -111,7 +111,7 @@ class JAXPort:
         counts = [new[_METRICS][place] for place in places[1::2]]
         loss = batch_loss(totals, counts, logs)
         assert self._told is not None
-        norm, rate = self._told
+        norm, rate, scale = self._told
         for place in places:
             new[_METRICS][place] += old[_METRICS][place]
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -127,7 +127,8 @@ class JAXPort:
             # Where all batches so far were left out there is no mean, and zero would be the best.
             used = (sum(counts) != 0.0) & (count != 0.0)
             logs["loss"] = jnp.where(used, mean, logs["loss"])
-        logs[_FIGURES] = jnp.stack([jnp.asarray(v, jnp.float32) for v in (loss, norm, rate)])
+        figures = loss, norm, rate, scale
+        logs[_FIGURES] = jnp.stack([jnp.asarray(value, jnp.float32) for value in figures])
         return logs, (*new, extras)
 
     def _gradient_step(self, state: Any, data: Any) -> Any:
@@ -154,14 +155,15 @@ class JAXPort:
         if self._probing:
             return weights, variables
         self._steps += 1
-        norm = gradient_norm(gradients, lambda v: jnp.sum(v * v))
+        norm, scale = gradient_norm(gradients, lambda v: jnp.sum(v * v)), jnp.zeros(())
         mapping = list(zip(self.optimizer.variables, variables, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
             if hasattr(self.optimizer, "inner_optimizer"):
-                norm = norm / self.optimizer.dynamic_scale.value
+                scale = self.optimizer.dynamic_scale.value
+                norm = norm / scale
             elif self.optimizer.loss_scale_factor is not None:
                 norm = norm / self.optimizer.loss_scale_factor
-            self._told = norm, jnp.asarray(self.rates.unscaled())
+            self._told = norm, jnp.asarray(self.rates.unscaled()), scale
         if self._keeping:
             self._kept = list(gradients)
             return weights, variables

@@ -15,11 +15,23 @@ from hybridcore_keras.rates import Rates
 
 
 class Figures(NamedTuple):
-    """What a full step tells: loss and gradient norm of its last batch, and the rate it used."""
+    """What a full step tells of its last batch.
+
+    Attributes
+    ----------
+    loss, gradient_norm : float
+        Of it.
+    learning_rate : float
+        The one that was used, without our factor.
+    loss_scale : float
+        What the optimizer multiplied the loss by, 0 where it would not lower that if gradients
+        overflowed.
+    """
 
     loss: float
     gradient_norm: float
     learning_rate: float
+    loss_scale: float = 0.0
 
 
 class Replaced:

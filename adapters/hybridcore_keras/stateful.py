@@ -39,6 +39,7 @@ class _Seen(threading.local):
 
     trackers: Sequence[Any] = ()
     norm: Any = None
+    scale: Any = None
     # Those of the optimizer.
     steps = 0
 
@@ -123,7 +124,8 @@ class StatefulPort:
         kept = [self._read(variable) for variable in guarded]
         for tracker in trackers:
             tracker.reset_state()
-        self._seen.norm, self._kept, self._seen.steps = ops.zeros((), "float32"), {}, 0
+        self._seen.norm = self._seen.scale = ops.zeros((), "float32")
+        self._kept, self._seen.steps = {}, 0
         statistics = own_statistics(model) if self._keeping else contextlib.nullcontext()
         rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside(), unused(self._unused), statistics:
@@ -145,7 +147,8 @@ class StatefulPort:
             used = ops.logical_and(ops.not_equal(sum(counts), 0.0), ops.not_equal(count, 0.0))
             mean = ops.divide_no_nan(total, count)
             logs["loss"] = ops.where(used, mean, ops.cast(logs["loss"], mean.dtype))
-        logs[FIGURES] = ops.stack([loss, ops.cast(self._seen.norm, "float32"), rate])
+        norm = ops.cast(self._seen.norm, "float32")
+        logs[FIGURES] = ops.stack([loss, norm, rate, self._seen.scale])
         if self._keeping:
             logs[_GRADIENTS] = [
                 self._kept.get(id(v), ops.zeros(v.shape, v.dtype)) for v in self.variables
@@ -187,6 +190,7 @@ class StatefulPort:
             return
         if hasattr(optimizer, "inner_optimizer"):
             # It leaves bad gradients out by itself, and learns from them.
+            self._seen.scale = ops.cast(self._read(optimizer.dynamic_scale), "float32")
             self._plain_apply(gradients, variables)
             return
         good = ops.isfinite(self._seen.norm)

@@ -251,6 +251,20 @@ for optimizer in (
 assert np.isfinite(norms).all()
 assert np.allclose(norms, norms[0], 1e-3), norms
 
+# Gradients that overflow under a loss scale are no sign of divergence.
+finals = []
+for callbacks in ([], [HybridCallback(dataclasses.replace(FULL, on_divergence="raise"))]):
+    keras.mixed_precision.set_dtype_policy("mixed_float16")
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**22)
+    model = build(scaled, keras.layers.Dense(16, activation="tanh"))
+    keras.mixed_precision.set_dtype_policy("float32")
+    fit(model, *callbacks, epochs=15)
+    figures = scaled.dynamic_scale, scaled.inner_optimizer.iterations
+    finals.append([float(keras.ops.convert_to_numpy(value)) for value in figures])
+assert finals[0] == finals[1], finals
+assert finals[0][1] < 15, finals
+assert callbacks[0].statistics().divergences == 0
+
 # A rollback restores the optimizer, but not its count of steps and the user's rate.
 model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
 hybrid, optimizer = HybridCallback(FULL), model.optimizer
