@@ -323,14 +323,17 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._saver.begin(self.engine)
         if hands is not None:
             try:
-                self._take_over(model, hands)
+                # What was loaded has been fitted to the model as it is compiled now.
+                self._take_over(model, hands, goes_on=known and put is None)
             except BaseException:
                 self._give_back()
                 raise
 
-    def _take_over(self, model: Any, hands: Hands) -> None:
+    def _take_over(self, model: Any, hands: Hands, goes_on: bool) -> None:
         self._fit = _Fit(self, model, hands.port)
-        hands.port.install()
+        if hands.port.install() and goes_on:
+            # Compiled anew, the loss may be another one, and a step as many batches.
+            self._forget_weights()
         self._check_structure()
         self._fit.take_over()
 
@@ -470,9 +473,12 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _start_over(self) -> None:
         """Give the model back, and forget what was known of its weights."""
         self.engine.abandon()
+        self._forget_weights()
+        self._give_back()
+
+    def _forget_weights(self) -> None:
         self.hands.restart()
         self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
-        self._give_back()
 
     def _check_own_weights(self, call: str) -> None:
         average = None if self._hands is None else self._hands.average
@@ -487,8 +493,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         present, kept = [id(v) for v in self.hands.port.variables], self.hands.identities
         frozen = kept is not None and present != kept
         if frozen or (self._left is not None and self._left != self.hands.fingerprint()):
-            self.hands.restart()
-            self.engine.regroup(self.hands.pairs, self.hands.room.snapshots)
+            self._forget_weights()
             self._left = None
 
     def _give_back(self) -> None:

@@ -268,6 +268,32 @@ def test_after_another_compile_passes_are_those_of_the_new_loss_and_layers():
     close(weights(model)[2:], [w - 0.2 * g for w, g in zip(before[2:], expected, strict=True)])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"steps_per_execution": 2}, {"loss": lambda y, p: 0.1 * CROSS_ENTROPY(y, p) + 5.0}],
+    ids=["several batches a step", "another loss"],
+)
+def test_after_another_compile_with_the_same_optimizer_nothing_known_of_steps_is_used(arguments):
+    hybrid, model = HybridCallback(CURVED), regression()
+    while not hybrid.engine.holds_pairs:
+        train(model, 1, hybrid, steps_per_epoch=10)
+    before, plain = hybrid.statistics(), regression()
+    plain.optimizer.build(plain.trainable_variables)
+    plain.set_weights(model.get_weights())
+    for ours, theirs in zip(plain.optimizer.variables, model.optimizer.variables, strict=True):
+        ours.assign(theirs)
+    for one in (plain, model):
+        compiled(one, one.optimizer, **arguments)
+    for one, callbacks in ((plain, []), (model, [hybrid])):
+        train(one, 1, *callbacks, steps_per_epoch=20)
+    for ours, theirs in zip(weights(model), weights(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    after = hybrid.statistics()
+    assert after.secant_steps == before.secant_steps
+    assert after.steps == before.steps + 20 // arguments.get("steps_per_execution", 1)
+    assert (hybrid.hands.pairs == 0) == ("steps_per_execution" in arguments)
+
+
 def test_copies_are_of_the_layers_that_are_trained_now_though_values_are_equal():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((64,))
