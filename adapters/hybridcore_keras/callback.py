@@ -143,9 +143,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Settings.
     probe : tuple, optional
         A fixed held-out batch, ``(x,)``, ``(x, y)`` or ``(x, y, sample_weight)``, on which jumps
-        are judged. The first step evaluates it, and ``fit`` raises :class:`hybridcore.ConfigError`
-        there where that fails. Without it, probes use the batch of the step, as those of outer
-        steps do.
+        are judged; None stands for a part that is missing. The first step evaluates it, and
+        ``fit`` raises :class:`hybridcore.ConfigError` there where that fails. Without it, probes
+        use the batch of the step, as those of outer steps do.
     layer_groups : iterable of iterables of keras.Variable, optional
         Layer groups; by default up to 8 by depth.
 
@@ -334,6 +334,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if hands.port.install() and goes_on:
             # Compiled anew, the loss may be another one, and a step as many batches.
             self._forget_weights()
+        hands.check_groups()
         self._check_structure()
         self._fit.take_over()
 
@@ -366,7 +367,9 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add the run's figures to `logs` and to ``History``."""
-        report(self.statistics(), self.engine.phase, logs, self._model.history.history)
+        # A loop of the user's own, which is one for enabled=False alone, may have no history.
+        history = getattr(getattr(self._model, "history", None), "history", {})
+        report(self.statistics(), self.engine.phase, logs, history)
         self.epoch = epoch + 1
         if self._saver is not None:
             self._saver.save(self.engine)

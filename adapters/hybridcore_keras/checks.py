@@ -101,7 +101,8 @@ def check_steps(steps: int) -> None:
         raise ModelError(
             f"train_step applies model.optimizer {steps} times in a batch, and it must once: sum "
             "the losses of a batch, let Keras accumulate gradients (gradient_accumulation_steps of "
-            "the optimizer), or train without HybridCallback"
+            "the optimizer), or train without HybridCallback. Keras compiles train_step by itself, "
+            "so that a decorator such as tf.function, which hides its steps, has to go"
         )
 
 

@@ -87,9 +87,13 @@ class Hands:
         self.room = Room(config, config.secant_pairs, host=False)
         self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
-        if layer_groups is not None and port.model.built:
-            by_user(layer_groups, port.variables)
+        self.check_groups()
         self.restart()
+
+    def check_groups(self) -> None:
+        """Raise :class:`hybridcore.ModelError` unless the user's groups are of what is trained."""
+        if self._layer_groups is not None and self.port.model.built:
+            by_user(self._layer_groups, self.port.variables)
 
     def restart(self) -> None:
         """Drop all copies of the weights: the variables are others now."""
@@ -404,7 +408,11 @@ class Hands:
 
 def on_device(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return a user's batch as tensors."""
-    return tuple(keras.tree.map_structure(ops.convert_to_tensor, part) for part in batch)
+    return tuple(keras.tree.map_structure(_tensor, part) for part in batch)
+
+
+def _tensor(value: Any) -> Any:
+    return None if value is None else ops.convert_to_tensor(value)
 
 
 def _sums(values: Sequence[Any]) -> Any:

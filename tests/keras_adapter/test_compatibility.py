@@ -427,6 +427,19 @@ def test_a_probe_of_the_users_is_evaluated_once_and_leaves_no_trace(built):
     assert same(*states)
 
 
+def test_a_part_of_a_probe_may_be_none():
+    x, y = digits()
+    losses = []
+    for probe in ((x[:200], y[:200]), (x[:200], y[:200], None)):
+        hybrid, model = HybridCallback(BRISK, probe=probe), regression()
+        losses.append(train(model, 60, hybrid)["loss"])
+        assert hybrid.statistics().probes > 0
+        hybrid.finish(probe)
+        assert hybrid.engine.phase is Phase.FULL
+        losses.append(model.evaluate(x, y, verbose=0))
+    assert losses[:2] == losses[2:]
+
+
 def test_frozen_layers_stay_where_they_are():
     model = perceptron()
     model.layers[0].trainable = False

@@ -86,6 +86,20 @@ def test_disabled_is_plain_fit_bit_for_bit():
     assert off.statistics().predicted_steps == 0
 
 
+def test_disabled_a_loop_of_the_users_own_is_counted():
+    off = HybridCallback(HybridTrainerConfig(enabled=False))
+    calls, logs = keras.callbacks.CallbackList([off], model=regression()), {"loss": 1.0}
+    calls.on_train_begin()
+    calls.on_epoch_begin(0)
+    for batch in range(3):
+        calls.on_train_batch_begin(batch)
+        calls.on_train_batch_end(batch, {"loss": 1.0})
+    off.on_epoch_end(0, logs)
+    calls.on_train_end()
+    assert off.statistics().steps == 3
+    assert logs["hybrid_backward_reduction"] == 0.0
+
+
 def test_full_steps_are_those_of_plain_fit():
     def run(*callbacks):
         model = perceptron(
@@ -409,6 +423,26 @@ def test_the_users_probe_and_layer_groups_are_used():
     train(model, 150, hybrid)
     assert hybrid.statistics().probes > 0
     assert hybrid.hands.snapshots.groups == [[2, 3], [0, 1]]
+
+
+def test_layer_groups_with_a_layer_that_was_frozen_are_refused_before_a_step():
+    model = perceptron()
+    hybrid = HybridCallback(BRISK, layer_groups=[one.trainable_variables for one in model.layers])
+    train(model, 40, hybrid)
+    plain = model.train_function
+    model.layers[0].trainable = False
+    compiled(model, model.optimizer)
+    before = weights_of(model)
+    with pytest.raises(ModelError, match=r"layer_groups .* 2 not trainable"):
+        train(model, 5, hybrid)
+    assert same(before, weights_of(model))
+    assert hybrid.statistics().steps == 40
+    assert model.train_function is not plain
+    # With the groups that it was built with it goes on.
+    model.layers[0].trainable = True
+    compiled(model, model.optimizer)
+    train(model, 5, hybrid)
+    assert hybrid.statistics().steps == 45
 
 
 def test_the_diff_of_the_readme():

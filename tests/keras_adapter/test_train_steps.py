@@ -102,6 +102,18 @@ def test_a_train_step_takes_one_step_of_the_optimizer(steps):
         train(model, 1, HybridCallback(BRISK))
 
 
+def test_a_train_step_that_is_compiled_by_a_decorator_is_refused():
+    class Decorated(Custom):
+        train_step = tf.function(Custom.train_step)
+
+    model = Decorated()
+    model.compile(keras.optimizers.Adam(1e-2))
+    # Keras itself does not mind.
+    train(model, 1)
+    with pytest.raises(ModelError, match=r"a decorator such as tf\.function.* has to go"):
+        train(model, 1, HybridCallback(BRISK))
+
+
 @pytest.mark.parametrize("place", ["attribute", "list", "dictionary", "layer"])
 def test_a_second_optimizer_is_refused_where_it_is_used(place):
     # Outside of the model, so that it is held in one place.
