@@ -18,7 +18,7 @@ from hybridcore import ModelError
 from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, Replaced, built, own_statistics
+from hybridcore_keras.ports import Figures, Replaced, accumulators, built, own_statistics
 from hybridcore_keras.rates import Rates
 
 _FIGURES = "hybrid_figures"
@@ -359,9 +359,12 @@ class JAXPort:
         optimizer, inner = self.optimizer, self.rates.optimizer
         size = len(self._state[_OTHERS])
         new, now = list(_copies(list(kept[size:]))), self._state[_OPTIMIZER]
+        sums = {id(variable) for variable in accumulators(inner)}
         for place, variable in enumerate(optimizer.variables):
             if variable is inner._learning_rate or variable is inner._iterations:
                 new[place] = now[place]
+            elif id(variable) in sums:
+                new[place] = jnp.zeros_like(new[place])
         self._state[_OTHERS], self._state[_OPTIMIZER] = list(_copies(list(kept[:size]))), new
 
 

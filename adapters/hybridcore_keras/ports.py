@@ -194,7 +194,11 @@ class Port(Protocol):
         ...
 
     def put_back(self, kept: Sequence[Any]) -> None:
-        """Undo what was done to it since :meth:`keep`; the schedule goes on where it stands."""
+        """Undo what was done to it since :meth:`keep`; the schedule goes on where it stands.
+
+        So does the cycle in which gradients are accumulated: their sums begin anew, as an update
+        of too few gradients does less harm than one of gradients elsewhere.
+        """
         ...
 
 
@@ -279,6 +283,11 @@ def built(model: Any, replaced: Replaced) -> Any:
         return model.train_function
     finally:
         model.train_function = plain
+
+
+def accumulators(optimizer: Any) -> list[Any]:
+    """Variables in which an optimizer, but for a wrapper around it, sums gradients of batches."""
+    return list(getattr(optimizer, "_accumulated_gradients", ()))
 
 
 def build_optimizer(model: Any) -> None:

@@ -17,6 +17,7 @@ from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_tracker
 from hybridcore_keras.ports import (
     Figures,
     Replaced,
+    accumulators,
     build_optimizer,
     built,
     is_built,
@@ -379,3 +380,5 @@ class StatefulPort:
         """Undo what was done since :meth:`keep`; the schedule goes on where it stands."""
         for variable, value in zip(self.others(), kept, strict=True):
             variable.assign(value)
+        for variable in accumulators(self.rates.optimizer):
+            variable.assign(ops.zeros(variable.shape, variable.dtype))

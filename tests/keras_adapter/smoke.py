@@ -251,19 +251,17 @@ for optimizer in (
 assert np.isfinite(norms).all()
 assert np.allclose(norms, norms[0], 1e-3), norms
 
-# Gradients that overflow under a loss scale are no sign of divergence.
-finals = []
-for callbacks in ([], [HybridCallback(dataclasses.replace(FULL, on_divergence="raise"))]):
-    keras.mixed_precision.set_dtype_policy("mixed_float16")
-    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**22)
-    model = build(scaled, keras.layers.Dense(16, activation="tanh"))
-    keras.mixed_precision.set_dtype_policy("float32")
-    fit(model, *callbacks, epochs=15)
-    figures = scaled.dynamic_scale, scaled.inner_optimizer.iterations
-    finals.append([float(keras.ops.convert_to_numpy(value)) for value in figures])
-assert finals[0] == finals[1], finals
-assert finals[0][1] < 15, finals
-assert callbacks[0].statistics().divergences == 0
+# Gradients that overflow under a loss scale are no sign of divergence; each halves the scale.
+keras.mixed_precision.set_dtype_policy("mixed_float16")
+scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=2.0**22)
+model = build(scaled, keras.layers.Dense(16, activation="tanh"))
+keras.mixed_precision.set_dtype_policy("float32")
+hybrid = HybridCallback(dataclasses.replace(FULL, on_divergence="raise"))
+fit(model, hybrid, epochs=15)
+figures = scaled.dynamic_scale, scaled.inner_optimizer.iterations
+scale, iterations = (float(keras.ops.convert_to_numpy(value)) for value in figures)
+assert 15 - iterations == 22 - np.log2(scale) > 0, (iterations, scale)
+assert (hybrid.statistics().steps, hybrid.statistics().divergences) == (15, 0)
 
 # A rollback restores the optimizer, but not its count of steps and the user's rate.
 model = build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization())
@@ -285,6 +283,16 @@ assert not any(np.array_equal(a, b) for a, b in zip(before, moved, strict=True))
 assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 assert int(keras.ops.convert_to_numpy(optimizer.iterations)) == 4
 assert abs(float(keras.ops.convert_to_numpy(optimizer.learning_rate)) - 3e-3) < 1e-9
+
+# But gradients that were summed up before it are not those of any batch to come.
+optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+model, hybrid = build(keras.optimizers.LossScaleOptimizer(optimizer)), HybridCallback(FULL)
+fit(model, hybrid, epochs=2)
+sums = optimizer._accumulated_gradients
+assert all(np.any(keras.ops.convert_to_numpy(one)) for one in sums)
+with hybrid.hands.port.alone(batch):
+    hybrid.hands.port.put_back(hybrid.hands.port.keep())
+assert not any(np.any(keras.ops.convert_to_numpy(one)) for one in sums)
 
 # A predicted execution counts all of its batches; torch knows none of several.
 if backend == "jax":

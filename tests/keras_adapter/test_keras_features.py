@@ -103,6 +103,19 @@ def test_a_rollback_restores_moments_statistics_and_averages_but_not_rate_and_it
     assert float(optimizer.learning_rate) == pytest.approx(3e-3)
 
 
+def test_an_update_after_a_rollback_is_of_no_gradient_from_before_it():
+    model = perceptron(keras.optimizers.SGD(0.2, gradient_accumulation_steps=3))
+    hybrid = trained(model, 4)
+    with hybrid.hands.port.alone(batch()):
+        hybrid.hands.carry_out(Directive(Action.SAVE))
+        hybrid.hands.carry_out(Directive(Action.FULL))
+        hybrid.hands.carry_out(Directive(Action.ROLLBACK))
+        before, expected = weights(model), gradients(model)
+        hybrid.hands.carry_out(Directive(Action.FULL))
+    # The place in the cycle went on: this is its third batch, and the only one that counts.
+    close(weights(model), [w - 0.2 * g / 3 for w, g in zip(before, expected, strict=True)])
+
+
 def test_a_resumed_run_goes_on_at_the_rate_of_the_schedule():
     model = regression(keras.optimizers.SGD(SCHEDULE))
     hybrid = trained(model, 2)
