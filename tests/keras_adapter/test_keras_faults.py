@@ -101,8 +101,9 @@ def test_an_interrupted_fit_can_be_begun_again(config, times, record_property):
     assert not left_over(model)
     # And with it the run goes on as ever.
     jumped = hybrid.statistics().predicted_steps
-    train(model, 1, hybrid, steps_per_epoch=150)
-    assert hybrid.statistics().steps == steps + 150
+    # How far it had come until then depends on where the lines fell.
+    train(model, 1, hybrid, steps_per_epoch=250)
+    assert hybrid.statistics().steps == steps + 250
     assert hybrid.statistics().predicted_steps > jumped
     assert model.evaluate(*digits(), verbose=0) < 0.1
     assert not left_over(model)
