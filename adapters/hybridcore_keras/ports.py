@@ -31,7 +31,7 @@ class Figures(NamedTuple):
     loss: float
     gradient_norm: float
     learning_rate: float
-    loss_scale: float = 0.0
+    loss_scale: float
 
 
 class Replaced:

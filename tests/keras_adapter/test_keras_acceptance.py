@@ -22,7 +22,7 @@ from keras_problems import weights as weights_of
 
 from hybridcore import ConfigError, DivergenceError, HybridTrainerConfig, ModelError, Phase
 from hybridcore_keras import HybridCallback
-from hybridcore_keras.callback import _Fit
+from hybridcore_keras.fits import Fit
 
 # What Keras does to TensorFlow's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -360,7 +360,7 @@ def test_a_probe_that_cannot_be_evaluated_is_told_in_the_first_step(parts, built
         train(model, 100, hybrid)
     assert str(probe[0].shape) in str(raised.value)
     assert model.optimizer.iterations == 1
-    assert not isinstance(model.train_function, _Fit)
+    assert not isinstance(model.train_function, Fit)
     train(model, 2)
     train(model, 2, HybridCallback(probe=(x, y)))
 
@@ -370,7 +370,7 @@ def test_two_in_one_fit_are_refused_and_the_model_is_given_back():
     for twice in ([hybrid, HybridCallback()], [hybrid, hybrid]):
         with pytest.raises(ModelError, match="HybridCallback twice"):
             train(model, 1, *twice)
-        assert not isinstance(model.train_function, _Fit)
+        assert not isinstance(model.train_function, Fit)
         train(model, 2)
         train(model, 2, hybrid)
 

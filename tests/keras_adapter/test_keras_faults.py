@@ -15,7 +15,7 @@ from keras_problems import BRISK, CURVED, compiled, digits, regression, same, tr
 
 from hybridcore import Phase, ProtocolError
 from hybridcore_keras import HybridCallback
-from hybridcore_keras.callback import _Fit
+from hybridcore_keras.fits import Fit
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -61,7 +61,7 @@ def left_over(model):
     """What a callback that was not given the time to let go of its model leaves in it."""
     replaced = ("train_step", "apply", "_get_current_learning_rate", "_get_metrics_result_or_logs")
     found = {name for owner in (model, model.optimizer) for name in vars(owner)} & {*replaced}
-    ours = isinstance(model.train_function, _Fit)
+    ours = isinstance(model.train_function, Fit)
     return found | ({"train_function"} if ours else set())
 
 

@@ -25,7 +25,7 @@ from keras_problems import (
 from hybridcore import Action, Directive, HybridTrainerConfig
 from hybridcore_keras import HybridCallback
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.callback import _Fit
+from hybridcore_keras.fits import Fit
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.groups import by_depth
 from hybridcore_keras.ports import port_of
@@ -359,7 +359,7 @@ def test_after_fit_nothing_of_the_callbacks_is_left_on_model_and_optimizer():
         assert vars(ours).keys() == vars(theirs).keys()
     port = hybrid.hands.port
     held = [*vars(model).values(), *vars(model.optimizer).values()]
-    assert not any(isinstance(value, _Fit) for value in held)
+    assert not any(isinstance(value, Fit) for value in held)
     assert not {id(hybrid), id(port), id(port.rates)} & {
         id(getattr(value, "__self__", None)) for value in held
     }
