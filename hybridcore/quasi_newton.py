@@ -22,7 +22,9 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
   2014. When such steps are taken, and when they end, is the business of `hybridcore.secant`.
 """
 
-from contextlib import suppress
+import math
+from collections.abc import Sequence
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +47,8 @@ class Secants(NamedTuple):
     Attributes
     ----------
     plain : (k, k + 1) ndarray of float64
-        ``s_i . y_j``, and in the last column ``s_i . g``.
+        ``s_i . y_j``, of which those with ``j`` before ``i`` are not used, and in the last column
+        ``s_i . g``.
     scaled : (k + 1, k + 1) ndarray of float64
         ``y_i . D y_j``, in the last row and column with ``g`` in the place of ``y``.
     """
@@ -69,7 +72,6 @@ class Descent(NamedTuple):
     slope: float
 
 
-@np.errstate(all="ignore")
 def direction(secants: Secants) -> Descent | None:
     """Direction of L-BFGS, None where the products show no descent.
 
@@ -79,38 +81,39 @@ def direction(secants: Secants) -> Descent | None:
         Products of k pairs, k at least 0. Pairs without positive curvature are left out.
     """
     plain, scaled = secants
-    if not (np.isfinite(plain).all() and np.isfinite(scaled).all()):
+    # Lists, as between two passes Python's own loops are twice as fast on so few numbers: each of
+    # NumPy's functions has to come from memory again.
+    rows, own = plain.tolist(), scaled.diagonal().tolist()
+    # All others of `scaled` are in what is found, if it is of use.
+    if not math.isfinite(sum(map(sum, rows)) + sum(own)):
         return None
-    k = len(plain)
-    curvature, own = np.diagonal(plain), np.diagonal(scaled)[:k]
-    usable = np.flatnonzero(curvature > LEAST_CURVATURE * own)
-    if not len(usable):
+    columns, k = list(zip(*rows, strict=True)), len(rows)
+    usable = [i for i in range(k) if rows[i][i] > LEAST_CURVATURE * own[i]]
+    if not usable or not own[usable[-1]]:
         return None
-    # Each of the two loops of L-BFGS solves a triangular system (Byrd, Nocedal & Schnabel 1994,
-    # section 2), with the products of displacements and later changes of the gradient.
-    triangle = np.triu(plain[np.ix_(usable, usable)])
-    shares = _solve(triangle, -plain[usable, -1])
-    gradient = np.zeros(k + 1)
-    gradient[usable], gradient[-1] = -shares, -1.0
+    # Each of the two loops solves a triangular system (Byrd, Nocedal & Schnabel 1994, section 2):
+    # what has not been found yet is 0 in it.
+    shares = [0.0] * k
+    for i in reversed(usable):
+        shares[i] = -(rows[i][k] + _dot(rows[i], shares)) / rows[i][i]
     newest = usable[-1]
-    gradient *= curvature[newest] / own[newest]
-    steps = np.zeros(k)
-    along = shares * curvature[usable] - scaled[usable] @ gradient
-    steps[usable] = _solve(triangle.T, along)
-    slope = float(plain[:, -1] @ steps + scaled[-1] @ gradient)
-    coefficients = np.concatenate((steps, gradient))
-    if not (slope < 0.0 and np.isfinite(coefficients).all()):
+    steepest = -rows[newest][newest] / own[newest]
+    gradient = [steepest * share for share in shares] + [steepest]
+    with np.errstate(all="ignore"):
+        turned = (scaled @ gradient).tolist()
+    steps = [0.0] * k
+    for i in usable:
+        along = shares[i] * rows[i][i] - turned[i] - _dot(columns[i], steps)
+        steps[i] = along / rows[i][i]
+    slope = _dot(columns[k], steps) + turned[k]
+    if not (slope < 0.0 and math.isfinite(sum(steps) + sum(gradient))):
         return None
-    return Descent(coefficients, slope)
+    return Descent(np.array(steps + gradient), slope)
 
 
-def _solve(triangle: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    # By a general solver: loading scipy.linalg for it would stall the user's run longer than this.
-    solution = np.full_like(right, np.nan)
-    # Where a product of the elements is too small for a float there is none.
-    with suppress(np.linalg.LinAlgError):
-        solution[:] = np.linalg.solve(triangle, right)
-    return solution
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    """Inner product, to the end of the shorter one."""
+    return sum(map(mul, left, right))
 
 
 def sufficient(before: float, after: float, length: float, slope: float) -> bool:

@@ -58,26 +58,28 @@ class Decay:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        self.strengths = [found[id(p)] for p in parameters]
+        self.use([found[id(p)] for p in parameters])
+
+    def use(self, strengths: Sequence[torch.Tensor | float]) -> None:
+        """Take `strengths`, one for each parameter."""
+        self.strengths = list(strengths)
+        self._decaying = [
+            (i, p, s)
+            for i, (p, s) in enumerate(zip(self._parameters, self.strengths, strict=True))
+            if isinstance(s, torch.Tensor) or s != 0.0
+        ]
 
     def penalty(self) -> float:
         """Penalty at the present weights."""
+        if not self._decaying:
+            return 0.0
         with torch.no_grad():
-            return sum(
-                0.5 * float((strength * p.double().square()).sum())
-                for p, strength in self._decaying()
-            )
+            return sum(0.5 * float((s * p.double().square()).sum()) for _, p, s in self._decaying)
 
     def add_gradient(self, gradients: Sequence[torch.Tensor]) -> None:
         """Add the gradient of the penalty to `gradients`, in place."""
-        by_id = {id(p): gradient for p, gradient in zip(self._parameters, gradients, strict=True)}
-        for p, strength in self._decaying():
-            by_id[id(p)].add_(strength * p)
-
-    def _decaying(self) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
-        """Parameters that decay, and how strongly."""
-        pairs = zip(self._parameters, self.strengths, strict=True)
-        return [(p, s) for p, s in pairs if isinstance(s, torch.Tensor) or s != 0.0]
+        for i, p, strength in self._decaying:
+            gradients[i].add_(strength * p)
 
 
 def _strength(

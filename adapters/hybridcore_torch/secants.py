@@ -14,14 +14,20 @@ from hybridcore_torch.decay import Decay, is_known
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
-# Rows before the pairs: base, next, and their gradients, and the metric.
+# Rows of the base and of its gradient, of which there are two of each in turn: so the gradient lies
+# beside the weights of the base before, which are not needed any more. The newest change is written
+# there, and what the gradient and it have in common with all pairs is one product.
+_WEIGHTS, _GRADIENTS = (1, 2), (3, 0)
+_METRIC = 4
+# Rows before those of which a direction is made: displacements, changes in the metric, and the
+# gradient in the metric.
 _FIRST = 5
 
 
 def fits(state: dict[str, Any], parameters: Sequence[torch.Tensor], pairs: int) -> bool:
     """Whether `state` is that of a bank of so many pairs of `parameters`."""
     size = sum(p.numel() for p in parameters)
-    return tuple(state["rows"].shape) == (_FIRST + 2 * pairs, size)
+    return tuple(state["rows"].shape) == (_FIRST + 2 * pairs + 1, size)
 
 
 def affordable(
@@ -36,7 +42,7 @@ def affordable(
         return 0
     size = max(4, parameters[0].element_size()) * max(1, sum(p.numel() for p in parameters))
     # One copy more for the strengths of a decay that is no part of the gradient.
-    return max(0, min(pairs, (int(room // size) - _FIRST - 1) // 2))
+    return max(0, min(pairs, (int(room // size) - _FIRST - 2) // 2))
 
 
 class SecantBank:
@@ -54,7 +60,7 @@ class SecantBank:
 
     Notes
     -----
-    Memory is ``2 capacity + 5`` copies of the parameters in float32 at least, made at the first
+    Memory is ``2 capacity + 6`` copies of the parameters in float32 at least, made at the first
     pair, and one more where weight decay is decoupled. The metric is the inverse root of the mean
     square of the gradients that the pairs saw when their products were first asked for, as in Adam,
     and stays until the bank is emptied.
@@ -72,11 +78,11 @@ class SecantBank:
         size = sum(p.numel() for p in parameters)
         kind = torch.float64 if parameters[0].dtype is torch.float64 else torch.float32
         self._rows = torch.zeros(
-            _FIRST + 2 * capacity, size, dtype=kind, device=parameters[0].device
+            _FIRST + 2 * capacity + 1, size, dtype=kind, device=parameters[0].device
         )
         self._views = [self._split(row) for row in self._rows[:_FIRST]]
-        self._moved = self._rows[_FIRST : _FIRST + capacity]
-        self._changed = self._rows[_FIRST + capacity :]
+        self._metric, self._table = self._rows[_METRIC], self._rows[_FIRST:]
+        self._moved, self._changed = self._table[:capacity], self._table[capacity:-1]
         self.clear()
 
     @property
@@ -87,15 +93,17 @@ class SecantBank:
 
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""
+        # Slots of the pairs, oldest first.
         self._order: list[int] = []
-        # Rows of the base and its gradient, and where the next ones go.
-        self._base, self._next = (0, 1), (2, 3)
+        # Which of its two places the base is in.
+        self._turn = 0
         self._has_base = False
         self._squares = 0
-        self._metric = self._rows[4].zero_()
+        self._metric.zero_()
         self._is_metric = False
-        self._plain = np.zeros((self._capacity, self._capacity))
-        self._scaled = np.zeros((self._capacity, self._capacity))
+        # By slot, and last those with the gradient at the base.
+        slots = self._capacity
+        self._plain, self._scaled = np.zeros((slots, slots + 1)), np.zeros((slots + 1, slots + 1))
         self._decay = Decay(self._optimizer, self._parameters)
 
     def objective(self, loss: float) -> float:
@@ -105,68 +113,74 @@ class SecantBank:
     @torch.no_grad()
     def take(self) -> None:
         """Make weights and gradients as they are the base, and keep the pair from the last one."""
-        weights, gradient = self._next
-        torch._foreach_copy_(self._views[weights], self._parameters)
-        views = self._views[gradient]
+        old_weights, old_gradient = self._base_rows()
+        self._turn = 1 - self._turn
+        weights, gradient = self._base_rows()
+        torch._foreach_copy_(self._views[_WEIGHTS[self._turn]], self._parameters)
+        views = self._views[_GRADIENTS[self._turn]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         torch._foreach_copy_(views, gradients)
         self._decay.add_gradient(views)
+        slot = None
         if self._has_base:
-            old_weights, old_gradient = self._base
             slot = self._free_slot()
-            torch.sub(self._rows[weights], self._rows[old_weights], out=self._moved[slot])
-            torch.sub(self._rows[gradient], self._rows[old_gradient], out=self._changed[slot])
+            torch.sub(weights, old_weights, out=self._moved[slot])
+            torch.sub(gradient, old_gradient, out=old_weights)
             self._order.append(slot)
-            if self._is_metric:
-                self._multiply(slot)
-        if not self._is_metric:
-            self._metric.addcmul_(self._rows[gradient], self._rows[gradient])
-            self._squares += 1
-        self._base, self._next, self._has_base = self._next, self._base, True
+        self._has_base = True
+        if self._is_metric:
+            self._multiply(slot)
+            return
+        if slot is not None:
+            self._changed[slot].copy_(old_weights)
+        self._metric.addcmul_(gradient, gradient)
+        self._squares += 1
 
     @torch.no_grad()
     def products(self) -> Secants:
-        """Inner products of the pairs, oldest first, and the gradient at the base."""
+        """Inner products of the pairs, oldest first, and the gradient at the base.
+
+        To be asked for right behind :meth:`take`.
+        """
         if not self._is_metric:
             self._make_metric()
+            self._multiply(None)
             for slot in self._order:
+                self._rows[_WEIGHTS[1 - self._turn]].copy_(self._changed[slot])
                 self._multiply(slot)
-        gradient = self._rows[self._base[1]]
-        scaled = gradient * self._metric
-        found = (self._moved @ gradient, self._changed @ scaled, torch.dot(gradient, scaled)[None])
-        with_moved, with_changed, own = self._read(found)
-        k, order = len(self._order), np.array(self._order, dtype=np.intp)
-        secants = Secants(np.zeros((k, k + 1)), np.zeros((k + 1, k + 1)))
-        secants.plain[:, :k] = self._plain[np.ix_(order, order)]
-        secants.plain[:, k] = with_moved[order]
-        secants.scaled[:k, :k] = self._scaled[np.ix_(order, order)]
-        secants.scaled[:k, k] = secants.scaled[k, :k] = with_changed[order]
-        secants.scaled[k, k] = own[0]
-        return secants
+        places = np.array([*self._order, self._capacity])
+        rows = places[:, None]
+        return Secants(self._plain[rows[:-1], places], self._scaled[rows, places])
 
     @torch.no_grad()
     def reach(self, coefficients: NDArray[np.float64]) -> None:
         """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
-        base, gradient = (self._rows[row] for row in self._base)
-        k = len(self._order)
-        if coefficients.any():
-            # By slot, and zero for those that hold nothing yet.
-            slots = np.zeros((2, self._capacity))
-            slots[0, self._order], slots[1, self._order] = coefficients[:k], coefficients[k:-1]
-            of_moved, of_changed = torch.from_numpy(slots).to(base)
-            # The place of the next base is free until there is one.
-            row = self._next[0]
-            step = torch.mv(self._changed.T, of_changed, out=self._rows[row])
-            step.add_(gradient, alpha=float(coefficients[-1])).mul_(self._metric)
-            step.addmv_(self._moved.T, of_moved).add_(base)
-            torch._foreach_copy_(self._parameters, self._views[row])
-        else:
+        if not coefficients.any():
             self.back_to_base()
+            return
+        base, _ = self._base_rows()
+        # By slot, and zero for those that hold nothing yet.
+        shares, of_pairs, k = [0.0] * len(self._table), coefficients.tolist(), len(self._order)
+        shares[-1] = of_pairs.pop()
+        for slot, displacement, change in zip(
+            self._order, of_pairs[:k], of_pairs[k:], strict=True
+        ):
+            shares[slot], shares[self._capacity + slot] = displacement, change
+        # The place of the next base is free until there is one.
+        free = _WEIGHTS[1 - self._turn]
+        step = torch.mv(self._table.T, base.new_tensor(shares), out=self._rows[free])
+        # Last, so that what is small beside the weights is added up first.
+        step.add_(base)
+        torch._foreach_copy_(self._parameters, self._views[free])
 
     @torch.no_grad()
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
-        torch._foreach_copy_(self._parameters, self._views[self._base[0]])
+        torch._foreach_copy_(self._parameters, self._views[_WEIGHTS[self._turn]])
+
+    def _base_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the weights at the base and of the gradient there."""
+        return self._rows[_WEIGHTS[self._turn]], self._rows[_GRADIENTS[self._turn]]
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])
@@ -181,33 +195,41 @@ class SecantBank:
         self._metric.reciprocal_()
         # What the user trains more slowly, or not at all, moves less here too.
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
-        for view, p in zip(self._views[4], self._parameters, strict=True):
+        for view, p in zip(self._views[_METRIC], self._parameters, strict=True):
             view.mul_(rates[id(p)])
         self._metric.div_(self._metric.mean())
         self._is_metric = True
 
-    def _multiply(self, slot: int) -> None:
-        """Bring the products of the pair in `slot` with all others up to date."""
-        moved, changed = self._moved[slot], self._changed[slot]
-        scaled = changed * self._metric
-        found = (self._moved @ changed, self._changed @ moved, self._changed @ scaled)
-        self._plain[:, slot], self._plain[slot], products = self._read(found)
-        self._scaled[:, slot] = self._scaled[slot] = products
+    def _multiply(self, slot: int | None) -> None:
+        """Bring the products of the gradient, and of the pair in `slot`, up to date.
 
-    def _read(self, products: tuple[torch.Tensor, ...]) -> tuple[NDArray[np.float64], ...]:
-        """Bring three vectors of products here in one transfer, the first two one for each slot."""
-        values = torch.cat(products).double().cpu().numpy()
+        The change of that pair is in the free row beside the gradient.
+        """
+        _, gradient = self._base_rows()
+        torch.mul(gradient, self._metric, out=self._table[-1])
+        if slot is not None:
+            free = self._rows[_WEIGHTS[1 - self._turn]]
+            torch.mul(free, self._metric, out=self._changed[slot])
+        pair = self._rows[:2] if self._turn else self._rows[2:4]
+        products = torch.mm(pair, self._table.T).cpu().numpy()
+        with_gradient, with_change = products if self._turn else products[::-1]
         k = self._capacity
-        return values[:k], values[k : 2 * k], values[2 * k :]
+        self._plain[:, k] = with_gradient[:k]
+        self._scaled[:, k] = self._scaled[k] = with_gradient[k:]
+        if slot is not None:
+            # Displacements and changes before them are in no direction.
+            self._plain[slot, :k] = 0.0
+            self._plain[:, slot] = with_change[:k]
+            self._scaled[:k, slot] = self._scaled[slot, :k] = with_change[k:-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base, metric and products, cloned."""
         return {
             "rows": self._rows.clone(),
             "order": list(self._order),
-            "base": [list(self._base), list(self._next)],
-            "counts": [self._has_base, self._squares, self._is_metric],
-            "products": torch.from_numpy(np.stack((self._plain, self._scaled))),
+            "counts": [self._turn, self._has_base, self._squares, self._is_metric],
+            "plain": torch.from_numpy(self._plain.copy()),
+            "scaled": torch.from_numpy(self._scaled.copy()),
             "decay": [
                 s.clone() if isinstance(s, torch.Tensor) else s for s in self._decay.strengths
             ],
@@ -217,11 +239,9 @@ class SecantBank:
         """Take back what :meth:`state_dict` returned for the same parameters."""
         self._rows.copy_(state["rows"])
         self._order = list(state["order"])
-        base, following = state["base"]
-        self._base, self._next = (base[0], base[1]), (following[0], following[1])
-        self._has_base, self._squares, self._is_metric = state["counts"]
-        self._plain, self._scaled = (products.copy() for products in state["products"].numpy())
+        self._turn, self._has_base, self._squares, self._is_metric = state["counts"]
+        self._plain, self._scaled = (state[name].numpy().copy() for name in ("plain", "scaled"))
         device = self._rows.device
-        self._decay.strengths = [
-            s.to(device) if isinstance(s, torch.Tensor) else s for s in state["decay"]
-        ]
+        self._decay.use(
+            [s.to(device) if isinstance(s, torch.Tensor) else s for s in state["decay"]]
+        )
