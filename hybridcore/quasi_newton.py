@@ -17,7 +17,7 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
 - *Hurts* on tiny models, where the work beside the pass takes longer than the pass, and at the
   rounding of float32, where curvature says nothing: under a falling rate most of it is left to the
   optimizer there, and at a constant one the weights stay where they are.
-- *Costs* up to 45 copies of the weights for twenty pairs, less where there is no room.
+- *Costs* up to 47 copies of the weights for twenty pairs, less where there is no room.
 - *Source*: Nocedal 1980; Nocedal & Wright 2006, algorithms 3.1, 7.4 and 7.5; Chen, Wang & Zhou
   2014. When such steps are taken, and when they end, is the business of `hybridcore.secant`.
 """

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hybridcore")
 
-VERSION = 5
+VERSION = 6
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 KEYS = {
     "config",
@@ -344,7 +344,33 @@ def _from_4(state: dict[str, Any]) -> dict[str, Any]:
     return {"layers": None} | state | {"hybridcore": 5}
 
 
-MIGRATIONS = {2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(state: dict[str, Any]) -> dict[str, Any]:
+    """Before version 6 secant pairs had their changes without the metric, and all products."""
+    old = state["secants"]
+    if old is None:
+        return state | {"hybridcore": 6}
+    rows, (has_base, squares, is_metric) = old["rows"], old["counts"]
+    (base, gradient), _ = old["base"]
+    pairs = (len(rows) - 5) // 2
+    new = rows.new_zeros(7 + 2 * pairs, rows.shape[1])
+    new[0], new[3], new[5] = rows[gradient], rows[base], rows[4]
+    new[6 : 6 + 2 * pairs], new[-1] = rows[5:], rows[gradient]
+    if is_metric:
+        new[6 + pairs :] *= rows[4]
+    plain, scaled = (torch.nn.functional.pad(one, (0, 1)) for one in old["products"])
+    secants = {
+        "rows": new,
+        "order": old["order"],
+        "counts": [0, has_base, squares, is_metric],
+        "plain": plain,
+        # Those with the gradient are found anew before they are needed.
+        "scaled": torch.nn.functional.pad(scaled, (0, 0, 0, 1)),
+        "decay": old["decay"],
+    }
+    return state | {"hybridcore": 6, "secants": secants}
+
+
+MIGRATIONS = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
 
 
 def migrated(state: object) -> dict[str, Any]:

@@ -14,14 +14,10 @@ from hybridcore_torch.decay import Decay, is_known
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
-# Rows of the base and of its gradient, of which there are two of each in turn: so the gradient lies
-# beside the weights of the base before, which are not needed any more. The newest change is written
-# there, and what the gradient and it have in common with all pairs is one product.
-_WEIGHTS, _GRADIENTS = (1, 2), (3, 0)
-_METRIC = 4
-# Rows before those of which a direction is made: displacements, changes in the metric, and the
-# gradient in the metric.
-_FIRST = 5
+# Rows before those of which a direction is made: the gradient at the base in one of two places, the
+# newest change between them, so that what both have in common with all pairs is one product; the
+# base in one of two places; the metric.
+_FIRST = 6
 
 
 def fits(state: dict[str, Any], parameters: Sequence[torch.Tensor], pairs: int) -> bool:
@@ -60,7 +56,7 @@ class SecantBank:
 
     Notes
     -----
-    Memory is ``2 capacity + 6`` copies of the parameters in float32 at least, made at the first
+    Memory is ``2 capacity + 7`` copies of the parameters in float32 at least, made at the first
     pair, and one more where weight decay is decoupled. The metric is the inverse root of the mean
     square of the gradients that the pairs saw when their products were first asked for, as in Adam,
     and stays until the bank is emptied.
@@ -80,9 +76,17 @@ class SecantBank:
         self._rows = torch.zeros(
             _FIRST + 2 * capacity + 1, size, dtype=kind, device=parameters[0].device
         )
-        self._views = [self._split(row) for row in self._rows[:_FIRST]]
-        self._metric, self._table = self._rows[_METRIC], self._rows[_FIRST:]
-        self._moved, self._changed = self._table[:capacity], self._table[capacity:-1]
+        first, self._change, second, *self._weights, self._metric = self._rows[:_FIRST].unbind()
+        self._gradients = [first, second]
+        # The gradient at the base and the newest change.
+        self._both = [self._rows[:2], self._rows[1:3]]
+        # Displacements, changes in the metric, and the gradient in it.
+        self._table = self._rows[_FIRST:]
+        *vectors, self._steepest = self._table.unbind()
+        self._moved, self._changed = vectors[:capacity], vectors[capacity:]
+        self._weight_views, self._gradient_views = (
+            [self._split(row) for row in rows] for rows in (self._weights, self._gradients)
+        )
         self.clear()
 
     @property
@@ -95,7 +99,7 @@ class SecantBank:
         """Forget the base, the pairs and the metric."""
         # Slots of the pairs, oldest first.
         self._order: list[int] = []
-        # Which of its two places the base is in.
+        # Which of the two places the base is in.
         self._turn = 0
         self._has_base = False
         self._squares = 0
@@ -113,41 +117,37 @@ class SecantBank:
     @torch.no_grad()
     def take(self) -> None:
         """Make weights and gradients as they are the base, and keep the pair from the last one."""
-        old_weights, old_gradient = self._base_rows()
-        self._turn = 1 - self._turn
-        weights, gradient = self._base_rows()
-        torch._foreach_copy_(self._views[_WEIGHTS[self._turn]], self._parameters)
-        views = self._views[_GRADIENTS[self._turn]]
+        here, before = 1 - self._turn, self._turn
+        torch._foreach_copy_(self._weight_views[here], self._parameters)
+        views, gradient = self._gradient_views[here], self._gradients[here]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         torch._foreach_copy_(views, gradients)
         self._decay.add_gradient(views)
         slot = None
         if self._has_base:
             slot = self._free_slot()
-            torch.sub(weights, old_weights, out=self._moved[slot])
-            torch.sub(gradient, old_gradient, out=old_weights)
+            torch.sub(self._weights[here], self._weights[before], out=self._moved[slot])
+            torch.sub(gradient, self._gradients[before], out=self._change)
             self._order.append(slot)
-        self._has_base = True
         if self._is_metric:
-            self._multiply(slot)
-            return
-        if slot is not None:
-            self._changed[slot].copy_(old_weights)
-        self._metric.addcmul_(gradient, gradient)
-        self._squares += 1
+            self._multiply(slot, here)
+        else:
+            if slot is not None:
+                self._changed[slot].copy_(self._change)
+            self._metric.addcmul_(gradient, gradient)
+            self._squares += 1
+        # Not before: until then the step may be abandoned.
+        self._turn, self._has_base = here, True
 
     @torch.no_grad()
     def products(self) -> Secants:
-        """Inner products of the pairs, oldest first, and the gradient at the base.
-
-        To be asked for right behind :meth:`take`.
-        """
+        """Inner products of the pairs, oldest first, and the gradient at the base."""
         if not self._is_metric:
             self._make_metric()
-            self._multiply(None)
+            self._multiply(None, self._turn)
             for slot in self._order:
-                self._rows[_WEIGHTS[1 - self._turn]].copy_(self._changed[slot])
-                self._multiply(slot)
+                self._change.copy_(self._changed[slot])
+                self._multiply(slot, self._turn)
         places = np.array([*self._order, self._capacity])
         rows = places[:, None]
         return Secants(self._plain[rows[:-1], places], self._scaled[rows, places])
@@ -158,7 +158,7 @@ class SecantBank:
         if not coefficients.any():
             self.back_to_base()
             return
-        base, _ = self._base_rows()
+        base = self._weights[self._turn]
         # By slot, and zero for those that hold nothing yet.
         shares, of_pairs, k = [0.0] * len(self._table), coefficients.tolist(), len(self._order)
         shares[-1] = of_pairs.pop()
@@ -167,20 +167,16 @@ class SecantBank:
         ):
             shares[slot], shares[self._capacity + slot] = displacement, change
         # The place of the next base is free until there is one.
-        free = _WEIGHTS[1 - self._turn]
-        step = torch.mv(self._table.T, base.new_tensor(shares), out=self._rows[free])
+        free = 1 - self._turn
+        step = torch.mv(self._table.T, base.new_tensor(shares), out=self._weights[free])
         # Last, so that what is small beside the weights is added up first.
         step.add_(base)
-        torch._foreach_copy_(self._parameters, self._views[free])
+        torch._foreach_copy_(self._parameters, self._weight_views[free])
 
     @torch.no_grad()
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
-        torch._foreach_copy_(self._parameters, self._views[_WEIGHTS[self._turn]])
-
-    def _base_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the weights at the base and of the gradient there."""
-        return self._rows[_WEIGHTS[self._turn]], self._rows[_GRADIENTS[self._turn]]
+        torch._foreach_copy_(self._parameters, self._weight_views[self._turn])
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(row, [p.numel() for p in self._parameters])
@@ -195,24 +191,21 @@ class SecantBank:
         self._metric.reciprocal_()
         # What the user trains more slowly, or not at all, moves less here too.
         rates = {id(p): float(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
-        for view, p in zip(self._views[_METRIC], self._parameters, strict=True):
+        for view, p in zip(self._split(self._metric), self._parameters, strict=True):
             view.mul_(rates[id(p)])
         self._metric.div_(self._metric.mean())
         self._is_metric = True
 
-    def _multiply(self, slot: int | None) -> None:
-        """Bring the products of the gradient, and of the pair in `slot`, up to date.
+    def _multiply(self, slot: int | None, turn: int) -> None:
+        """Bring the products of the gradient, and of the newest change, up to date.
 
-        The change of that pair is in the free row beside the gradient.
+        The gradient is in place `turn`, and the change that of the pair in `slot`, if there is one.
         """
-        _, gradient = self._base_rows()
-        torch.mul(gradient, self._metric, out=self._table[-1])
+        torch.mul(self._gradients[turn], self._metric, out=self._steepest)
         if slot is not None:
-            free = self._rows[_WEIGHTS[1 - self._turn]]
-            torch.mul(free, self._metric, out=self._changed[slot])
-        pair = self._rows[:2] if self._turn else self._rows[2:4]
-        products = torch.mm(pair, self._table.T).cpu().numpy()
-        with_gradient, with_change = products if self._turn else products[::-1]
+            torch.mul(self._change, self._metric, out=self._changed[slot])
+        products = torch.mm(self._both[turn], self._table.T).cpu().numpy()
+        with_gradient, with_change = products[::-1] if turn else products
         k = self._capacity
         self._plain[:, k] = with_gradient[:k]
         self._scaled[:, k] = self._scaled[k] = with_gradient[k:]

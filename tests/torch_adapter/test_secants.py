@@ -63,7 +63,7 @@ def test_products_and_points_are_those_of_the_vectors(count, capacity):
     both = np.vstack((y, last))
     secants = bank.products()
     scale = np.abs(s @ both.T).max(), np.abs(both * metric @ both.T).max()
-    np.testing.assert_allclose(secants.plain, s @ both.T, atol=1e-5 * scale[0])
+    np.testing.assert_allclose(secants.plain, np.triu(s @ both.T), atol=1e-5 * scale[0])
     np.testing.assert_allclose(secants.scaled, both * metric @ both.T, atol=1e-5 * scale[1])
     coefficients = np.random.default_rng(0).normal(size=2 * len(s) + 1)
     bank.reach(coefficients)
@@ -91,7 +91,7 @@ def test_products_stay_exact_while_pairs_come_and_go():
         secants = bank.products()
     s, y = np.diff(points, axis=0)[-3:], np.diff(gradients, axis=0)[-3:]
     both = np.vstack((y, gradients[-1]))
-    np.testing.assert_allclose(secants.plain, s @ both.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(secants.plain, np.triu(s @ both.T), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(secants.scaled, both * metric @ both.T, rtol=1e-4, atol=1e-3)
     # Emptied, it forgets the metric too.
     bank.clear()
@@ -111,7 +111,8 @@ def test_pairs_of_double_precision_lose_nothing_of_it():
     s, y = np.diff(points, axis=0), np.diff(gradients, axis=0)
     expected = s @ y.T
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(bank.products().plain[:, :3], expected, atol=1e-5 * scale)
+    found = bank.products().plain[:, :3]
+    np.testing.assert_allclose(found, np.triu(expected), atol=1e-5 * scale)
 
 
 def test_what_trains_more_slowly_moves_less():
@@ -131,7 +132,7 @@ def test_room_for_pairs():
     model, optimizer = small()
     parameters = list(model.parameters())
     assert affordable(optimizer, parameters, 20, 2**28) == 20
-    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20, 2**31) == 5
+    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20, 2**31) == 4
     assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20, 2**31) == 0
     assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20, 2**28) == 0
     maximizing = torch.optim.Adam(parameters, maximize=True)
@@ -507,8 +508,11 @@ def test_a_trial_that_is_taken_back_leaves_no_mark_in_running_statistics():
     secant, taken_back = trainer.engine.controller.secant, 0
     for _ in range(200):
         before, stage = model[1].running_mean.clone(), secant.stage
+        # A trial of the optimizer goes back to where it began.
+        landing = secant.landing
         trainer.step(lambda: F.cross_entropy(model(x), y))
-        if stage is secant.stage is Stage.DESCEND and not secant.accepted:
+        descends = stage is secant.stage is Stage.DESCEND and not landing
+        if descends and not secant.accepted:
             taken_back += 1
             assert torch.equal(before, model[1].running_mean)
     assert taken_back > 3
@@ -554,7 +558,7 @@ def test_pairs_are_of_gradients_that_are_not_clipped():
         trainer.step(closure)
     bank = trainer._hands.secants
     gradient = torch.autograd.grad(closure(), list(model.parameters()))
-    torch.testing.assert_close(bank._views[bank._base[1]], list(gradient))
+    torch.testing.assert_close(bank._gradient_views[bank._turn], list(gradient))
 
 
 def test_a_layer_that_is_not_used_does_not_decay():
