@@ -113,7 +113,8 @@ def direction(secants: Secants) -> Descent | None:
 
 def _dot(left: Sequence[float], right: Sequence[float]) -> float:
     """Inner product, to the end of the shorter one."""
-    return sum(map(mul, left, right))
+    total: float = sum(map(mul, left, right))
+    return total
 
 
 def sufficient(before: float, after: float, length: float, slope: float) -> bool:

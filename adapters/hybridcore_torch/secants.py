@@ -162,9 +162,7 @@ class SecantBank:
         # By slot, and zero for those that hold nothing yet.
         shares, of_pairs, k = [0.0] * len(self._table), coefficients.tolist(), len(self._order)
         shares[-1] = of_pairs.pop()
-        for slot, displacement, change in zip(
-            self._order, of_pairs[:k], of_pairs[k:], strict=True
-        ):
+        for slot, displacement, change in zip(self._order, of_pairs[:k], of_pairs[k:], strict=True):
             shares[slot], shares[self._capacity + slot] = displacement, change
         # The place of the next base is free until there is one.
         free = 1 - self._turn

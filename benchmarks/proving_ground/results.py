@@ -217,11 +217,15 @@ class Ground:
         return Spread.of(ratios) if ratios else None
 
     def processor_ratio(self, workload: str) -> Spread | None:
-        """Processor time of a step of hybridcore's run over one of its plain twin."""
+        """Processor time of a step of hybridcore's run over one of its plain twin.
+
+        Of both at full length, taking turns step by step.
+        """
         ratios = []
         for seed in self.seeds(workload, "twin"):
-            own, twin = (self.full(workload, m, seed) for m in ("hybridcore", "twin"))
-            if own is not None and twin is not None:
+            twin = self.full(workload, "twin", seed)
+            if twin is not None:
+                own = twin["beside"] | {"forward_cost": twin["forward_cost"]}
                 seconds = own["cpu_seconds"] / twin["cpu_seconds"]
                 ratios.append(Ratio(seconds / (cost(own) / cost(twin))))
         return Spread.of(ratios) if ratios else None

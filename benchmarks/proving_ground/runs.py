@@ -60,43 +60,89 @@ class Plan:
 QUICK = Plan(seeds=1, budgets=(0.5, 1.0), more=(), shrink=0.03, whole="logistic", rates=1)
 
 
+class Training:
+    """One loop that is metered from outside.
+
+    Parameters
+    ----------
+    workload, method
+        What is trained, and how.
+    rate, variant, steps
+        As for the loops of `methods`.
+    seed : int
+        Of weights and batches.
+    """
+
+    def __init__(
+        self, workload: Workload, method: Method, rate: float, variant: str, seed: int, steps: int
+    ) -> None:
+        self.workload = workload
+        self.task = workload.build(seed)
+        self.loop = method.loop(self.task, workload, rate, variant, steps)
+        self.settings = {"rate": rate, "variant": variant, "steps": steps}
+        self.meter = Meter()
+        self.losses: list[float] = []
+        self.lowest = math.inf
+        self.cpu = self.wall = 0.0
+        self.taken = 0
+
+    def step(self) -> None:
+        """Take the next step."""
+        closure = self.meter.watch(self.task.closure(self.taken))
+        began_cpu, began = process_time(), perf_counter()
+        loss = self.loop.step(closure)
+        self.wall += perf_counter() - began
+        self.cpu += process_time() - began_cpu
+        self.taken += 1
+        if loss is not None:
+            self.losses.append(loss)
+            if len(self.losses) >= SMOOTHING:
+                self.lowest = min(self.lowest, statistics.median(self.losses[-SMOOTHING:]))
+
+    def spent(self) -> Trial:
+        """What it has cost: passes, of which those forward alone are counted beside, and time."""
+        return {
+            "backward": self.meter.backward,
+            "forward_alone": self.meter.forward - self.meter.backward,
+            "cpu_seconds": self.cpu,
+            "wall_seconds": self.wall,
+        }
+
+    def result(self) -> Trial:
+        """What it cost and what came out, as plain numbers."""
+        with self.loop.shipped():
+            shipped = self.task.held_out()
+        summary = self.loop.statistics()
+        return {
+            **self.settings,
+            **self.spent(),
+            "score": shipped if self.workload.noisy else min(self.lowest, shipped),
+            "statistics": None if summary is None else summary.to_dict(),
+        }
+
+
 def train(
-    workload: Workload, method: Method, rate: float, variant: str, seed: int, steps: int
+    workload: Workload,
+    method: Method,
+    rate: float,
+    variant: str,
+    seed: int,
+    steps: int,
+    beside: Method | None = None,
 ) -> Trial:
     """Train once and return what it cost and what came out, as plain numbers.
 
-    Cost is in full steps but for forward passes alone, which are counted beside.
+    With `beside` a second loop takes its steps in turn with those of the first, and what it has
+    spent is in the result too: the time of one is only worth something next to that of another in
+    the same minutes.
     """
-    task = workload.build(seed)
-    loop = method.loop(task, workload, rate, variant, steps)
-    meter = Meter()
-    losses: list[float] = []
-    lowest = math.inf
-    cpu = wall = 0.0
-    for step in range(steps):
-        closure = meter.watch(task.closure(step))
-        began_cpu, began = process_time(), perf_counter()
-        loss = loop.step(closure)
-        wall += perf_counter() - began
-        cpu += process_time() - began_cpu
-        if loss is not None:
-            losses.append(loss)
-            if len(losses) >= SMOOTHING:
-                lowest = min(lowest, statistics.median(losses[-SMOOTHING:]))
-    with loop.shipped():
-        shipped = task.held_out()
-    summary = loop.statistics()
-    return {
-        "rate": rate,
-        "variant": variant,
-        "steps": steps,
-        "backward": meter.backward,
-        "forward_alone": meter.forward - meter.backward,
-        "cpu_seconds": cpu,
-        "wall_seconds": wall,
-        "score": shipped if workload.noisy else min(lowest, shipped),
-        "statistics": None if summary is None else summary.to_dict(),
-    }
+    run = Training(workload, method, rate, variant, seed, steps)
+    other = beside and Training(workload, beside, rate, variant, seed, steps)
+    for _ in range(steps):
+        run.step()
+        if other:
+            other.step()
+    return run.result() | ({"beside": other.spent()} if other else {})
 
 
 class Record:
@@ -230,7 +276,9 @@ def _trial(
     record = Record(folder, workload.name, method.name, seed)
     found = record.find(rate, variant, steps)
     if found is None:
-        found = finite(train(workload, method, rate, variant, seed, steps))
+        # The twin of a run at full length is timed next to it.
+        beside = METHODS[method.trial_of] if method.trial_of and steps == workload.steps else None
+        found = finite(train(workload, method, rate, variant, seed, steps, beside))
         found["forward_cost"] = price
         found["full_budget"] = workload.steps
         record.add(found)

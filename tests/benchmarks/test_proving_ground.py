@@ -162,6 +162,7 @@ def record(folder, method, seed, scores, full=400, passes=1.0):
             "full_budget": full,
             "score": score,
             "cpu_seconds": cost / 100,
+            "beside": {"backward": round(cost / 2), "forward_alone": 0, "cpu_seconds": cost / 160},
             "statistics": {
                 "measured_speedup_interval": [1.9, 2.1],
                 "predicted_steps": 9,
@@ -197,6 +198,9 @@ def test_it_can_say_that_hybridcore_won_and_that_it_lost(tmp_path):
     row = next(line for line in text.splitlines() if GROUND["logistic"].title in line)
     assert "2.00 (2.00 to 2.00)" in row
     assert "0.62" in row
+    # The run beside the twin took 100 / 160 of its time for half of its passes.
+    assert ground.processor_ratio("logistic").middle == pytest.approx(1.25)
+    assert "1.25 (1.25 to 1.25) | 1.60 |" in text
 
 
 def test_a_miss_counts_as_the_longest_run_of_either(tmp_path):
@@ -342,6 +346,28 @@ def test_the_best_settings_of_the_first_seed_run_on_all(tmp_path):
     hybrid = json.loads((tmp_path / "logistic-hybridcore-1.json").read_text())["trials"]
     assert len(twin) == 1
     assert twin < {(t["rate"], t["variant"]) for t in hybrid}
+
+
+def test_a_loop_goes_its_own_way_beside_another():
+    workload = dataclasses.replace(VALLEY, steps=300, build=lifted)
+    hybrid, twin = methods.METHODS["hybridcore"], methods.METHODS["twin"]
+    settings = (0.1, "constant", 0, 300)
+    alone = runs.train(workload, hybrid, *settings)
+    beside = runs.train(workload, twin, *settings, hybrid)
+    assert beside["score"] == runs.train(workload, twin, *settings)["score"] != alone["score"]
+    for name in ("backward", "forward_alone"):
+        assert beside["beside"][name] == alone[name]
+    assert beside["beside"]["backward"] < beside["backward"] == 300
+    assert beside["cpu_seconds"] > 0.0 < beside["beside"]["cpu_seconds"]
+
+
+def test_a_twin_is_timed_next_to_a_run_at_full_length(tmp_path):
+    workload = dataclasses.replace(VALLEY, steps=60)
+    plan = runs.Plan(seeds=1, budgets=(0.5, 1.0), more=(), rates=1)
+    chosen = [methods.METHODS["hybridcore"], methods.METHODS["twin"]]
+    runs.run([workload], chosen, plan, tmp_path, lambda line: None)
+    trials = json.loads((tmp_path / "logistic-twin-0.json").read_text())["trials"]
+    assert {trial["steps"]: "beside" in trial for trial in trials} == {30: False, 60: True}
 
 
 @pytest.mark.parametrize("name", list(GROUND))
