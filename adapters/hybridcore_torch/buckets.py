@@ -23,13 +23,14 @@ def wide(values: torch.Tensor) -> torch.Tensor:
 def inner_products(rows: torch.Tensor) -> torch.Tensor:
     """Return those of `rows` (m, n), as (m, m) float64: in their own precision over parts only."""
     m, n = rows.shape
+    # With `out`, as autocast around the step would make them of half precision.
     if n <= _PART:
-        return (rows @ rows.T).double()
+        return torch.mm(rows, rows.T, out=rows.new_empty(m, m)).double()
     whole = n - n % _PART
     parts = rows[:, :whole].view(m, n // _PART, _PART).transpose(0, 1)
-    out = torch.bmm(parts, parts.transpose(1, 2)).sum(0, dtype=torch.float64)
+    products = torch.bmm(parts, parts.transpose(1, 2), out=parts.new_empty(len(parts), m, m))
     rest = rows[:, whole:]
-    return out + rest @ rest.T
+    return products.sum(0, dtype=torch.float64) + torch.mm(rest, rest.T, out=rest.new_empty(m, m))
 
 
 class ExactBucket:

@@ -83,6 +83,7 @@ class SecantBank:
         # Displacements, changes in the metric, and the gradient in it.
         self._table = self._rows[_FIRST:]
         *vectors, self._steepest = self._table.unbind()
+        self._products = self._table.new_empty(2, len(self._table))
         self._moved, self._changed = vectors[:capacity], vectors[capacity:]
         self._weight_views, self._gradient_views = (
             [self._split(row) for row in rows] for rows in (self._weights, self._gradients)
@@ -202,7 +203,8 @@ class SecantBank:
         torch.mul(self._gradients[turn], self._metric, out=self._steepest)
         if slot is not None:
             torch.mul(self._change, self._metric, out=self._changed[slot])
-        products = torch.mm(self._both[turn], self._table.T).cpu().numpy()
+        # With `out`, as autocast around the step would make them of half precision.
+        products = torch.mm(self._both[turn], self._table.T, out=self._products).cpu().numpy()
         with_gradient, with_change = products[::-1] if turn else products
         k = self._capacity
         self._plain[:, k] = with_gradient[:k]

@@ -300,6 +300,8 @@ def test_inner_products_lose_nothing_by_their_number(size):
     found = inner_products(rows)
     assert found.dtype is torch.float64
     torch.testing.assert_close(found, expected, rtol=5e-6, atol=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inner_products(rows), found)
 
 
 def test_gradient_norm():

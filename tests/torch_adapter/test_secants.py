@@ -115,6 +115,16 @@ def test_pairs_of_double_precision_lose_nothing_of_it():
     np.testing.assert_allclose(found, np.triu(expected), atol=1e-5 * scale)
 
 
+def test_autocast_around_the_step_makes_no_products_coarser():
+    outside = take_pairs(9, 5)[0].products()
+    bank, *_ = take_pairs(9, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (bank._moved[0][None] @ bank._moved[0][:, None]).dtype is torch.bfloat16
+        inside = bank.products()
+    for name in ("plain", "scaled"):
+        np.testing.assert_array_equal(getattr(inside, name), getattr(outside, name))
+
+
 def test_what_trains_more_slowly_moves_less():
     bank, parameters, points, gradients = take_pairs(6, 5, rates=(1e-2, 0.0))
     coefficients = np.zeros(11)
