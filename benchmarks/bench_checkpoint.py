@@ -32,7 +32,7 @@ class Checkpoint:
             layers = [nn.Linear(64, 1000), nn.Tanh(), nn.Linear(1000, 930), nn.Linear(930, 10)]
         self.model = nn.Sequential(*layers)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
-        # Without pairs, which would be 47 copies of the weights.
+        # Without pairs, which would be 46 copies of the weights.
         config = HybridTrainerConfig() if self.small else HybridTrainerConfig(secant_pairs=0)
         self.trainer = HybridTrainer(self.model, self.optimizer, config)
         for _ in range(400 if self.small else 160):

@@ -17,7 +17,7 @@ in Adam: it takes the place of the identity from which L-BFGS starts.
 - *Hurts* on tiny models, where the work beside the pass takes longer than the pass, and at the
   rounding of float32, where curvature says nothing: under a falling rate most of it is left to the
   optimizer there, and at a constant one the weights stay where they are.
-- *Costs* up to 47 copies of the weights for twenty pairs, less where there is no room.
+- *Costs* up to 46 copies of the weights for twenty pairs, less where there is no room.
 - *Source*: Nocedal 1980; Nocedal & Wright 2006, algorithms 3.1, 7.4 and 7.5; Chen, Wang & Zhou
   2014. When such steps are taken, and when they end, is the business of `hybridcore.secant`.
 """
@@ -88,7 +88,7 @@ def direction(secants: Secants) -> Descent | None:
     if not math.isfinite(sum(map(sum, rows)) + sum(own)):
         return None
     columns, k = list(zip(*rows, strict=True)), len(rows)
-    usable = [i for i in range(k) if rows[i][i] > LEAST_CURVATURE * own[i]]
+    usable = [i for i in range(k) if rows[i][i] > max(0.0, LEAST_CURVATURE * own[i])]
     if not usable or not own[usable[-1]]:
         return None
     # Each of the two loops solves a triangular system (Byrd, Nocedal & Schnabel 1994, section 2):

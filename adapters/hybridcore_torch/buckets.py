@@ -23,6 +23,8 @@ def wide(values: torch.Tensor) -> torch.Tensor:
 def inner_products(rows: torch.Tensor) -> torch.Tensor:
     """Return those of `rows` (m, n), as (m, m) float64: in their own precision over parts only."""
     m, n = rows.shape
+    if rows.is_cuda:
+        return sums_of_products(rows)
     # With `out`, as autocast around the step would make them of half precision.
     if n <= _PART:
         return torch.mm(rows, rows.T, out=rows.new_empty(m, m)).double()
@@ -31,6 +33,11 @@ def inner_products(rows: torch.Tensor) -> torch.Tensor:
     products = torch.bmm(parts, parts.transpose(1, 2), out=parts.new_empty(len(parts), m, m))
     rest = rows[:, whole:]
     return products.sum(0, dtype=torch.float64) + torch.mm(rest, rest.T, out=rest.new_empty(m, m))
+
+
+def sums_of_products(rows: torch.Tensor) -> torch.Tensor:
+    """Return the same without a matrix product, for which TensorFloat-32 may be on."""
+    return torch.stack([(rows * row).sum(1, dtype=torch.float64) for row in rows])
 
 
 class ExactBucket:

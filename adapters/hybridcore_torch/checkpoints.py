@@ -352,11 +352,10 @@ def _from_5(state: dict[str, Any]) -> dict[str, Any]:
     rows, (has_base, squares, is_metric) = old["rows"], old["counts"]
     (base, gradient), _ = old["base"]
     pairs = (len(rows) - 5) // 2
-    new = rows.new_zeros(7 + 2 * pairs, rows.shape[1])
-    new[0], new[3], new[5] = rows[gradient], rows[base], rows[4]
-    new[6 : 6 + 2 * pairs], new[-1] = rows[5:], rows[gradient]
+    new = rows.new_zeros(6 + 2 * pairs, rows.shape[1])
+    new[0], new[2], new[4:-1], new[-1] = rows[gradient], rows[base], rows[4:], rows[gradient]
     if is_metric:
-        new[6 + pairs :] *= rows[4]
+        new[5 + pairs :] *= rows[4]
     plain, scaled = (torch.nn.functional.pad(one, (0, 1)) for one in old["products"])
     secants = {
         "rows": new,

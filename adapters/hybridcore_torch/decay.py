@@ -60,12 +60,17 @@ class Decay:
         }
         self.use([found[id(p)] for p in parameters])
 
+    @property
+    def strengths(self) -> list[torch.Tensor | float]:
+        """How strongly each parameter decays."""
+        return self._strengths
+
     def use(self, strengths: Sequence[torch.Tensor | float]) -> None:
         """Take `strengths`, one for each parameter."""
-        self.strengths = list(strengths)
+        self._strengths = list(strengths)
         self._decaying = [
             (i, p, s)
-            for i, (p, s) in enumerate(zip(self._parameters, self.strengths, strict=True))
+            for i, (p, s) in enumerate(zip(self._parameters, self._strengths, strict=True))
             if isinstance(s, torch.Tensor) or s != 0.0
         ]
 

@@ -410,7 +410,8 @@ class Hands:
         return Observation(seconds=seconds, secants=products)
 
     def _take_pair(self, fresh: bool) -> None:
-        self._taking, new = True, self.secants is None
+        self._taking = True
+        is_new = self.secants is None
         if self.secants is None:
             if self.bank is not None:
                 # The descent needs no snapshots, and takes new ones when it has ended.
@@ -420,7 +421,7 @@ class Hands:
             self.secants.clear()
         assert self.secants is not None
         self.secants.take()
-        if new or fresh:
+        if is_new:
             self._measure()
 
     def _add_to_average(self, weight: float) -> None:

@@ -14,10 +14,9 @@ from hybridcore_torch.decay import Decay, is_known
 
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
-# Rows before those of which a direction is made: the gradient at the base in one of two places, the
-# newest change between them, so that what both have in common with all pairs is one product; the
-# base in one of two places; the metric.
-_FIRST = 6
+# Rows before those of which a direction is made: the gradient at the base and the newest change of
+# it, which take turns, the base and the place of the next one, likewise, and the metric.
+_FIRST = 5
 
 
 def fits(state: dict[str, Any], parameters: Sequence[torch.Tensor], pairs: int) -> bool:
@@ -56,7 +55,7 @@ class SecantBank:
 
     Notes
     -----
-    Memory is ``2 capacity + 7`` copies of the parameters in float32 at least, made at the first
+    Memory is ``2 capacity + 6`` copies of the parameters in float32 at least, made at the first
     pair, and one more where weight decay is decoupled. The metric is the inverse root of the mean
     square of the gradients that the pairs saw when their products were first asked for, as in Adam,
     and stays until the bank is emptied.
@@ -76,10 +75,8 @@ class SecantBank:
         self._rows = torch.zeros(
             _FIRST + 2 * capacity + 1, size, dtype=kind, device=parameters[0].device
         )
-        first, self._change, second, *self._weights, self._metric = self._rows[:_FIRST].unbind()
-        self._gradients = [first, second]
-        # The gradient at the base and the newest change.
-        self._both = [self._rows[:2], self._rows[1:3]]
+        *first, self._metric = self._rows[:_FIRST].unbind()
+        self._gradients, self._weights = first[:2], first[2:]
         # Displacements, changes in the metric, and the gradient in it.
         self._table = self._rows[_FIRST:]
         *vectors, self._steepest = self._table.unbind()
@@ -106,6 +103,8 @@ class SecantBank:
         self._squares = 0
         self._metric.zero_()
         self._is_metric = False
+        # What is left in a slot counts zero times, and were it no number, would be no number then.
+        self._table.zero_()
         # By slot, and last those with the gradient at the base.
         slots = self._capacity
         self._plain, self._scaled = np.zeros((slots, slots + 1)), np.zeros((slots + 1, slots + 1))
@@ -124,20 +123,19 @@ class SecantBank:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         torch._foreach_copy_(views, gradients)
         self._decay.add_gradient(views)
-        slot = None
+        if not self._is_metric:
+            self._metric.addcmul_(gradient, gradient)
+            self._squares += 1
         if self._has_base:
             slot = self._free_slot()
             torch.sub(self._weights[here], self._weights[before], out=self._moved[slot])
-            torch.sub(gradient, self._gradients[before], out=self._change)
+            change = torch.sub(gradient, self._gradients[before], out=self._gradients[before])
             self._order.append(slot)
-        if self._is_metric:
-            self._multiply(slot, here)
-        else:
-            if slot is not None:
-                self._changed[slot].copy_(self._change)
-            self._metric.addcmul_(gradient, gradient)
-            self._squares += 1
-        # Not before: until then the step may be abandoned.
+            if self._is_metric:
+                self._multiply(slot, here)
+            else:
+                self._changed[slot].copy_(change)
+        # Last: where the step is abandoned the weights go back to the base before.
         self._turn, self._has_base = here, True
 
     @torch.no_grad()
@@ -145,9 +143,8 @@ class SecantBank:
         """Inner products of the pairs, oldest first, and the gradient at the base."""
         if not self._is_metric:
             self._make_metric()
-            self._multiply(None, self._turn)
             for slot in self._order:
-                self._change.copy_(self._changed[slot])
+                self._gradients[1 - self._turn].copy_(self._changed[slot])
                 self._multiply(slot, self._turn)
         places = np.array([*self._order, self._capacity])
         rows = places[:, None]
@@ -195,25 +192,26 @@ class SecantBank:
         self._metric.div_(self._metric.mean())
         self._is_metric = True
 
-    def _multiply(self, slot: int | None, turn: int) -> None:
-        """Bring the products of the gradient, and of the newest change, up to date.
+    def _multiply(self, slot: int, turn: int) -> None:
+        """Bring the products of the gradient, in place `turn`, and of the newest change up to date.
 
-        The gradient is in place `turn`, and the change that of the pair in `slot`, if there is one.
+        That is the change of the pair in `slot`.
         """
-        torch.mul(self._gradients[turn], self._metric, out=self._steepest)
-        if slot is not None:
-            torch.mul(self._change, self._metric, out=self._changed[slot])
-        # With `out`, as autocast around the step would make them of half precision.
-        products = torch.mm(self._both[turn], self._table.T, out=self._products).cpu().numpy()
-        with_gradient, with_change = products[::-1] if turn else products
+        gradient, change = self._gradients[turn], self._gradients[1 - turn]
+        torch.mul(gradient, self._metric, out=self._steepest)
+        torch.mul(change, self._metric, out=self._changed[slot])
+        # Row by row, as on a GPU TensorFloat-32 may be on for what is of more rows, and with `out`,
+        # as autocast around the step would leave half precision of the rest.
+        for row, out in zip((gradient, change), self._products, strict=True):
+            torch.mv(self._table, row, out=out)
+        with_gradient, with_change = self._products.cpu().numpy()
         k = self._capacity
         self._plain[:, k] = with_gradient[:k]
         self._scaled[:, k] = self._scaled[k] = with_gradient[k:]
-        if slot is not None:
-            # Displacements and changes before them are in no direction.
-            self._plain[slot, :k] = 0.0
-            self._plain[:, slot] = with_change[:k]
-            self._scaled[:k, slot] = self._scaled[slot, :k] = with_change[k:-1]
+        # Displacements and changes before them are in no direction.
+        self._plain[slot, :k] = 0.0
+        self._plain[:, slot] = with_change[:k]
+        self._scaled[:k, slot] = self._scaled[slot, :k] = with_change[k:-1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base, metric and products, cloned."""

@@ -137,7 +137,7 @@ def train(
     the same minutes.
     """
     run = Training(workload, method, rate, variant, seed, steps)
-    other = beside and Training(workload, beside, rate, variant, seed, steps)
+    other = None if beside is None else Training(workload, beside, rate, variant, seed, steps)
     for _ in range(steps):
         run.step()
         if other:

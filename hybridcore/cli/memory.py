@@ -130,7 +130,7 @@ def estimate(
     # Decay that is no part of the gradient has a strength of its own for each parameter.
     decays = group.get("decoupled_weight_decay", isinstance(made, torch.optim.AdamW))
     strengths = weights if decays and group.get("weight_decay") else 0
-    secants = (2 * pairs + 7) * max(4, size) * parameters + strengths + weights
+    secants = (2 * pairs + 6) * max(4, size) * parameters + strengths + weights
     taken = Size(parameters, weights, kept * parameters, on_gpu=False)
     count = there.snapshots
     return Memory(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import statistics
+import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -361,13 +363,35 @@ def test_a_loop_goes_its_own_way_beside_another():
     assert beside["cpu_seconds"] > 0.0 < beside["beside"]["cpu_seconds"]
 
 
+class Rests(methods.Plain):
+    """Takes no step, but some time, of which none is the processor's."""
+
+    order: ClassVar[list[int]] = []
+
+    def step(self, closure):
+        self.order.append(id(self))
+        time.sleep(0.02)
+
+
+def test_loops_take_turns_and_are_charged_for_what_they_do():
+    rests = methods.Method("rests", "rests", Rests)
+    trial = runs.train(VALLEY, rests, 0.1, "constant", 0, 3, rests)
+    first, second, *_ = Rests.order
+    assert Rests.order == [first, second] * 3
+    assert first != second
+    for spent in (trial, trial["beside"]):
+        assert spent["wall_seconds"] >= 0.06 > 3 * spent["cpu_seconds"]
+
+
 def test_a_twin_is_timed_next_to_a_run_at_full_length(tmp_path):
-    workload = dataclasses.replace(VALLEY, steps=60)
+    workload = dataclasses.replace(VALLEY, steps=600, build=lifted)
     plan = runs.Plan(seeds=1, budgets=(0.5, 1.0), more=(), rates=1)
     chosen = [methods.METHODS["hybridcore"], methods.METHODS["twin"]]
     runs.run([workload], chosen, plan, tmp_path, lambda line: None)
     trials = json.loads((tmp_path / "logistic-twin-0.json").read_text())["trials"]
-    assert {trial["steps"]: "beside" in trial for trial in trials} == {30: False, 60: True}
+    assert {trial["steps"]: "beside" in trial for trial in trials} == {300: False, 600: True}
+    full = next(trial for trial in trials if "beside" in trial)
+    assert full["beside"]["backward"] < full["backward"] == 600
 
 
 @pytest.mark.parametrize("name", list(GROUND))

@@ -237,7 +237,8 @@ def test_whatever_finite_products_say_it_is_finite_and_down_or_none(k, exponents
         numbers = random.choice([-1.0, 0.0, 1.0, 1.0], size=shape)
         return numbers * 10.0 ** random.uniform(-exponents, exponents, size=shape)
 
-    found = direction(Secants(wild(k, k + 1), np.abs(wild(k + 1, k + 1))))
+    scaled = wild(k + 1, k + 1)
+    found = direction(Secants(wild(k, k + 1), np.abs(scaled) if seed % 2 else scaled))
     if found is not None:
         assert found.slope < 0.0
         assert found.coefficients.shape == (2 * k + 1,)

@@ -20,7 +20,7 @@ from hybridcore import (
     Phase,
 )
 from hybridcore_torch import HybridTrainer
-from hybridcore_torch.buckets import inner_products
+from hybridcore_torch.buckets import inner_products, sums_of_products
 from hybridcore_torch.gradients import gradient_norm
 from hybridcore_torch.groups import MOST_GROUPS, by_depth
 from hybridcore_torch.snapshots import SnapshotBank
@@ -302,6 +302,7 @@ def test_inner_products_lose_nothing_by_their_number(size):
     torch.testing.assert_close(found, expected, rtol=5e-6, atol=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(inner_products(rows), found)
+    torch.testing.assert_close(sums_of_products(rows), expected, rtol=5e-6, atol=0.0)
 
 
 def test_gradient_norm():

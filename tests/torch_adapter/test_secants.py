@@ -14,6 +14,7 @@ from torch import nn
 from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Phase
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.checkpoints import migrated
 from hybridcore_torch.decay import Decay
 from hybridcore_torch.secants import SecantBank, affordable
 
@@ -115,6 +116,105 @@ def test_pairs_of_double_precision_lose_nothing_of_it():
     np.testing.assert_allclose(found, np.triu(expected), atol=1e-5 * scale)
 
 
+def test_an_abandoned_pair_leaves_the_base_before_it(monkeypatch):
+    bank, parameters, points, _ = take_pairs(9, 5)
+    bank.products()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bank, "_multiply", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bank.take()
+    bank.back_to_base()
+    np.testing.assert_array_equal(flat(parameters), points[-1])
+
+
+def test_a_saved_bank_does_not_change_with_the_one_that_goes_on():
+    bank, *_ = take_pairs(9, 5)
+    bank.products()
+    state = bank.state_dict()
+    kept = copy.deepcopy(state)
+    bank.take()
+    bank.products()
+    other = take_pairs(2, 5)[0]
+    other.load_state_dict(state)
+    other.take()
+    other.products()
+    for name in ("rows", "plain", "scaled"):
+        assert torch.equal(state[name], kept[name]), name
+
+
+def test_a_bank_that_is_loaded_decays_as_the_one_that_was_saved():
+    bank, *_ = take_pairs(6, 5, decay=0.1, kind=torch.optim.AdamW)
+    model, optimizer = small(decay=0.1, kind=torch.optim.AdamW)
+    other = SecantBank(optimizer, list(model.parameters()), 5)
+    assert other.objective(1.0) == 1.0
+    other.load_state_dict(bank.state_dict())
+    bank.back_to_base()
+    other.back_to_base()
+    assert other.objective(1.0) == bank.objective(1.0) > 1.0
+
+
+def test_what_is_left_from_before_counts_for_nothing():
+    bank, parameters, *_ = take_pairs(6, 5)
+    # As where all learning rates were zero.
+    bank._metric.fill_(math.nan)
+    bank._is_metric = True
+    for slot in range(5):
+        bank._multiply(slot, 1)
+    bank.clear()
+    for scale in (1.0, 2.0, 4.0):
+        for p in parameters:
+            p.data.mul_(1.1)
+            p.grad = scale * torch.ones_like(p)
+        bank.take()
+    base = flat(parameters)
+    bank.products()
+    bank.reach(np.full(5, 1e-3))
+    assert np.isfinite(flat(parameters)).all()
+    assert (flat(parameters) != base).all()
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("is_metric", [False, True])
+def test_a_bank_of_version_5_is_the_same_one(turn, is_metric):
+    size, pairs = 23, 3
+    rows = torch.randn(5 + 2 * pairs, size, generator=torch.Generator().manual_seed(0))
+    metric = rows[4].abs_()
+    places = [[0, 1], [2, 3]]
+    products = torch.stack((torch.eye(pairs), 2.0 * torch.eye(pairs))).double()
+    state = HybridTrainer(*small()).state_dict() | {
+        "hybridcore": 5,
+        "secants": {
+            "rows": rows,
+            "order": [2, 0, 1],
+            "base": places[::-1] if turn else places,
+            "counts": [True, 7, is_metric],
+            "products": products,
+            "decay": [0.0] * 4,
+        },
+    }
+    model, optimizer = small()
+    parameters = list(model.parameters())
+    bank = SecantBank(optimizer, parameters, pairs)
+    bank.load_state_dict(migrated(state)["secants"])
+    base, gradient = (rows[row].double().numpy() for row in places[turn])
+    bank.back_to_base()
+    np.testing.assert_array_equal(flat(parameters), base)
+    if is_metric:
+        np.testing.assert_array_equal(bank._plain[:, :pairs], np.eye(pairs))
+        np.testing.assert_array_equal(bank._scaled[:pairs, :pairs], 2.0 * np.eye(pairs))
+        shares = np.random.default_rng(0).normal(size=2 * pairs + 1)
+        bank.reach(shares)
+        order = [2, 0, 1]
+        moved, changed = rows[5 : 5 + pairs][order], rows[5 + pairs :][order] * metric
+        vectors = np.vstack((moved, changed, torch.from_numpy(gradient) * metric))
+        np.testing.assert_allclose(flat(parameters), base + shares @ vectors, atol=1e-5)
+    else:
+        torch.testing.assert_close(torch.stack(bank._changed), rows[5 + pairs :])
+
+
 def test_autocast_around_the_step_makes_no_products_coarser():
     outside = take_pairs(9, 5)[0].products()
     bank, *_ = take_pairs(9, 5)
@@ -142,7 +242,7 @@ def test_room_for_pairs():
     model, optimizer = small()
     parameters = list(model.parameters())
     assert affordable(optimizer, parameters, 20, 2**28) == 20
-    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20, 2**31) == 4
+    assert affordable(optimizer, [torch.empty(30_000_000, device="meta")], 20, 2**31) == 5
     assert affordable(optimizer, [torch.empty(10**9, device="meta")], 20, 2**31) == 0
     assert affordable(optimizer, [*parameters, torch.zeros(2).double()], 20, 2**28) == 0
     maximizing = torch.optim.Adam(parameters, maximize=True)
@@ -618,7 +718,7 @@ def test_a_trial_that_makes_the_loss_leap_up_is_over_at_once():
 
 
 def test_in_the_rounding_a_falling_rate_has_all_the_time_and_nothing_is_lost():
-    steps, best, length, longest = 2000, math.inf, 0, 0
+    steps, before, length, longest = 2000, math.inf, 0, 0
     torch.manual_seed(0)
     x = torch.randn(200, 30) * torch.logspace(0.0, -1.5, 30)
     y = x @ torch.randn(30, 1)
@@ -638,7 +738,7 @@ def test_in_the_rounding_a_falling_rate_has_all_the_time_and_nothing_is_lost():
         length = length + 1 if secant.holds_recovery else 0
         longest = max(longest, length)
         if not length:
-            best = min(best, loss(model).item())
+            before = loss(model).item()
         if step == steps - 100:
             assert length > 60
             resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
@@ -647,4 +747,4 @@ def test_in_the_rounding_a_falling_rate_has_all_the_time_and_nothing_is_lost():
     assert longest > 10 * trainer.config.min_full_steps
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     trainer.finish(lambda: loss(model))
-    assert loss(model).item() <= best
+    assert loss(model).item() <= before
