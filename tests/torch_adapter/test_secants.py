@@ -147,6 +147,9 @@ def test_a_saved_bank_does_not_change_with_the_one_that_goes_on():
 
 def test_a_bank_that_is_loaded_decays_as_the_one_that_was_saved():
     bank, *_ = take_pairs(6, 5, decay=0.1, kind=torch.optim.AdamW)
+    # Now that the optimizer has moments.
+    bank.clear()
+    bank.take()
     model, optimizer = small(decay=0.1, kind=torch.optim.AdamW)
     other = SecantBank(optimizer, list(model.parameters()), 5)
     assert other.objective(1.0) == 1.0
