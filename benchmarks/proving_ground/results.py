@@ -224,7 +224,8 @@ class Ground:
         ratios = []
         for seed in self.seeds(workload, "twin"):
             twin = self.full(workload, "twin", seed)
-            if twin is not None:
+            # Records from before runs were timed side by side have no such run.
+            if twin is not None and "beside" in twin:
                 own = twin["beside"] | {"forward_cost": twin["forward_cost"]}
                 seconds = own["cpu_seconds"] / twin["cpu_seconds"]
                 ratios.append(Ratio(seconds / (cost(own) / cost(twin))))
