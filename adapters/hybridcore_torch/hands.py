@@ -80,7 +80,7 @@ class Hands:
             scaler = None
         self._model, self._optimizer = model, optimizer
         self._scaler, self._probe = scaler, probe
-        self._prober = Prober(model)
+        self._prober, self._has_raised = Prober(model), False
         self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault,
@@ -368,7 +368,16 @@ class Hands:
             # A trial point that is taken back must not stay in running statistics.
             self._kept = self.stepper.buffers.keep(self.stepper.modules)
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
-        observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
+        start = perf_counter()
+        try:
+            observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
+        except Exception as error:
+            if update or not self._raises_only_there(error, closure, "closure"):
+                raise
+            rate = self.stepper.learning_rate
+            self.stepper.advance_schedule()
+            seconds = perf_counter() - start
+            return Observation(learning_rate=rate, seconds=seconds, applied=False)
         self._taking = False
         if not observation.applied:
             return observation
@@ -447,9 +456,9 @@ class Hands:
             start = perf_counter()
             if self._probe is None or directive.own_batch:
                 assert closure is not None
-                loss = self._prober.loss(closure, "closure")
+                loss = self._loss(closure, "closure", moved=coefficients is not None)
             else:
-                loss = self._prober.loss(self._probe, "probe")
+                loss = self._loss(self._probe, "probe", moved=coefficients is not None)
             loss, _ = self._ranks.agree(loss)
             seconds, objective = perf_counter() - start, NAN
             if directive.own_batch:
@@ -458,3 +467,41 @@ class Hands:
         finally:
             if elsewhere:
                 self.snapshots.put_back()
+
+    def _loss(self, batch: Closures, name: str, *, moved: bool) -> float:
+        """Loss of a probe; NaN where only the point that was `moved` to makes it raise."""
+        try:
+            return self._prober.loss(batch, name)
+        except Exception as error:
+            if not self._raises_only_there(error, batch, name, moved=moved):
+                raise
+            return NAN
+
+    def _raises_only_there(
+        self, error: Exception, batch: Closures, name: str, *, moved: bool = False
+    ) -> bool:
+        """Whether `batch` has raised `error` because of where the weights were put to try.
+
+        It has where it raises nothing at the weights from before, which is where they are then:
+        as a Cholesky decomposition, or a check of what a distribution is made of, far from where
+        training has been.
+        """
+        if not (moved or self._on_trial) or self._ranks.several or is_out_of_memory(error):
+            return False
+        if moved:
+            self.snapshots.put_back()
+        else:
+            assert self.secants is not None
+            self.secants.back_to_base()
+        try:
+            self._prober.loss(batch, name)
+        except Exception:
+            return False
+        logger.log(
+            logging.DEBUG if self._has_raised else logging.WARNING,
+            "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
+            "the point is given up, as one where the loss is no number",
+            *(name, type(error).__name__, error),
+        )
+        self._has_raised = True
+        return True

@@ -1,6 +1,7 @@
 """Secant pairs on real tensors, and quasi-Newton steps on real problems."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -652,6 +653,60 @@ def test_a_pass_that_raises_at_a_trial_point_leaves_none_of_it():
         assert all(map(torch.equal, before.values(), model.state_dict().values()))
         trainer.step(lambda: F.cross_entropy(model(x), y))
     assert elsewhere > 10
+
+
+def test_a_loss_that_raises_only_where_steps_are_tried_is_one_that_is_no_number(caplog):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 400)
+    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=fall)
+    tried = raised = 0
+
+    def closure():
+        nonlocal tried, raised
+        if torch.is_grad_enabled() and trainer._hands._on_trial:
+            tried += 1
+            if tried % 3 == 0:
+                raised += 1
+                raise torch.linalg.LinAlgError("not positive definite")
+        return F.cross_entropy(model(x), y)
+
+    while raised < 10:
+        before, seen = copy.deepcopy(model.state_dict()), raised
+        result = trainer.step(closure)
+        if raised > seen:
+            assert all(map(torch.equal, before.values(), model.state_dict().values()))
+            assert math.isfinite(result.loss)
+    statistics = trainer.statistics()
+    assert fall.last_epoch == statistics.steps
+    assert statistics.secant_steps > 20
+    assert statistics.divergences == 0
+    told = [r for r in caplog.records if "LinAlgError" in r.message]
+    assert [r.levelname for r in told] == ["WARNING"]
+
+
+def test_a_probe_that_raises_only_where_a_jump_would_lead_is_no_number():
+    model, optimizer, closure = regression()
+    config = dataclasses.replace(BRISK, secant_pairs=0)
+    trainer, raised, away = None, 0, 0
+
+    def probe():
+        nonlocal raised, away
+        bank = trainer and trainer._hands.bank
+        if bank and bank._waiting is not None:
+            away += 1
+            if away % 2:
+                raised += 1
+                raise ValueError("scale must be positive")
+        return closure()
+
+    trainer = HybridTrainer(model, optimizer, config, probe=probe)
+    for _ in range(300):
+        trainer.step(closure)
+    assert raised > 3
+    assert trainer.statistics().predicted_steps > 20
 
 
 def test_the_optimizer_follows_by_clipped_gradients():
