@@ -73,14 +73,14 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
     controller.meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
     stuck = secant.stuck
     surplus = controller.pace.credit("secant", secant.finish_block())
-    if secant.converging:
+    if secant.converging and secant.settled:
         # Nothing lowers the loss any more: the steps ahead stand still.
         secant.stand()
         surplus = math.inf
-    elif stuck or surplus <= 0.0:
+    elif secant.converging or stuck or surplus <= 0.0:
         controller.note("optimizer on trial")
         yield Directive(Action.SAVE)
-        secant.compare()
+        secant.compare(long=secant.converging)
         return
     if surplus >= controller.config.snapshot_interval:
         controller.leap = round(min(surplus, controller.config.horizon))

@@ -269,9 +269,9 @@ class SecantDescent:
         self._began, self._steps, self._probed = math.log(self.loss), 0, 0
         return surplus
 
-    def compare(self) -> None:
+    def compare(self, *, long: bool = False) -> None:
         """Let the optimizer show whether it is faster by now; what undoes that has been kept."""
-        self._trial.begin(self.loss, self._own_speed)
+        self._trial.begin(self.loss, self._own_speed, long=long)
         self._marked = NAN
         self._recent.clear()
         self.stage, self._descent, self._steps, self._rejected = Stage.GATHER, None, 0, 0
@@ -382,7 +382,7 @@ class SecantDescent:
             self.loss = NAN
             return observation, True
         if self._trial.active:
-            before, endless = self._trial.loss, self._trial.endless
+            before, endless = self._trial.loss, self._trial.endless or self._trial.long
             speed = (math.log(before) - math.log(observation.loss)) / self._steps
             if speed < 0.0 and endless:
                 # Long enough for another batch to have come, on which it may have done well.
@@ -440,6 +440,18 @@ class SecantDescent:
         yield Directive(Action.REACH, np.zeros_like(descent.coefficients))
         self._length = shorter(self._objective, seen.objective, self._length, descent.slope)
         self._rejected += 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether a run that nothing lowers any more has nothing left to lower.
+
+        By the quadratic model, as the loss is mere rounding, or as the optimizer has had a long
+        trial in vain. Where the model promises more than a line search finds, as in half precision,
+        curvature leads no further, but the optimizer may.
+        """
+        promised = 0.0 if self._descent is None else -self._descent.slope
+        small = promised <= LEAST_FALL * self.loss or self.loss <= ROUNDING * self._scale
+        return small or self._trial.long
 
     def stand(self) -> None:
         """Stay at the base: the next step evaluates it again."""

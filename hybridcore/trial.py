@@ -21,6 +21,8 @@ LOST = 2
 # Steps by which it is told how fast the loss falls now: the medians of their halves are not moved
 # by spikes.
 NEWEST = 14
+# Blocks of steps that a long trial has at most.
+LONG = 8
 
 
 @dataclass(slots=True)
@@ -46,6 +48,8 @@ class OptimizerTrial:
         Log losses of the newest steps, at most `NEWEST`.
     waited : bool
         Whether this one, or one before it in vain, had more steps than is usual.
+    long : bool
+        Whether this one, or the one before it in vain, has time to come back from anywhere.
     """
 
     loss: float = NAN
@@ -57,6 +61,7 @@ class OptimizerTrial:
     pace: float = math.inf
     newest: list[float] = field(default_factory=list)
     waited: bool = False
+    long: bool = False
 
     @property
     def active(self) -> bool:
@@ -77,9 +82,12 @@ class OptimizerTrial:
     def _level(self, newest: int) -> float:
         return statistics.median(self.newest[:newest] if newest > 0 else self.newest[newest:])
 
-    def begin(self, loss: float, pace: float) -> None:
-        """Begin one at weights that have this `loss`, where the block before it was so fast."""
-        self.loss, self.bad, self.pace, self.newest = loss, 0, pace, []
+    def begin(self, loss: float, pace: float, *, long: bool = False) -> None:
+        """Begin one at weights that have this `loss`, where the block before it was so fast.
+
+        A `long` one goes on, wherever it leads, until it is ahead.
+        """
+        self.loss, self.bad, self.pace, self.newest, self.long = loss, 0, pace, [], long
 
     def count_bad(self) -> bool:
         """Take note of a bad batch; return whether that is not the batch's fault any more."""
@@ -103,9 +111,12 @@ class OptimizerTrial:
         if steps == 1 or rate < self.last_rate:
             self.fallen = steps - 1
         self.last_rate = rate
-        if observation.loss > SPIKE * self.loss:
+        if observation.loss > SPIKE * self.loss and (self.endless or not self.long):
             return True
         self.newest = [*self.newest[1 - NEWEST :], math.log(observation.loss)]
+        if self.long and not self.endless:
+            ahead = self._level(-(len(self.newest) // 2)) < math.log(self.loss)
+            return (steps >= most and ahead) or steps >= LONG * block
         if not self.endless:
             if steps < most:
                 return False

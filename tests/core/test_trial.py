@@ -11,8 +11,9 @@ from descent import text
 from secant_descent import PairedDescent, at, go_on, made
 
 from hybridcore import Action, Observation
+from hybridcore.quasi_newton import Descent
 from hybridcore.secant import MOST_REJECTED, VAIN, SecantDescent, Stage
-from hybridcore.trial import MOST_VAIN, OptimizerTrial
+from hybridcore.trial import LONG, MOST_VAIN, OptimizerTrial
 
 # -- what it comes to ------------------------------------------------------------------------------
 
@@ -398,3 +399,59 @@ def test_steps_of_a_trial_that_the_optimizer_wins_are_its_own():
     assert meter.outside(0) == outside
     assert meter.outside(steps) == outside + steps
     assert steps > full
+
+
+# -- long ones -------------------------------------------------------------------------------------
+
+
+def steps_of(trial, losses, most=20, block=50):
+    """Number of the step that ends the trial, None if none of `losses` does."""
+    for step, loss in enumerate(losses, 1):
+        if trial.see(Observation(loss, 1.0, 0.1), step, most, block):
+            return step
+    return None
+
+
+def test_a_long_trial_has_time_to_come_back_from_anywhere():
+    losses = [1.2] * 10 + [40.0] * 200 + [0.9] * 20
+    usual, long = OptimizerTrial(), OptimizerTrial()
+    usual.begin(1.0, 0.1)
+    long.begin(1.0, 0.1, long=True)
+    assert steps_of(usual, losses) == 11
+    # By the median of the newest seven.
+    assert steps_of(long, losses) == 214
+    long.begin(1.0, 0.1)
+    assert steps_of(long, losses) == 11
+
+
+def test_a_long_trial_that_is_ahead_at_once_has_as_many_steps_as_any_and_one_in_vain_an_end():
+    long = OptimizerTrial()
+    long.begin(1.0, 0.1, long=True)
+    assert steps_of(long, [0.9] * 30) == 20
+    long.begin(1.0, 0.1, long=True)
+    assert steps_of(long, [1.1] * 1000) == LONG * 50
+
+
+def test_at_a_falling_rate_a_long_trial_is_one_without_an_end():
+    long = OptimizerTrial(vain=MOST_VAIN)
+    long.begin(1.0, 0.1, long=True)
+    assert steps_of(long, [1.2, 40.0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("slope", "loss", "tried", "settled"),
+    [
+        (-0.1, 0.02, False, False),
+        (-0.1, 0.02, True, True),
+        (-1e-5, 0.02, False, True),
+        (-0.1, 1e-12, False, True),
+    ],
+)
+def test_a_run_that_nothing_lowers_stands_still_only_where_it_has_settled(
+    slope, loss, tried, settled
+):
+    secant = SecantDescent(20, 50)
+    secant.loss, secant._scale = loss, 10.0
+    secant._descent = Descent(np.ones(3), slope * loss)
+    secant._trial.long = tried
+    assert secant.settled is settled

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import BRISK, regression, weights
+from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -273,6 +274,26 @@ def test_a_step_inside_of_autocast_is_predicted_too(dtype, pairs):
             trainer.step(lambda: F.mse_loss(model(X).float(), Y))
     statistics = trainer.statistics()
     assert statistics.predicted_steps + statistics.secant_steps >= 50
+
+
+def test_in_the_rounding_of_half_precision_a_run_does_not_stand_still():
+    data = load_diabetes()
+    x = torch.tensor(20.0 * data.data, dtype=torch.float32)
+    y = torch.tensor((data.target - 152.0) / 77.0, dtype=torch.float32)[:, None]
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        *(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    )
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 6e-3))
+    found = []
+    for _ in range(2):
+        for _ in range(600):
+            with torch.autocast("cpu", torch.bfloat16):
+                trainer.step(lambda: F.mse_loss(model(x).float(), y))
+        found.append(F.mse_loss(model(x), y).item())
+    # It had curvature as far as that goes, and the optimizer has gone on.
+    assert trainer.statistics().secant_steps > 100
+    assert found[1] < 0.6 * found[0] < 2e-3
 
 
 def test_a_probe_inside_of_autocast_leaves_the_pass_behind_it_its_graph():
