@@ -28,6 +28,9 @@ from hybridcore_torch.structure import Structure
 
 logger = logging.getLogger("hybridcore")
 
+# What numbers that are out of range raise, torch's LinAlgError among them.
+NUMERICAL = (ArithmeticError, ValueError, RuntimeError)
+
 
 class Hands:
     """Does what a directive says and reports what was seen.
@@ -371,7 +374,7 @@ class Hands:
         start = perf_counter()
         try:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
-        except Exception as error:
+        except NUMERICAL as error:
             if update or not self._raises_only_there(error, closure, "closure"):
                 raise
             rate = self.stepper.learning_rate
@@ -472,7 +475,7 @@ class Hands:
         """Loss of a probe; NaN where only the point that was `moved` to makes it raise."""
         try:
             return self._prober.loss(batch, name)
-        except Exception as error:
+        except NUMERICAL as error:
             if not self._raises_only_there(error, batch, name, moved=moved):
                 raise
             return NAN
