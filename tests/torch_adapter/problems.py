@@ -17,6 +17,11 @@ def digits():
     return torch.tensor(data.data / 16.0, dtype=torch.float32), torch.tensor(data.target)
 
 
+def flat(tensors):
+    """All values of `tensors` in one NumPy vector, in float64."""
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors]).numpy()
+
+
 def regression(seed=0, learning_rate=1e-2):
     """Logistic regression on all digits at once: model, optimizer, closure."""
     x, y = digits()
