@@ -418,8 +418,9 @@ def test_a_long_trial_has_time_to_come_back_from_anywhere():
     usual.begin(1.0, 0.1)
     long.begin(1.0, 0.1, long=True)
     assert steps_of(usual, losses) == 11
-    # By the median of the newest seven.
+    # By the median of the newest seven; and as well from a state that was saved on the way.
     assert steps_of(long, losses) == 214
+    assert steps_of(OptimizerTrial(**long.state_dict()), losses) == 214
     long.begin(1.0, 0.1)
     assert steps_of(long, losses) == 11
 
