@@ -35,6 +35,14 @@ def bad_batch(observation: Observation, step: int, model: nn.Module) -> Divergen
     )
 
 
+def averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` keeps an average of the weights, as those of ``schedulefree`` do.
+
+    They go between it and the weights that are trained by ``train()`` and ``eval()``.
+    """
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
 def check_arguments(
     model: object,
     optimizer: object,

@@ -32,7 +32,7 @@ from hybridcore.rotation import Rotation, read_newest
 from hybridcore.types import STEPS
 from hybridcore_torch import checkpoints, files, sharded
 from hybridcore_torch.batches import Batch, Batches, NeedsBatchError
-from hybridcore_torch.checks import bad_batch, check_arguments
+from hybridcore_torch.checks import averages, bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.hands import Hands
 from hybridcore_torch.ranks import is_sharded
@@ -114,9 +114,15 @@ class HybridTrainer:
             model, optimizer, config, scheduler, scaler, max_grad_norm, probe, callbacks
         )
         structure = Structure(model, optimizer, layer_groups)
+        if config is None:
+            config = HybridTrainerConfig()
+        if config.outer_momentum and averages(optimizer):
+            # Its own average would not move along.
+            logger.info("optimizer %s averages by itself: no outer steps", type(optimizer).__name__)
+            config = dataclasses.replace(config, outer_momentum=False)
         self.model = model
         self.optimizer = optimizer
-        self.config = HybridTrainerConfig() if config is None else config
+        self.config = config
         self.scheduler = scheduler
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm

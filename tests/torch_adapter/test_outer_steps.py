@@ -85,6 +85,20 @@ def test_the_weights_move_by_the_outer_step(averaging):
     assert len(strengths) > 3
 
 
+def test_an_optimizer_that_averages_by_itself_is_left_to_it():
+    schedulefree = pytest.importorskip("schedulefree", reason="needs the extra [bench]")
+    left = []
+    for config in (HybridTrainerConfig(), HybridTrainerConfig(enabled=False)):
+        trainer, closure, _ = noisy(config=config, optimizer=schedulefree.AdamWScheduleFree)
+        trainer.optimizer.train()
+        for _ in range(600):
+            trainer.step(closure)
+        trainer.optimizer.eval()
+        left.append(weights(trainer.model))
+        assert trainer.statistics().full_steps == 600
+    assert all(map(torch.equal, *left))
+
+
 @pytest.mark.parametrize("tensor", [False, True])
 def test_full_steps_pay_by_their_rate_for_predicted_ones(tensor, trusting):
     trainer, closure, _ = noisy(steps=1600, optimizer=Adam)
