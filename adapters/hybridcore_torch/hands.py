@@ -10,10 +10,18 @@ from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Observation
+from hybridcore import (
+    Action,
+    CheckpointError,
+    Directive,
+    HybridCoreError,
+    HybridTrainerConfig,
+    Observation,
+)
 from hybridcore.memory import Kind, Room
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
@@ -30,6 +38,8 @@ logger = logging.getLogger("hybridcore")
 
 # What numbers that are out of range raise, torch's LinAlgError among them.
 NUMERICAL = (ArithmeticError, ValueError, RuntimeError)
+# Of the newest two snapshots, which an outer step lies between.
+BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 
 
 class Hands:
@@ -114,7 +124,7 @@ class Hands:
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
-        self._on_trial = self._moving = self._taking = self.torn = False
+        self._on_trial = self._moving = self._taking = self._moved = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
@@ -180,6 +190,7 @@ class Hands:
             # An outer step is under way until the engine has been told of it.
             self._moving, grows = directive.snapshot, self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
+            self._moved = directive.snapshot
             if grows:
                 self._measure()
         elif action is Action.REACH:
@@ -375,7 +386,7 @@ class Hands:
         try:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         except NUMERICAL as error:
-            if update or not self._raises_only_there(error, closure, "closure"):
+            if self.stepper.updating or not self._raises_only_there(error, closure, "closure"):
                 raise
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
@@ -389,7 +400,7 @@ class Hands:
             if self.secants is not None:
                 objective = self.secants.objective(objective)
             return observation._replace(objective=objective)
-        self._on_trial = False
+        self._on_trial = self._moved = False
         try:
             self._add_to_average(directive.average)
             if directive.snapshot:
@@ -485,21 +496,33 @@ class Hands:
     ) -> bool:
         """Whether `batch` has raised `error` because of where the weights were put to try.
 
-        It has where it raises nothing at the weights from before, which is where they are then:
-        as a Cholesky decomposition, or a check of what a distribution is made of, far from where
-        training has been.
+        It has where it raises nothing at the weights from before: as a Cholesky decomposition, or a
+        check of what a distribution is made of, far from where training has been. A point of a
+        line search is left for them, and so is one that weights were set aside for.
         """
-        if not (moved or self._on_trial) or self._ranks.several or is_out_of_memory(error):
+        own = isinstance(error, HybridCoreError)
+        if own or self._ranks.several or is_out_of_memory(error):
             return False
         if moved:
             self.snapshots.put_back()
-        else:
+        elif self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
+        elif self.bank is None or self.bank.waits or not (self.recovery or self._moved):
+            return False
         try:
+            if not moved and not self._on_trial:
+                self.snapshots.set_aside()
+                if self.recovery is not None:
+                    self.snapshots.restore()
+                else:
+                    self.snapshots.move(BEFORE_THE_MOVE)
             self._prober.loss(batch, name)
         except Exception:
             return False
+        finally:
+            if self.bank is not None:
+                self.bank.put_back()
         logger.log(
             logging.DEBUG if self._has_raised else logging.WARNING,
             "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "

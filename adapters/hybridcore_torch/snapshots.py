@@ -182,6 +182,11 @@ class SnapshotBank:
         """Put the weights back to the newest snapshot, where a move began."""
         self._load(self._order[-1])
 
+    @property
+    def waits(self) -> bool:
+        """Whether weights are set aside."""
+        return self._waiting is not None
+
     @torch.no_grad()
     def set_aside(self) -> None:
         """Remember the weights for :meth:`put_back`."""

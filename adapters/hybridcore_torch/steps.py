@@ -44,6 +44,8 @@ class Stepper:
     late : bool
         Whether nothing is fetched from the device before the backward pass, and then once, but
         for samples of large buffers: the model is not on the CPU.
+    updating : bool
+        Whether the newest full step got through its passes: what it raises then is none of theirs.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Stepper:
         self._watching = 0.0
         self._written: int | None = None
         self._unscaled = False
-        self._told_of_schedule = self._told_of_none = False
+        self._told_of_schedule = self._told_of_none = self.updating = False
         self.buffers = BufferWatch()
         self.refresh()
 
@@ -151,6 +153,7 @@ class Stepper:
     def _full(
         self, closure: Closures, scale: Scale, keep: Keep | None, update: bool
     ) -> Observation:
+        self.updating = False
         kept = self.buffers.keep(self.modules)
         start = perf_counter()
         self._drop_gradients()
@@ -176,6 +179,7 @@ class Stepper:
                     "embedding and use a dense optimizer"
                 ) from error
             raise
+        self.updating = True
         rates = self._learning_rates
         if gone_through:
             if math.isfinite(norm):

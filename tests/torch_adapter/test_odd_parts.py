@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drilling import Interrupter
-from problems import BRISK, digits, regression, weights
+from problems import BRISK, digits, left_by, regression, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -463,3 +463,31 @@ def test_an_interrupt_on_the_way_to_the_average_or_back_loses_nothing():
             break
     assert interrupted > 10
     trainer.step(closure)
+
+
+@pytest.mark.parametrize("config", [BRISK, JUMPS], ids=["trial", "jump"])
+def test_what_led_to_where_the_loss_raises_is_taken_back(config):
+    model, optimizer, closure = regression()
+    trainer, left = HybridTrainer(model, optimizer, config), left_by(optimizer, model)
+    saved, returned, raised = None, 0, 0
+
+    def fragile():
+        nonlocal saved, returned, raised
+        here = weights(model)
+        if trainer._hands.recovery is None:
+            if saved is not None:
+                assert all(map(torch.equal, here, saved))
+                saved, returned = None, returned + 1
+            return closure()
+        if saved is None:
+            # The optimizer is tried from there, a jump has led away before anything is evaluated.
+            saved = left[-1] if config is JUMPS else here
+        if not all(map(torch.equal, here, saved)):
+            raised += 1
+            raise ValueError("scale must be positive")
+        return closure()
+
+    for _ in range(300):
+        trainer.step(fragile)
+    assert raised >= returned > 2
+    assert trainer.statistics().divergences >= returned

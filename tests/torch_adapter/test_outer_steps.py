@@ -368,3 +368,52 @@ def test_they_end_where_batches_begin_to_stay():
         assert not (controller.secant.repeats and controller.outer.active)
     # It is seen by the next look, within 800 steps.
     assert controller.secant.repeats
+
+
+@pytest.mark.parametrize("in_passes", [False, True])
+def test_an_outer_step_to_where_the_loss_raises_is_taken_back(in_passes, trusting):
+    """Where a probe would have shown it, and where only a pass with its gradients does."""
+    trainer, closure, _ = noisy()
+    left = left_by(trainer.optimizer, trainer.model)
+    raised, beyond = 0, False
+
+    def fragile():
+        nonlocal raised
+        here = weights(trainer.model)[0]
+        # Looks for repeated batches go a few steps back.
+        moved = beyond and not any(torch.equal(here, w[0]) for w in left[-50:])
+        if moved and (torch.is_grad_enabled() or not in_passes):
+            raised += 1
+            raise ValueError("scale must be positive")
+        return closure()
+
+    while trainer.statistics().outer_steps < 15:
+        trainer.step(fragile)
+    beyond = True
+    for _ in range(300):
+        trainer.step(fragile)
+    assert raised > 5
+    assert trainer.statistics().outer_steps > 20
+    assert all(map(torch.equal, weights(trainer.model), left[-1]))
+
+
+def test_what_the_optimizer_raises_is_the_users_to_see(trusting):
+    trainer, closure, _ = noisy()
+    while trainer.statistics().outer_steps < 5 or not trainer._hands._moved:
+        trainer.step(closure)
+
+    raised = []
+
+    def raises(*_):
+        raised.append(1)
+        raise RuntimeError("of the optimizer")
+
+    trainer.optimizer.register_step_pre_hook(raises)
+
+    def go_on():
+        for _ in range(20):
+            trainer.step(closure)
+
+    with pytest.raises(RuntimeError, match="of the optimizer"):
+        go_on()
+    assert len(raised) == 1
