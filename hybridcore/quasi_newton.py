@@ -30,8 +30,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# A pair along which the gradient hardly changes, or falls, says nothing of a minimum.
-LEAST_CURVATURE = 1e-10
+# A pair says nothing of a minimum whose displacement is so short for its change of the gradient, as
+# a share of what that of the median pair is.
+LEAST_LENGTH = 1e-10
 # Nocedal & Wright 2006, equation 3.4 and its usual constant.
 SUFFICIENT = 1e-4
 # Least and greatest share of a step that was too long at which the next one is tried.
@@ -88,9 +89,12 @@ def direction(secants: Secants) -> Descent | None:
     if not math.isfinite(sum(map(sum, rows)) + sum(own)):
         return None
     columns, k = list(zip(*rows, strict=True)), len(rows)
-    usable = [i for i in range(k) if rows[i][i] > max(0.0, LEAST_CURVATURE * own[i])]
-    if not usable or not own[usable[-1]]:
+    lengths = [rows[i][i] / own[i] if own[i] > 0.0 else 0.0 for i in range(k)]
+    positive = sorted(length for length in lengths if length > 0.0)
+    if not positive:
         return None
+    least = LEAST_LENGTH * positive[len(positive) // 2]
+    usable = [i for i in range(k) if lengths[i] > least]
     # Each of the two loops solves a triangular system (Byrd, Nocedal & Schnabel 1994, section 2):
     # what has not been found yet is 0 in it.
     shares = [0.0] * k

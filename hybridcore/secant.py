@@ -111,7 +111,10 @@ class SecantDescent:
         self.converging = False
         self.measured = False
         self._there = False
-        self._marked, self._scale = NAN, 0.0
+        # Loss and norm of the gradient where the batch was first looked at.
+        self._marked, self._scale, self._first_norm = NAN, 0.0, 0.0
+        # Norm of the gradient at the base, as a share of that.
+        self._steepness = 0.0
         # What losses are counted from.
         self._floor = 0.0
         self._objective = NAN
@@ -297,6 +300,7 @@ class SecantDescent:
         if observation.applied:
             self._marked, self.stage = observation.loss, Stage.CHECK
             self._scale = abs(observation.loss + self._floor)
+            self._first_norm = observation.gradient_norm
         return observation, False
 
     def unmark(self) -> None:
@@ -422,6 +426,8 @@ class SecantDescent:
     def _new_base(self, observation: Observation) -> Generator[Directive, Observation, None]:
         secants = (yield self._base).secants
         self.loss, self._objective = observation.loss, observation.objective
+        norm, first = observation.gradient_norm, self._first_norm
+        self._steepness = norm / first if math.isfinite(norm) and first > 0.0 else 0.0
         self._descent = None if secants is None else direction(secants)
         self._length = 1.0
         self._rejected = 0 if self._descent is not None else MOST_REJECTED
@@ -447,9 +453,13 @@ class SecantDescent:
 
         By the quadratic model, as the loss is mere rounding, or as the optimizer has had a long
         trial in vain. Where the model promises more than a line search finds, as in half precision,
-        curvature leads no further, but the optimizer may.
+        curvature leads no further, but the optimizer may. Where there is no model it takes the
+        gradient, and the curvature of where the batch was first looked at.
         """
-        promised = 0.0 if self._descent is None else -self._descent.slope
+        if self._descent is not None:
+            promised = -self._descent.slope
+        else:
+            promised = self._scale * self._steepness**2
         small = promised <= LEAST_FALL * self.loss or self.loss <= ROUNDING * self._scale
         return small or self._trial.long
 
@@ -503,6 +513,8 @@ class SecantDescent:
         later = {
             "_floor": 0.0,
             "_scale": 0.0,
+            "_first_norm": 0.0,
+            "_steepness": 0.0,
             "_has_probe": False,
             "repeats": False,
             "_probed": 0,
@@ -531,6 +543,8 @@ _NUMBERS = (
     "_there",
     "_marked",
     "_scale",
+    "_first_norm",
+    "_steepness",
     "_floor",
     "_objective",
     "_held",

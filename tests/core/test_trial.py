@@ -213,7 +213,7 @@ def test_a_trial_that_leads_to_no_number_is_taken_back_and_seldom_begun_again(va
         trials += not on_trial and descent.engine.controller.secant.holds_recovery
     assert descent.loss(descent.x) <= kept
     assert descent.engine.counters.predicted_steps > 300
-    assert trials < 15
+    assert trials < 25
 
 
 def test_that_a_trial_was_in_vain_is_known_until_one_gets_lower():
@@ -440,19 +440,24 @@ def test_at_a_falling_rate_a_long_trial_is_one_without_an_end():
 
 
 @pytest.mark.parametrize(
-    ("slope", "loss", "tried", "settled"),
+    ("slope", "steepness", "loss", "tried", "settled"),
     [
-        (-0.1, 0.02, False, False),
-        (-0.1, 0.02, True, True),
-        (-1e-5, 0.02, False, True),
-        (-0.1, 1e-12, False, True),
+        (-0.1, 0.0, 0.02, False, False),
+        (-0.1, 0.0, 0.02, True, True),
+        (-1e-5, 1.0, 0.02, False, True),
+        (-0.1, 0.0, 1e-12, False, True),
+        # Without a model, at a tenth and a thousandth of the gradient of a loss of 10.
+        (None, 0.1, 0.02, False, False),
+        (None, 0.1, 0.02, True, True),
+        (None, 0.1, 1e-12, False, True),
+        (None, 0.001, 0.02, False, True),
     ],
 )
 def test_a_run_that_nothing_lowers_stands_still_only_where_it_has_settled(
-    slope, loss, tried, settled
+    slope, steepness, loss, tried, settled
 ):
     secant = SecantDescent(20, 50)
-    secant.loss, secant._scale = loss, 10.0
-    secant._descent = Descent(np.ones(3), slope * loss)
+    secant.loss, secant._scale, secant._steepness = loss, 10.0, steepness
+    secant._descent = None if slope is None else Descent(np.ones(3), slope * loss)
     secant._trial.long = tried
     assert secant.settled is settled
