@@ -87,6 +87,17 @@ class Prober:
         self._needs_graph = True
         return value
 
+    def gradients(self, closure: Closures, parameters: Sequence[torch.Tensor]) -> None:
+        """Go through `closure` forward and backward, as a step does; those of `parameters` stay."""
+        kept = [p.grad for p in parameters]
+        try:
+            with self._no_trace(), torch.enable_grad():
+                for part in parts(closure):
+                    training_loss(part).backward()  # type: ignore[no-untyped-call]
+        finally:
+            for p, gradient in zip(parameters, kept, strict=True):
+                p.grad = gradient
+
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
         kept = self._buffers.keep(self._model.modules())

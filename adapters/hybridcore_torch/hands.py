@@ -386,7 +386,8 @@ class Hands:
         try:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         except NUMERICAL as error:
-            if self.stepper.updating or not self._raises_only_there(error, closure, "closure"):
+            updating = self.stepper.updating
+            if updating or not self._raises_only_there(error, closure, "closure", a_pass=True):
                 raise
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
@@ -483,16 +484,30 @@ class Hands:
                 self.snapshots.put_back()
 
     def _loss(self, batch: Closures, name: str, *, moved: bool) -> float:
-        """Loss of a probe; NaN where only the point that was `moved` to makes it raise."""
+        """Loss of a probe; NaN where the point that was tried makes it raise, or it is the user's.
+
+        The user's own has been evaluated before, and without it training can go on.
+        """
         try:
             return self._prober.loss(batch, name)
         except NUMERICAL as error:
-            if not self._raises_only_there(error, batch, name, moved=moved):
+            if name == "probe" and self._may_go_on(error):
+                self._tell(
+                    "%s raised %s: %s, and no jump or quasi-Newton step is kept while it does",
+                    *(name, type(error).__name__, error),
+                )
+            elif not self._raises_only_there(error, batch, name, moved=moved):
                 raise
             return NAN
 
     def _raises_only_there(
-        self, error: Exception, batch: Closures, name: str, *, moved: bool = False
+        self,
+        error: Exception,
+        batch: Closures,
+        name: str,
+        *,
+        moved: bool = False,
+        a_pass: bool = False,
     ) -> bool:
         """Whether `batch` has raised `error` because of where the weights were put to try.
 
@@ -500,8 +515,7 @@ class Hands:
         check of what a distribution is made of, far from where training has been. A point of a
         line search is left for them, and so is one that weights were set aside for.
         """
-        own = isinstance(error, HybridCoreError)
-        if own or self._ranks.several or is_out_of_memory(error):
+        if not self._may_go_on(error):
             return False
         if moved:
             self.snapshots.put_back()
@@ -517,17 +531,27 @@ class Hands:
                     self.snapshots.restore()
                 else:
                     self.snapshots.move(BEFORE_THE_MOVE)
-            self._prober.loss(batch, name)
+            if a_pass:
+                self._prober.gradients(batch, self._parameters)
+            else:
+                self._prober.loss(batch, name)
         except Exception:
             return False
         finally:
             if self.bank is not None:
                 self.bank.put_back()
-        logger.log(
-            logging.DEBUG if self._has_raised else logging.WARNING,
+        self._tell(
             "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
             "the point is given up, as one where the loss is no number",
             *(name, type(error).__name__, error),
         )
-        self._has_raised = True
         return True
+
+    def _may_go_on(self, error: Exception) -> bool:
+        """Whether `error` may be one of numbers, and not ours, of memory, or one of several."""
+        ours = isinstance(error, HybridCoreError)
+        return not (ours or self._ranks.several or is_out_of_memory(error))
+
+    def _tell(self, message: str, *arguments: object) -> None:
+        logger.log(logging.DEBUG if self._has_raised else logging.WARNING, message, *arguments)
+        self._has_raised = True

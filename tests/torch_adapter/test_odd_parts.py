@@ -491,3 +491,33 @@ def test_what_led_to_where_the_loss_raises_is_taken_back(config):
         trainer.step(fragile)
     assert raised >= returned > 2
     assert trainer.statistics().divergences >= returned
+
+
+def test_training_goes_on_without_a_probe_that_raises_later(caplog):
+    model, optimizer, closure = regression()
+    limit = 2.0 * float(sum(p.detach().square().sum() for p in model.parameters()))
+    raised = 0
+
+    def probe():
+        nonlocal raised
+        if sum(p.square().sum() for p in model.parameters()) > limit:
+            raised += 1
+            raise torch.linalg.LinAlgError("not positive definite")
+        return closure()
+
+    trainer = HybridTrainer(model, optimizer, BRISK, probe=probe)
+    first = trainer.step(closure).loss
+    for _ in range(300):
+        last = trainer.step(closure).loss
+    trainer.finish()
+    assert raised > 3
+    assert last < 0.2 * first
+    told = [r for r in caplog.records if "LinAlgError" in r.message]
+    assert [r.levelname for r in told] == ["WARNING"]
+
+
+def test_a_probe_that_cannot_be_evaluated_at_all_is_the_users_to_see():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK, probe=lambda: model(torch.ones(3)).sum())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trainer.step(closure)
