@@ -318,8 +318,10 @@ class Controller:
             gram = observation.gram
             # Weights that are not finite can hide from the loss, but not from the bank.
             self.gram = gram if gram is not None and np.isfinite(gram).all() else None
-            long = self.bank == self.pace.snapshots and regular <= -self.pace.snapshots
-            if last and long and not self.outer.straight:
+            # Jumps should have a path that was straight, but not where they find none for long.
+            patience = 4 if self.outer.straight else 1
+            long = self.bank == self.pace.snapshots and regular <= -patience * self.pace.snapshots
+            if last and long:
                 self.pace.rest(self.taken)
 
     def step(

@@ -37,7 +37,9 @@ MOST_FALL = 6.0
 # Rise of the slow mean of losses above its lowest, in mean differences, from which on a loss that
 # can be negative is not what training lowers.
 RISEN = 1.0
-# Full steps since the rate last rose from which on the loss is at a level of its own.
+# Losses in a row that are so many mean differences above their slow mean: other data have come.
+SHIFTED, HIGH = 5, 3.0
+# Full steps since then, or since the rate last rose, from which on the loss has a level of its own.
 LEVEL = 5 * INTERVAL
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
@@ -90,7 +92,8 @@ class OuterMomentum:
 
     Where a batch stays for several steps there are none: that is the controller's to know. While
     the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
-    take the weights further than the loop itself dares to yet; then they begin without momentum.
+    take the weights further than the loop itself dares to yet; then they begin without momentum. So
+    they do where `SHIFTED` losses in a row are high, as momentum is of data that come no more then.
 
     An outer step is taken at the end of the last of the ten full steps, or, where it is weighed, on
     the next batch. So the weights between two steps may be where one has led, with the running
@@ -151,7 +154,8 @@ class OuterMomentum:
         How far a push may go, in [0.1, 1], by what outer steps have done to the loss so far.
     strength : float
         In [0, 1]: `trust` at the highest learning rate that outer steps have had, 0 where it is
-        annealed, or has risen in the last `INTERVAL` full steps, and where a negative loss rises.
+        annealed, where it has risen or other data have come in the last `INTERVAL` full steps, and
+        where a negative loss rises.
     """
 
     def __init__(self, full_steps: int, most: int) -> None:
@@ -163,8 +167,8 @@ class OuterMomentum:
         self.strength = TRUST
         self._snapshots = 0
         self._highest = self._learning_rate = 0.0
-        # Full steps since the rate last rose, up to LEVEL.
-        self._level = LEVEL
+        # Full steps since the rate last rose or other data came, up to LEVEL; high losses in a row.
+        self._level, self._high = LEVEL, 0
         # Strength at the last outer step, and that times the learning rate.
         self._last, self._pushed = 1.0, 0.0
         # Outer steps weighed, and since then; the mean and the mean square of the rise over them.
@@ -173,7 +177,7 @@ class OuterMomentum:
         self.trust = TRUST
         # Loss of the newest full step, and its mean difference from one to the next.
         self._newest, self._difference = NAN, 0.0
-        # Slow mean of the loss, and its lowest since the rate last rose: infinite until a loss was
+        # Slow mean of the loss, and its lowest since it had no level: infinite until a loss was
         # negative.
         self._mean, self._lowest = NAN, math.inf
         # Bad batches since the newest outer step, -1 once there was a good one.
@@ -186,8 +190,12 @@ class OuterMomentum:
         loss, self._doubt = observation.loss, -1
         rates = (observation.learning_rate, *observation.other_rates)
         known = math.isfinite(self.loss)
+        high = known and loss > self._mean + HIGH * self._difference
+        self._high = self._high + 1 if high else 0
+        # A loss that has been negative is held against its lowest below.
+        shifted = self._high == SHIFTED and self._level == LEVEL and math.isinf(self._lowest)
         risen = known and self.allowance.rises(rates)
-        self._level = 0 if risen else min(self._level + 1, LEVEL)
+        self._level = 0 if risen or shifted else min(self._level + 1, LEVEL)
         self._learning_rate = learning_rate = max(rates)
         if known:
             self._follow(loss)
@@ -409,6 +417,7 @@ class OuterMomentum:
             "strength": [self.strength, self._last],
             "rates": [self._highest, self._learning_rate, self._pushed],
             "level": self._level,
+            "high": self._high,
             "weighed": [self._weighed, self._since],
             "trust": [self._rise, self._square, self._newest, self._difference],
             "means": [self._mean, self._lowest],
@@ -443,6 +452,6 @@ class OuterMomentum:
         self._rise, self._square, self._newest, self._difference = figures
         self._mean, self._lowest = map(float, state.get("means", (self.loss, math.inf)))
         self._judge()
-        self._level = int(state.get("level", LEVEL))
+        self._level, self._high = int(state.get("level", LEVEL)), int(state.get("high", 0))
         doubt, before = state.get("doubt", (-1, NAN))
         self._doubt, self._here = int(doubt), float(before)

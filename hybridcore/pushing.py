@@ -52,6 +52,7 @@ def rest(controller: Controller) -> Turn:
     if not observation.applied:
         return
     if outer.take(observation.gram):
+        controller.note("outer momentum ends")
         controller.pace.wait = controller.taken + controller.config.min_full_steps
     elif outer.pending and not outer.to_be_weighed:
         # One that is weighed waits for the next batch: this one's loss has just been lowered.

@@ -220,7 +220,7 @@ def test_a_state_resumes_exactly():
             if outer.to_be_weighed:
                 outer.stepped(1.0)
                 outer.weigh(1.0 + count % 3)
-        first.see(Observation(1.0 + count, learning_rate=1.0 / (100 + count)))
+        first.see(Observation(1.0 + count % 2, learning_rate=1.0 / (100 + count)))
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert json.dumps(second.state_dict()) == json.dumps(first.state_dict())
         for outer in (first, second):
@@ -517,6 +517,22 @@ def test_a_straight_path_ends_them(turn, straight):
     assert asked.count(False) == CHECK
     assert outer.take(gram) == straight
     assert outer.active != straight
+
+
+def test_they_come_back_where_a_straight_path_led_to_no_jump():
+    descent = Descent(NOISY, noise=0.3)
+    outer = descent.engine.controller.outer
+    while not outer.active:
+        descent.step()
+    outer.straight = True
+    outer.stop()
+    controller = descent.engine.controller
+    controller.pace.wait = controller.taken + controller.config.min_full_steps
+    descent.run(100)
+    assert not outer.active
+    descent.run(100)
+    assert outer.active
+    assert descent.engine.counters.rollbacks == 0
 
 
 def test_the_path_is_held_against_itself_now_and_then():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
-from hybridcore.outer import SELDOM, WEIGHED, OuterMomentum
+from hybridcore.outer import INTERVAL, SELDOM, WEIGHED, OuterMomentum
 
 NOISY = HybridTrainerConfig(warmup_steps=20)
 
@@ -237,6 +237,41 @@ def test_noise_and_spikes_are_no_rise(seed, at, spike):
     losses = 2.0 + np.random.default_rng(seed).standard_t(3, size=10_000)
     losses[at] = spike
     assert (strengths(losses)[20:] > 0.0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("seed", range(3))
+def test_other_data_have_them_begin_anew(seed, scale):
+    noise = np.random.default_rng(seed).normal(size=1000)
+    losses = scale * (9.0 - np.linspace(0.0, 2.0, 1000) + noise)
+    losses[500:] += 8.0 * scale
+    found = strengths(losses, negative=False) > 0.0
+    assert found[20:500].all()
+    # Five losses tell, and ten full steps later they begin.
+    assert found[500:].tolist() == [True] * 4 + [False] * INTERVAL + [True] * (496 - INTERVAL)
+
+
+def test_a_rise_of_the_loss_with_the_rate_is_not_told_twice():
+    losses, rates = np.ones(400), np.full(400, 0.1)
+    losses += 0.1 * np.random.default_rng(0).normal(size=400)
+    losses[200:] += 5.0
+    rates[200:] = 0.2
+    found = strengths(losses, rates, negative=False) > 0.0
+    assert np.flatnonzero(~found[20:]).tolist() == list(range(180, 180 + INTERVAL))
+
+
+def test_high_losses_in_a_row_are_part_of_the_state():
+    outer, other = OuterMomentum(50, 14), OuterMomentum(50, 14)
+    outer.begin()
+    noise = np.random.default_rng(0).normal(size=300)
+    for loss in (*(9.0 + noise), *[30.0] * 3):
+        outer.see(Observation(float(loss), learning_rate=0.1))
+    other.load_state_dict(json.loads(json.dumps(outer.state_dict())))
+    for one in (outer, other):
+        one.see(Observation(30.0, learning_rate=0.1))
+        assert one.strength > 0.0
+        one.see(Observation(30.0, learning_rate=0.1))
+        assert one.strength == 0.0
 
 
 def test_what_a_loss_has_risen_by_is_part_of_the_state():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import digits, left_by, noisy, weights
 
 from hybridcore import HybridTrainerConfig
@@ -417,3 +418,37 @@ def test_what_the_optimizer_raises_is_the_users_to_see(trusting):
     with pytest.raises(RuntimeError, match="of the optimizer"):
         go_on()
     assert len(raised) == 1
+
+
+def test_other_data_are_learned_as_fast_as_by_the_plain_loop():
+    """Digits whose pixels are permuted anew, by one trainer for both."""
+    x, y = digits()
+    orders = [torch.randperm(64, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    soon, late = [], []
+    for seed in range(4):
+        for config in (HybridTrainerConfig(enabled=False), HybridTrainerConfig()):
+            torch.manual_seed(seed)
+            model = torch.nn.Sequential(
+                torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+            )
+            trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 2e-3), config)
+            generator = torch.Generator().manual_seed(seed)
+            for step in range(1800):
+                batch = torch.randint(0, len(x), (64,), generator=generator)
+                task, since = divmod(step, 600)
+                inputs, labels = x[batch][:, orders[task]], y[batch]
+                trainer.step(lambda a=inputs, b=labels: F.cross_entropy(model(a), b))
+                if since == 99 and task:
+                    soon.append(loss_of(model, x[:, orders[task]], y))
+            late.append(loss_of(model, x[:, orders[2]], y))
+            outer_steps = trainer.statistics().outer_steps
+        assert outer_steps > 60
+    soon, late = torch.tensor(soon).reshape(4, 2, 2).mean((0, 2)), torch.tensor(late).reshape(4, 2)
+    assert soon[1] < 1.15 * soon[0]
+    assert late[:, 1].mean() < 0.85 * late[:, 0].mean()
+    assert (late[:, 1] < 1.1 * late[:, 0]).all()
+
+
+def loss_of(model, inputs, labels):
+    with torch.no_grad():
+        return float(F.cross_entropy(model(inputs), labels))
