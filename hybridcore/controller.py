@@ -37,6 +37,8 @@ logger = logging.getLogger("hybridcore")
 
 TOLERANCE = math.log(1.2)
 REGULAR_SNAPSHOTS = 3
+# How many times as long as elsewhere snapshots have to be irregular where the path was straight.
+STRAIGHT_PATIENCE = 4
 
 
 class Controller:
@@ -319,7 +321,7 @@ class Controller:
             # Weights that are not finite can hide from the loss, but not from the bank.
             self.gram = gram if gram is not None and np.isfinite(gram).all() else None
             # Jumps should have a path that was straight, but not where they find none for long.
-            patience = 4 if self.outer.straight else 1
+            patience = STRAIGHT_PATIENCE if self.outer.straight else 1
             long = self.bank == self.pace.snapshots and regular <= -patience * self.pace.snapshots
             if last and long:
                 self.pace.rest(self.taken)

@@ -382,8 +382,8 @@ class HybridTrainer:
         if disturbed and self._disturbed == OFTEN:
             logger.warning(
                 "the weights were written between steps %d times, so that nothing is predicted: "
-                "leave optimizer.step(), which the trainer calls, out of the loop if it is there, and "
-                "the trainer too if weights have to be clamped or projected after each step",
+                "leave optimizer.step(), which the trainer calls, out of the loop if it is there; "
+                "where weights are clamped or projected after each step there is nothing to gain",
                 OFTEN,
             )
 

@@ -53,6 +53,19 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
     assert closure().item() < 0.3
 
 
+@pytest.mark.parametrize("config", [BRISK, JUMPS], ids=["trial", "jump"])
+def test_the_copies_that_could_take_it_back_are_gone_afterwards(config):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, config)
+    while not trainer.engine.may_roll_back:
+        trainer.step(closure)
+    assert trainer._hands.recovery is not None
+    trainer.finish(closure)
+    hands = trainer._hands
+    assert hands.recovery is hands.secants is None
+    assert hands.bank._recovery is None
+
+
 def test_weights_that_the_user_writes_into_a_jump_are_kept():
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, JUMPS)
