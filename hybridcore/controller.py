@@ -202,6 +202,11 @@ class Controller:
         return decides and self.bank == self.pace.snapshots
 
     @property
+    def moved(self) -> bool:
+        """Whether an outer step has led to these weights, and no good batch has followed yet."""
+        return self.outer.unproven
+
+    @property
     def holds_mark(self) -> bool:
         """Whether the weights that the last ``MARK`` kept may still be asked for."""
         return self.secant.holds_mark
@@ -376,6 +381,10 @@ class Controller:
         self.prediction_error = None
         counts = map(int, state["counts"])
         self.taken, self.bank, self.regular, self.lost, self.leap = counts
+        if self.outer.active and not self.config.outer_momentum:
+            # From before it was known that this optimizer averages by itself.
+            self.outer.stop()
+            self.phase, self.bank, self.forecast_loss = Phase.FULL, 0, NAN
         self.events.clear()
         # States from before they were kept have none.
         self.events.extend(dict(event) for event in state.get("events", []))

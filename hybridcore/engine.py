@@ -237,6 +237,11 @@ class Engine:
         return self._controller.may_jump
 
     @property
+    def moved(self) -> bool:
+        """Whether an outer step has led to these weights, and no good batch has followed yet."""
+        return self._controller.moved
+
+    @property
     def holds_mark(self) -> bool:
         """Whether the weights that the last ``MARK`` kept may still be asked for."""
         return self._controller.holds_mark

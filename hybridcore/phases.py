@@ -159,6 +159,11 @@ class PhaseController(Protocol):
         ...
 
     @property
+    def moved(self) -> bool:
+        """Whether an outer step has led to these weights, and no good batch has followed yet."""
+        ...
+
+    @property
     def holds_mark(self) -> bool:
         """Whether the weights that the last ``MARK`` kept may still be asked for."""
         ...

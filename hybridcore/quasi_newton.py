@@ -95,6 +95,8 @@ def direction(secants: Secants) -> Descent | None:
         return None
     least = LEAST_LENGTH * positive[len(positive) // 2]
     usable = [i for i in range(k) if lengths[i] > least]
+    if not usable:
+        return None
     # Each of the two loops solves a triangular system (Byrd, Nocedal & Schnabel 1994, section 2):
     # what has not been found yet is 0 in it.
     shares = [0.0] * k

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hybridcore import CheckpointError, Engine
+from hybridcore import CheckpointError
 from hybridcore.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_torch.groups import outside
 from hybridcore_torch.ranks import is_sharded
@@ -104,7 +104,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         engine = from_tensors(state["engine"])
         # A new one: what an engine does not take must not be half in the one that is there.
         pairs = hands.pairs_of(int(state["room"]["pairs"]))
-        new_engine = Engine(trainer.config, pairs)
+        new_engine = trainer._new_engine(pairs)
         new_engine.load_state_dict(engine)
         whole = bool(state["snapshots"])
         room = hands.room.restored(state["room"], new_engine.snapshots)
@@ -122,8 +122,10 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
         ) from error
     trainer.engine = new_engine
-    hands.take_over(*copies, room)
+    hands.take_over(*copies, room, new_engine.moved)
     hands.peaks |= peaks
+    # The probe can be evaluated, as it was before there was a state, unless that is of no step.
+    trainer._probed = new_engine.counters.steps > 0
     if not whole:
         trainer._start_over()
     _restore_random(state["random"])

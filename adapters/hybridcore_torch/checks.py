@@ -38,9 +38,11 @@ def bad_batch(observation: Observation, step: int, model: nn.Module) -> Divergen
 def averages(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer` keeps an average of the weights, as those of ``schedulefree`` do.
 
-    They go between it and the weights that are trained by ``train()`` and ``eval()``.
+    They go between it and the weights that are trained by ``train()`` and ``eval()``. What
+    Accelerate has prepared has these in any case, around the optimizer itself.
     """
-    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return all(callable(getattr(inner, mode, None)) for mode in ("train", "eval"))
 
 
 def check_arguments(

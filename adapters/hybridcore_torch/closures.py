@@ -88,15 +88,10 @@ class Prober:
         return value
 
     def gradients(self, closure: Closures, parameters: Sequence[torch.Tensor]) -> None:
-        """Go through `closure` forward and backward, as a step does; those of `parameters` stay."""
-        kept = [p.grad for p in parameters]
-        try:
-            with self._no_trace(), torch.enable_grad():
-                for part in parts(closure):
-                    training_loss(part).backward()  # type: ignore[no-untyped-call]
-        finally:
-            for p, gradient in zip(parameters, kept, strict=True):
-                p.grad = gradient
+        """Go through `closure` forward and backward, as a step does, and keep nothing of it."""
+        with self._no_trace(), torch.enable_grad():
+            for part in parts(closure):
+                torch.autograd.grad(training_loss(part), parameters, allow_unused=True)
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:

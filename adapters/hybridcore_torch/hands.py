@@ -72,6 +72,8 @@ class Hands:
         Most bytes that each kind of copies has taken so far.
     room : Room
         Copies of the weights that there is room for.
+    moved : bool
+        Whether an outer step has led to where the weights are, and no good batch has followed yet.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out or the step was interrupted.
@@ -93,7 +95,8 @@ class Hands:
             scaler = None
         self._model, self._optimizer = model, optimizer
         self._scaler, self._probe = scaler, probe
-        self._prober, self._has_raised = Prober(model), False
+        self._prober = Prober(model)
+        self._told: set[str] = set()
         self._ranks = Ranks(model)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault,
@@ -124,7 +127,7 @@ class Hands:
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
-        self._on_trial = self._moving = self._taking = self._moved = self.torn = False
+        self._on_trial = self._moving = self._taking = self.moved = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
@@ -190,7 +193,7 @@ class Hands:
             # An outer step is under way until the engine has been told of it.
             self._moving, grows = directive.snapshot, self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
-            self._moved = directive.snapshot
+            self.moved = directive.snapshot
             if grows:
                 self._measure()
         elif action is Action.REACH:
@@ -356,11 +359,12 @@ class Hands:
         average: WeightAverage | None,
         recovery: RecoveryPoint | None,
         room: Room,
+        moved: bool,
     ) -> None:
         """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
         self.room, self.pairs = room, self.pairs_of(room.pairs)
         self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
-        self._on_trial = False
+        self._on_trial, self.moved = False, moved
         self._measure()
         self.stepper.refresh()
         self.watch()
@@ -387,7 +391,7 @@ class Hands:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         except NUMERICAL as error:
             updating = self.stepper.updating
-            if updating or not self._raises_only_there(error, closure, "closure", a_pass=True):
+            if updating or not self._raises_only_there(error, closure, a_pass=True):
                 raise
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
@@ -401,7 +405,7 @@ class Hands:
             if self.secants is not None:
                 objective = self.secants.objective(objective)
             return observation._replace(objective=objective)
-        self._on_trial = self._moved = False
+        self._on_trial = self.moved = False
         try:
             self._add_to_average(directive.average)
             if directive.snapshot:
@@ -492,66 +496,71 @@ class Hands:
             return self._prober.loss(batch, name)
         except NUMERICAL as error:
             if name == "probe" and self._may_go_on(error):
-                self._tell(
-                    "%s raised %s: %s, and no jump or quasi-Newton step is kept while it does",
-                    *(name, type(error).__name__, error),
-                )
-            elif not self._raises_only_there(error, batch, name, moved=moved):
+                self._tell("%s raised %s: %s, and has no number for its loss while it does", error)
+            elif not self._raises_only_there(error, batch, moved=moved):
                 raise
             return NAN
 
     def _raises_only_there(
-        self,
-        error: Exception,
-        batch: Closures,
-        name: str,
-        *,
-        moved: bool = False,
-        a_pass: bool = False,
+        self, error: Exception, batch: Closures, *, moved: bool = False, a_pass: bool = False
     ) -> bool:
         """Whether `batch` has raised `error` because of where the weights were put to try.
 
-        It has where it raises nothing at the weights from before: as a Cholesky decomposition, or a
-        check of what a distribution is made of, far from where training has been. A point of a
-        line search is left for them, and so is one that weights were set aside for.
+        It has where it raises there again, and nothing at the weights from before: as a Cholesky
+        decomposition, or a check of what a distribution is made of, far from where training has
+        been. A point of a line search is left for them, and so is one that weights were set aside
+        for.
         """
-        if not self._may_go_on(error):
+        bank = self.bank
+        elsewhere = bank is not None and not bank.waits and (self.recovery or self.moved)
+        if not (self._may_go_on(error) and (moved or self._on_trial or elsewhere)):
+            return False
+        if not self._raises(batch, a_pass):
+            # It is another matter, that comes and goes.
             return False
         if moved:
             self.snapshots.put_back()
+            raises = self._raises(batch, a_pass)
         elif self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
-        elif self.bank is None or self.bank.waits or not (self.recovery or self._moved):
-            return False
-        try:
-            if not moved and not self._on_trial:
-                self.snapshots.set_aside()
+            raises = self._raises(batch, a_pass)
+        else:
+            self.snapshots.set_aside()
+            try:
                 if self.recovery is not None:
                     self.snapshots.restore()
                 else:
                     self.snapshots.move(BEFORE_THE_MOVE)
-            if a_pass:
-                self._prober.gradients(batch, self._parameters)
-            else:
-                self._prober.loss(batch, name)
-        except Exception:
+                raises = self._raises(batch, a_pass)
+            finally:
+                self.snapshots.put_back()
+        if raises:
             return False
-        finally:
-            if self.bank is not None:
-                self.bank.put_back()
         self._tell(
             "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
             "the point is given up, as one where the loss is no number",
-            *(name, type(error).__name__, error),
+            error,
+            "closure",
         )
         return True
+
+    def _raises(self, batch: Closures, a_pass: bool) -> bool:
+        try:
+            if a_pass:
+                self._prober.gradients(batch, self._parameters)
+            else:
+                self._prober.loss(batch, "closure")
+        except Exception:
+            return True
+        return False
 
     def _may_go_on(self, error: Exception) -> bool:
         """Whether `error` may be one of numbers, and not ours, of memory, or one of several."""
         ours = isinstance(error, HybridCoreError)
         return not (ours or self._ranks.several or is_out_of_memory(error))
 
-    def _tell(self, message: str, *arguments: object) -> None:
-        logger.log(logging.DEBUG if self._has_raised else logging.WARNING, message, *arguments)
-        self._has_raised = True
+    def _tell(self, message: str, error: Exception, name: str = "probe") -> None:
+        level = logging.DEBUG if message in self._told else logging.WARNING
+        logger.log(level, message, name, type(error).__name__, error)
+        self._told.add(message)

@@ -114,15 +114,9 @@ class HybridTrainer:
             model, optimizer, config, scheduler, scaler, max_grad_norm, probe, callbacks
         )
         structure = Structure(model, optimizer, layer_groups)
-        if config is None:
-            config = HybridTrainerConfig()
-        if config.outer_momentum and averages(optimizer):
-            # Its own average would not move along.
-            logger.info("optimizer %s averages by itself: no outer steps", type(optimizer).__name__)
-            config = dataclasses.replace(config, outer_momentum=False)
         self.model = model
         self.optimizer = optimizer
-        self.config = config
+        self.config = HybridTrainerConfig() if config is None else config
         self.scheduler = scheduler
         self.scaler = scaler
         self.max_grad_norm = max_grad_norm
@@ -141,7 +135,7 @@ class HybridTrainer:
         )
         self._probed = False
         self._disturbed = 0
-        self.engine = Engine(self.config, self._hands.pairs)
+        self.engine = self._new_engine(self._hands.pairs)
         if self._hands.room.snapshots != self.config.snapshots:
             self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
             self.engine.take_events()
@@ -240,6 +234,7 @@ class HybridTrainer:
         self._check_own_weights("finish()")
         if not self.config.enabled:
             return
+        self._try_probe()
         self._check_structure()
         self.engine.finish()
         self._take_turn(closure, a_step=False)
@@ -291,9 +286,7 @@ class HybridTrainer:
             engine.count_plain(observation)
             phase, working, predicted = Phase.FULL, observation.seconds, False
         else:
-            if not self._probed:
-                self._hands.try_probe()
-                self._probed = True
+            self._try_probe()
             touches = engine.touches_weights
             if touches or self._hands.disturbed():
                 self._check_structure()
@@ -325,6 +318,15 @@ class HybridTrainer:
         if bad and self.config.on_divergence == "raise":
             raise bad_batch(observation, engine.counters.steps, self.model)
         return result
+
+    def _new_engine(self, pairs: int) -> Engine:
+        config = self.config
+        if config.outer_momentum and averages(self.optimizer):
+            # Its own average would not move along.
+            name = type(self.optimizer).__name__
+            logger.info("optimizer %s averages by itself: there are no outer steps", name)
+            config = dataclasses.replace(config, outer_momentum=False)
+        return Engine(config, pairs)
 
     def _take_turn(self, closure: Closures | None, *, a_step: bool = True) -> _Taken:
         """Carry out what the engine asks for until its turn, which is `a_step`, is over."""
@@ -369,6 +371,11 @@ class HybridTrainer:
             )
 
     # -- structure --------------------------------------------------------------------------
+
+    def _try_probe(self) -> None:
+        if not self._probed:
+            self._hands.try_probe()
+            self._probed = True
 
     def _check_structure(self) -> None:
         """Start over with snapshots if parameters were added, frozen or resized, or written into.

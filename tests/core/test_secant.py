@@ -16,7 +16,7 @@ from secant_descent import EVALUATIONS, MOMENTS, PairedDescent, at, count, go_on
 from hybridcore import Action, HybridTrainerConfig, Observation, Phase
 from hybridcore.meter import MOST_A_STEP, Meter, SecantCredit
 from hybridcore.phases import TRANSITIONS
-from hybridcore.secant import LEAST_PAIRS, MOST_PATIENCE, WAIT, Stage
+from hybridcore.secant import LEAST_PAIRS, MOST_PATIENCE, WAIT, SecantDescent, Stage
 
 WITHOUT_CLOCK = settings(deadline=None, derandomize=True, database=None)
 OWN_ACTIONS = (Action.GRADIENT, Action.BASE, Action.REACH, Action.MARK)
@@ -501,3 +501,13 @@ def test_the_speedup_of_a_run_is_what_plain_steps_would_have_needed():
         needed += 1
     low, high = descent.engine.statistics().measured_speedup_interval
     assert 1.0 < low < needed / descent.engine.counters.full_steps < high
+
+
+def test_all_numbers_are_part_of_the_state():
+    secant, other = SecantDescent(20, 50), SecantDescent(20, 50)
+    names = [name for name, value in vars(secant).items() if type(value) in (int, float, bool)]
+    for number, name in enumerate(sorted(set(names) - {"pairs", "block"}), start=2):
+        setattr(secant, name, type(getattr(secant, name))(number))
+    other.load_state_dict(json.loads(json.dumps(secant.state_dict())))
+    kept = [(getattr(secant, name), getattr(other, name)) for name in names]
+    assert [mine for mine, _ in kept] == [loaded for _, loaded in kept]

@@ -1,5 +1,6 @@
 """Buffers, optimizers and scalers that are not as most are, and interrupts in odd places."""
 
+import copy
 import dataclasses
 import pickle
 
@@ -503,7 +504,8 @@ def test_training_goes_on_without_a_probe_that_raises_later(caplog):
         if sum(p.square().sum() for p in model.parameters()) > limit:
             raised += 1
             raise torch.linalg.LinAlgError("not positive definite")
-        return closure()
+        # Another loss than that of the batch, or it would not be taken for the user's.
+        return 0.5 * closure()
 
     trainer = HybridTrainer(model, optimizer, BRISK, probe=probe)
     first = trainer.step(closure).loss
@@ -516,8 +518,23 @@ def test_training_goes_on_without_a_probe_that_raises_later(caplog):
     assert [r.levelname for r in told] == ["WARNING"]
 
 
-def test_a_probe_that_cannot_be_evaluated_at_all_is_the_users_to_see():
+@pytest.mark.parametrize("call", ["step", "finish"])
+def test_a_probe_that_cannot_be_evaluated_at_all_is_the_users_to_see(call):
     model, optimizer, closure = regression()
     trainer = HybridTrainer(model, optimizer, BRISK, probe=lambda: model(torch.ones(3)).sum())
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        getattr(trainer, call)(closure)
+
+
+def test_a_resumed_run_goes_on_without_a_probe_that_raises_by_now():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK, probe=closure)
+    for _ in range(5):
         trainer.step(closure)
+    state = copy.deepcopy(trainer.state_dict())
+    model, optimizer, closure = regression()
+    other = HybridTrainer(model, optimizer, BRISK, probe=lambda: closure() / (1 // 0))
+    other.load_state_dict(state)
+    for _ in range(100):
+        other.step(closure)
+    assert other.statistics().full_steps == 105

@@ -1,5 +1,6 @@
 """Outer steps on real mini-batches, against the loop that a user would write for them."""
 
+import copy
 import math
 import warnings
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from problems import digits, left_by, noisy, weights
 
-from hybridcore import HybridTrainerConfig
+from hybridcore import HybridTrainerConfig, Phase
 from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
 from hybridcore_torch import HybridTrainer
 
@@ -400,7 +401,7 @@ def test_an_outer_step_to_where_the_loss_raises_is_taken_back(in_passes, trustin
 
 def test_what_the_optimizer_raises_is_the_users_to_see(trusting):
     trainer, closure, _ = noisy()
-    while trainer.statistics().outer_steps < 5 or not trainer._hands._moved:
+    while trainer.statistics().outer_steps < 5 or not trainer._hands.moved:
         trainer.step(closure)
 
     raised = []
@@ -453,3 +454,64 @@ def test_other_data_are_learned_as_fast_as_by_the_plain_loop():
     assert ours[:2].mean() < 1.15 * plain[:2].mean()
     assert ours[2].mean() < 0.85 * plain[2].mean()
     assert (ours[2] < 1.1 * plain[2]).all()
+
+
+def just_moved(trainer, closure):
+    """Train until an outer step has led to where the weights are."""
+    while trainer.statistics().outer_steps < 5 or not trainer._hands.moved:
+        trainer.step(closure)
+    return weights(trainer.model)
+
+
+def test_a_resumed_run_gives_up_where_an_outer_step_has_led_too(trusting):
+    first, closure, _ = noisy()
+    there = just_moved(first, closure)
+
+    def fragile():
+        if all(map(torch.equal, weights(other.model), there)):
+            raise ValueError("scale must be positive")
+        return own()
+
+    other, own, _ = noisy()
+    other.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(20):
+        other.step(fragile)
+    assert other.statistics().divergences > 0
+    assert not all(map(torch.equal, weights(other.model), there))
+    # Once a good batch has followed, what raises is no fault of the outer step.
+    just_moved(first, closure)
+    while first._hands.moved:
+        first.step(closure)
+    there = weights(first.model)
+    other, own, _ = noisy()
+    other.load_state_dict(copy.deepcopy(first.state_dict()))
+    with pytest.raises(ValueError, match="scale must be positive"):
+        [other.step(fragile) for _ in range(20)]
+
+
+def test_a_state_with_outer_steps_of_an_optimizer_that_averages_loads_without(monkeypatch):
+    schedulefree = pytest.importorskip("schedulefree", reason="needs the extra [bench]")
+    with monkeypatch.context() as patch:
+        patch.setattr("hybridcore_torch.trainer.averages", lambda optimizer: False)
+        before, closure, _ = noisy(optimizer=schedulefree.AdamWScheduleFree)
+        before.optimizer.train()
+        while before.engine.phase is not Phase.PREDICT:
+            before.step(closure)
+    trainer, closure, _ = noisy(optimizer=schedulefree.AdamWScheduleFree)
+    trainer.load_state_dict(copy.deepcopy(before.state_dict()))
+    trainer.optimizer.train()
+    predicted, moved = trainer.statistics().predicted_steps, trainer.statistics().outer_steps
+    for _ in range(300):
+        trainer.step(closure)
+    assert trainer.statistics().predicted_steps == predicted
+    assert trainer.statistics().outer_steps == moved
+
+
+def test_what_accelerate_has_prepared_does_not_average_for_that():
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra [huggingface]")
+    trainer, closure, _ = noisy()
+    optimizer = accelerate.Accelerator(cpu=True).prepare(trainer.optimizer)
+    trainer = HybridTrainer(trainer.model, optimizer, callbacks=trainer.callbacks)
+    for _ in range(400):
+        trainer.step(closure)
+    assert trainer.statistics().outer_steps > 10

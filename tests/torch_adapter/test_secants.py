@@ -411,19 +411,23 @@ def test_a_loss_that_raises_only_where_steps_are_tried_is_one_that_is_no_number(
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 400)
     trainer = HybridTrainer(model, optimizer, BRISK, scheduler=fall)
-    tried = raised = 0
+    raised, base, tried = 0, None, {}
 
     def closure():
-        nonlocal tried, raised
-        if torch.is_grad_enabled() and trainer._hands._on_trial:
-            tried += 1
-            if tried % 3 == 0:
-                raised += 1
-                raise torch.linalg.LinAlgError("not positive definite")
+        nonlocal raised
+        here = model[0].weight.detach().numpy().tobytes()
+        if (
+            trainer._hands._on_trial
+            and here != base
+            and tried.setdefault(here, len(tried)) % 3 == 2
+        ):
+            raised += 1
+            raise torch.linalg.LinAlgError("not positive definite")
         return F.cross_entropy(model(x), y)
 
-    while raised < 10:
+    while raised < 20:
         before, seen = copy.deepcopy(model.state_dict()), raised
+        base = model[0].weight.detach().numpy().tobytes()
         result = trainer.step(closure)
         if raised > seen:
             assert all(map(torch.equal, before.values(), model.state_dict().values()))
@@ -434,6 +438,61 @@ def test_a_loss_that_raises_only_where_steps_are_tried_is_one_that_is_no_number(
     assert statistics.divergences == 0
     told = [r for r in caplog.records if "LinAlgError" in r.message]
     assert [r.levelname for r in told] == ["WARNING"]
+
+
+@pytest.mark.parametrize("only_there", [False, True])
+def test_what_only_a_backward_pass_raises_is_held_against_another(only_there):
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    raised, base, armed = 0, None, False
+
+    def hook(gradient):
+        nonlocal raised
+        away = model.weight.detach().numpy().tobytes() != base
+        if armed and trainer._hands._on_trial and (away or not only_there):
+            raised += 1
+            raise RuntimeError("in the backward pass")
+        return gradient
+
+    model.bias.register_hook(hook)
+    while trainer.statistics().secant_steps < 3:
+        trainer.step(closure)
+    armed = True
+
+    def go_on():
+        nonlocal base
+        for _ in range(5):
+            base = model.weight.detach().numpy().tobytes()
+            trainer.step(closure)
+
+    if only_there:
+        go_on()
+        assert raised > 3
+    else:
+        with pytest.raises(RuntimeError, match="in the backward pass"):
+            go_on()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_raises_now_and_then_is_the_users_to_see():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    raised = seen = 0
+
+    def flaky():
+        nonlocal raised
+        if trainer._hands._on_trial and torch.is_grad_enabled() and raised == seen:
+            raised += 1
+            raise RuntimeError("could not read the sample")
+        return closure()
+
+    while raised < 5:
+        try:
+            trainer.step(flaky)
+        except RuntimeError:
+            seen += 1
+            trainer.step(closure)
+    assert seen == raised
 
 
 def test_a_probe_that_raises_only_where_a_jump_would_lead_is_no_number():
