@@ -128,6 +128,8 @@ class SecantDescent:
         self._found = NAN
         self._rejected, self._there = 0, False
         self._began, self._steps = NAN, 0
+        # Quasi-Newton steps on this batch.
+        self._stayed = 0
         self._own_speed = math.inf
         self._trial = OptimizerTrial()
         # Not at the very first weights, which may give every batch the same loss.
@@ -221,12 +223,13 @@ class SecantDescent:
     def is_fine(self) -> Generator[Directive, Observation, bool]:
         """See whether the batch is still the same, and the loss of the user's probe no higher.
 
-        The step that raised the probe's is taken back.
+        The step that raised the probe's is taken back. A batch that stayed for a block of
+        quasi-Newton steps may be followed by one that does, as in a curriculum.
         """
         if self.block_over or self.suspects:
             here = (yield Directive(Action.PROBE, own_batch=True)).loss
             if usable(here) and not self._same(here, self.loss):
-                self._patience = MOST_PATIENCE
+                self._patience = 1 if self._stayed >= self.block else MOST_PATIENCE
                 return False
         if not self.probe_due:
             return True
@@ -325,6 +328,7 @@ class SecantDescent:
             self.stage, self._wait = Stage.PROVE, self._wait + PROOF
         else:
             self.stage, self._steps, self.loss = Stage.GATHER, 0, observation.loss
+            self._stayed = 0
         return observation, False
 
     def _gather(self) -> Step:
@@ -358,6 +362,7 @@ class SecantDescent:
         observation = yield Directive(Action.GRADIENT)
         self._there = False
         self._steps += 1
+        self._stayed += 1
         self.accepted = (
             observation.applied
             and usable(observation.loss)
@@ -512,6 +517,7 @@ class SecantDescent:
         # States from before there was a scale, or the user's probe was looked for, do without.
         later = {
             "_floor": 0.0,
+            "_stayed": 0,
             "_scale": 0.0,
             "_first_norm": 0.0,
             "_steepness": 0.0,
@@ -556,6 +562,7 @@ _NUMBERS = (
     "_rejected",
     "_began",
     "_steps",
+    "_stayed",
     "_own_speed",
     "_wait",
     "_patience",

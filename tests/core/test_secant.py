@@ -253,14 +253,25 @@ class Probed(PairedDescent):
         return super().carry_out(directive, bad)
 
 
-def test_after_another_batch_or_a_probe_that_rose_there_is_no_look_for_long():
-    for kind, name in ((PairedDescent, "floor"), (Probed, "gap")):
-        descent = kind()
-        descent.until("decision")
-        setattr(descent, name, 2.0 * getattr(descent, name))
-        descent.step()
-        # But for the full step that was taken at once.
-        assert until_the_next_look(descent) == WAIT * MOST_PATIENCE - 1
+@pytest.mark.parametrize(
+    ("kind", "name", "stayed", "patience"),
+    [
+        (PairedDescent, "floor", -1, MOST_PATIENCE),
+        # It stayed for a block of quasi-Newton steps: the next one may stay for as long.
+        (PairedDescent, "floor", 0, 1),
+        (Probed, "gap", 0, MOST_PATIENCE),
+    ],
+)
+def test_after_another_batch_or_a_probe_that_rose_looks_are_rare(kind, name, stayed, patience):
+    descent = kind()
+    descent.until("decision")
+    secant = descent.engine.controller.secant
+    assert secant._stayed >= secant.block
+    secant._stayed = secant.block + stayed
+    setattr(descent, name, 2.0 * getattr(descent, name))
+    descent.step()
+    # But for the full step that was taken at once.
+    assert until_the_next_look(descent) == WAIT * patience - 1
 
 
 def test_where_there_is_a_probe_every_step_is_resumed_exactly():
