@@ -386,7 +386,7 @@ class HybridTrainer:
         if self._structure.renew() or disturbed:
             self._start_over()
         self._disturbed += disturbed
-        if disturbed and self._disturbed == OFTEN:
+        if self._disturbed == OFTEN and disturbed and not averages(self.optimizer):
             logger.warning(
                 "the weights were written between steps %d times, so that nothing is predicted: "
                 "leave optimizer.step(), which the trainer calls, out of the loop if it is there; "

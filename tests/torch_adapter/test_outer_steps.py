@@ -87,18 +87,23 @@ def test_the_weights_move_by_the_outer_step(averaging):
     assert len(strengths) > 3
 
 
-def test_an_optimizer_that_averages_by_itself_is_left_to_it():
+def test_an_optimizer_that_averages_by_itself_is_left_to_it(caplog):
     schedulefree = pytest.importorskip("schedulefree", reason="needs the extra [bench]")
     left = []
     for config in (HybridTrainerConfig(), HybridTrainerConfig(enabled=False)):
         trainer, closure, _ = noisy(config=config, optimizer=schedulefree.AdamWScheduleFree)
         trainer.optimizer.train()
-        for _ in range(600):
+        for step in range(600):
             trainer.step(closure)
+            if step % 60 == 59:
+                # As to evaluate it.
+                trainer.optimizer.eval()
+                trainer.optimizer.train()
         trainer.optimizer.eval()
         left.append(weights(trainer.model))
         assert trainer.statistics().full_steps == 600
     assert all(map(torch.equal, *left))
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("tensor", [False, True])
