@@ -111,6 +111,8 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         copies = hands.copies_from(state, room.snapshots, pairs)
         saved_peaks = state["room"].get("peaks", {})
         peaks = {name: int(saved_peaks.get(name, 0)) for name in hands.peaks}
+        # The probe could be evaluated before there was a state, unless that is of no step.
+        probed, moved = new_engine.counters.steps > 0, bool(new_engine.moved)
         _check_random(state["random"])
         # A copy: an optimizer may keep the very tensors that it is given, and train on them.
         optimizer = copy.deepcopy(state["optimizer"])
@@ -122,10 +124,9 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
         ) from error
     trainer.engine = new_engine
-    hands.take_over(*copies, room, new_engine.moved)
+    hands.take_over(*copies, room, moved)
     hands.peaks |= peaks
-    # The probe can be evaluated, as it was before there was a state, unless that is of no step.
-    trainer._probed = new_engine.counters.steps > 0
+    trainer._probed = probed
     if not whole:
         trainer._start_over()
     _restore_random(state["random"])
