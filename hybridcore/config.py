@@ -82,7 +82,8 @@ class HybridTrainerConfig:
         Move the weights on by a momentum over the displacements of ten full steps, where loss or
         path are too irregular for a jump, and predict the steps that this stands for: after
         `min_full_steps` or somewhat more, up to `horizon` and fewer than `correction_interval`.
-        Not while the learning rate rises, nor once it has fallen to 0.15 of its highest. Where
+        Not while the learning rate rises, nor once it has fallen to 0.15 of its highest, nor, in
+        PyTorch, with an optimizer that averages by itself (`train()` and `eval()`). Where
         those of all parameter groups have fallen, full steps are taken at higher ones, but not
         above the highest that there were, and as many more are predicted as this makes up for.
     secant_pairs : int

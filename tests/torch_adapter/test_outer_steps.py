@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from problems import digits, left_by, noisy, weights
 
-from hybridcore import HybridTrainerConfig, Phase
+from hybridcore import Action, Directive, HybridTrainerConfig, Phase
 from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
 from hybridcore_torch import HybridTrainer
 
@@ -485,8 +485,10 @@ def test_a_resumed_run_gives_up_where_an_outer_step_has_led_too(trusting):
     assert not all(map(torch.equal, weights(other.model), there))
     # Once a good batch has followed, what raises is no fault of the outer step.
     just_moved(first, closure)
-    while first._hands.moved:
-        first.step(closure)
+    for _ in range(20):
+        if first._hands.moved:
+            first.step(closure)
+    assert not first._hands.moved
     there = weights(first.model)
     other, own, _ = noisy()
     other.load_state_dict(copy.deepcopy(first.state_dict()))
@@ -520,3 +522,23 @@ def test_what_accelerate_has_prepared_does_not_average_for_that():
     for _ in range(400):
         trainer.step(closure)
     assert trainer.statistics().outer_steps > 10
+
+
+def test_weights_that_were_set_aside_come_back_where_the_mark_raises(trusting):
+    trainer, closure, _ = noisy()
+    mark = just_moved(trainer, closure)
+    hands = trainer._hands
+    hands.snapshots.save()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(1.0)
+    away = weights(trainer.model)
+
+    def fragile():
+        if all(map(torch.equal, weights(trainer.model), mark)):
+            raise ValueError("scale must be positive")
+        return closure()
+
+    with pytest.raises(ValueError, match="scale must be positive"):
+        hands.carry_out(Directive(Action.PROBE, own_batch=True, at_mark=True), fragile)
+    assert all(map(torch.equal, weights(trainer.model), away))

@@ -12,7 +12,14 @@ from problems import BRISK, digits, flat, leaping, regression, weights
 from scipy.optimize import minimize
 from torch import nn
 
-from hybridcore import Action, CheckpointError, Directive, HybridTrainerConfig, Phase
+from hybridcore import (
+    Action,
+    CheckpointError,
+    Directive,
+    HybridTrainerConfig,
+    ModelError,
+    Phase,
+)
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
 from hybridcore_torch.decay import Decay
@@ -486,13 +493,57 @@ def test_what_raises_now_and_then_is_the_users_to_see():
             raise RuntimeError("could not read the sample")
         return closure()
 
-    while raised < 5:
+    for _ in range(200):
         try:
             trainer.step(flaky)
         except RuntimeError:
             seen += 1
             trainer.step(closure)
-    assert seen == raised
+    assert seen == raised > 5
+
+
+def test_an_error_of_our_own_is_not_of_numbers():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    base = None
+
+    def refused():
+        if trainer._hands._on_trial and model.weight.detach().numpy().tobytes() != base:
+            raise ModelError("a gradient is sparse")
+        return closure()
+
+    while trainer.statistics().secant_steps < 3:
+        trainer.step(closure)
+    base = model.weight.detach().numpy().tobytes()
+    with pytest.raises(ModelError, match="sparse"):
+        trainer.step(refused)
+
+
+def test_a_probe_that_breaks_is_told_though_a_point_was_given_up(caplog):
+    model, optimizer, closure = regression()
+    armed, broken, base = False, False, None
+
+    def probe():
+        if broken:
+            raise ValueError("no probe any more")
+        return 0.5 * closure()
+
+    def fragile():
+        away = model.weight.detach().numpy().tobytes() != base
+        if armed and trainer._hands._on_trial and away:
+            raise ValueError("scale must be positive")
+        return closure()
+
+    trainer = HybridTrainer(model, optimizer, BRISK, probe=probe)
+    while trainer.statistics().secant_steps < 3:
+        trainer.step(closure)
+    armed = True
+    for step in range(120):
+        broken = step >= 60
+        base = model.weight.detach().numpy().tobytes()
+        trainer.step(fragile)
+    told = [r.message for r in caplog.records if r.levelname == "WARNING" and "raised" in r.message]
+    assert [message.split()[0] for message in told] == ["closure", "probe"]
 
 
 def test_a_probe_that_raises_only_where_a_jump_would_lead_is_no_number():
