@@ -22,7 +22,7 @@ def descend(controller: Controller) -> Turn:
         secant.block_over or secant.suspects or secant.probe_due
     ):
         if not (yield from secant.is_fine()):
-            _end(controller)
+            yield from _end(controller)
             yield from controller.full()
             return
         if secant.block_over:
@@ -52,7 +52,7 @@ def descend(controller: Controller) -> Turn:
     if ended and stage in (Stage.CHECK, Stage.PROVE):
         secant.rest(controller.taken)
     elif ended:
-        _end(controller)
+        yield from _end(controller)
     elif landed or (secant.stage is Stage.GATHER is not stage):
         if not landed:
             controller.note("quasi-Newton steps")
@@ -88,8 +88,12 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         controller.enter(Event.JUMP_CHOSEN)
 
 
-def _end(controller: Controller) -> None:
-    """Leave it to the optimizer, which goes on from here on a path of its own."""
+def _end(controller: Controller) -> Generator[Directive, Observation, None]:
+    """Leave it to the optimizer, which goes on from here on a path of its own.
+
+    Where the batch is another, what has led far down on the one before may have led far up on it,
+    so that it goes on from before them if the loss is lower there.
+    """
     meter, counters, secant = controller.meter, controller.counters, controller.secant
     # What a trial has come to was not theirs.
     theirs = secant.stage is Stage.DESCEND and not secant.holds_recovery
@@ -97,6 +101,12 @@ def _end(controller: Controller) -> None:
         meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
     meter.mark = (NAN, counters.full_steps, counters.probes)
     controller.note("quasi-Newton steps end")
+    if secant.changed:
+        here = yield Directive(Action.PROBE, own_batch=True)
+        start = yield Directive(Action.PROBE, own_batch=True, at_start=True)
+        if secant.goes_back(start.loss, here.loss):
+            yield Directive(Action.ROLLBACK, at_start=True)
+            controller.note("back to before the quasi-Newton steps")
     controller.note("optimizer goes on alone")
     secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
@@ -110,7 +120,7 @@ def finish_trial(controller: Controller) -> Turn:
         yield Directive(Action.ROLLBACK)
         controller.note("trial taken back")
         _close_landing(controller, in_vain=True)
-    _end(controller)
+    yield from _end(controller)
 
 
 def _close_landing(controller: Controller, *, in_vain: bool) -> None:

@@ -102,6 +102,7 @@ class Engine:
         action = self._directive.action
         # Moves of a jump are done again, from the same snapshots.
         moved = action is Action.MOVE and self._controller.phase is not Phase.PREDICT
+        moved |= action is Action.ROLLBACK and self._directive.at_start
         if moved or action in STEPS:
             self._before, self._stays = None, True
         elif action is Action.PROBE and not self._stays and self._before is None:

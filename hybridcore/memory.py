@@ -123,16 +123,18 @@ def plan(config: HybridTrainerConfig, size: Size, *, host: bool = True) -> Plan:
     if config.snapshot_kind != "auto":
         kinds = (config.snapshot_kind,)
     counts = range(config.snapshots, FEWEST - 1, -1)
+    # Where pairs began, and where a trial of the optimizer did.
+    points = 2 * (size.weights + size.state)
     for average, in_turn in itertools.product(
         (True, False) if config.averaging else (False,), (False, True)
     ):
-        pairs = limit - average * size.average - size.weights - size.state
+        pairs = limit - average * size.average - points
         for kind, count in itertools.product(kinds, counts):
             found = Plan(kind, count, average, pairs, in_turn)
             if snapshots_bytes(kind, count, size) + beside_bytes(found, size) <= limit:
                 return found
     average = config.averaging and size.average <= limit
-    return Plan(kinds[0], 0, average, limit - size.weights - size.state - average * size.average)
+    return Plan(kinds[0], 0, average, limit - points - average * size.average)
 
 
 class Room:

@@ -40,6 +40,8 @@ LEAST_PAIRS = 3
 WAIT, MOST_PATIENCE = 50, 16
 # Steps before the first look: with the default warm-up its proof is 97 steps later, a prime.
 FIRST_LOOK = 3
+# Share of the first loss of a run below which something was learned for another batch too.
+CARRIED_OVER = 0.5
 # Full steps after which a batch that was the same in two steps has to be so again.
 PROOF = 97
 # Evaluations in a row without a lower loss, after which that is asked too.
@@ -97,6 +99,8 @@ class SecantDescent:
         were the same, and one that came much later was another.
     converging : bool
         Whether neither the optimizer nor the curvature has found a lower loss of late.
+    changed : bool
+        Whether they have ended because the batch is another one.
     """
 
     def __init__(self, pairs: int, block: int, averaging: bool = False) -> None:
@@ -109,8 +113,10 @@ class SecantDescent:
         self.accepted = False
         self.repeats = False
         self.converging = False
-        self.measured = False
+        self.measured = self.changed = False
         self._there = False
+        # First loss of the run.
+        self._first = NAN
         # Loss and norm of the gradient where the batch was first looked at.
         self._marked, self._scale, self._first_norm = NAN, 0.0, 0.0
         # Norm of the gradient at the base, as a share of that.
@@ -139,6 +145,8 @@ class SecantDescent:
     def see(self, observation: Observation) -> None:
         """Take in the loss of a step of the optimizer."""
         if usable(observation.loss):
+            if math.isnan(self._first):
+                self._first = observation.loss
             self._recent.append(math.log(observation.loss))
 
     def raise_losses(self, by: float) -> None:
@@ -147,7 +155,7 @@ class SecantDescent:
         How fast the optimizer is has to be found out anew.
         """
         self._floor -= by
-        for name in ("loss", "_marked", "_held", "_loss_probed", "_found"):
+        for name in ("loss", "_first", "_marked", "_held", "_loss_probed", "_found"):
             setattr(self, name, getattr(self, name) + by)
         self._recent = deque((_raised(value, by) for value in self._recent), maxlen=WINDOW)
         self._began, self.speed = _raised(self._began, by), math.inf
@@ -182,10 +190,22 @@ class SecantDescent:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
         self.stage, self._descent, self._trial = Stage.REST, None, OptimizerTrial()
         self._held, self._has_probe = NAN, False
-        self._rejected, self._there = 0, False
+        self._rejected, self._there, self.changed = 0, False, False
         self._own_speed = math.inf
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
+
+    def goes_back(self, start: float, here: float) -> bool:
+        """Whether to go on from where the descent began, by losses of another batch there and here.
+
+        Where what was learned up to there holds for that batch too, batches are parts of one set
+        of data, and none of them is to be followed far again.
+        """
+        if not start < here:
+            return False
+        if start < CARRIED_OVER * self._first:
+            self._patience = MOST_PATIENCE
+        return True
 
     def pass_by(self, taken: int) -> None:
         """Take note that a phase of `taken` steps is over, and that the next one counts anew.
@@ -230,6 +250,7 @@ class SecantDescent:
             here = (yield Directive(Action.PROBE, own_batch=True)).loss
             if usable(here) and not self._same(here, self.loss):
                 self._patience = 1 if self._stayed >= self.block else MOST_PATIENCE
+                self.changed = True
                 return False
         if not self.probe_due:
             return True
@@ -341,8 +362,12 @@ class SecantDescent:
                 self.stage = Stage.DESCEND
             return observation, False
         changed = first and trial.active and not self._same(observation.loss, self.loss)
+        if not first and trial.spikes(observation):
+            # Or another batch has come, on which it may do well.
+            probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
+            changed = not self._same(probe.loss, trial.loss)
         if changed or not (observation.applied and usable(observation.loss)):
-            self.loss = NAN
+            self.loss, self.changed = NAN, changed
             return observation, True
         self._steps += 1
         if trial.active:
@@ -387,8 +412,11 @@ class SecantDescent:
             if self._trial.count_bad():
                 yield from self._undo_trial()
             return observation, False
+        if not self._steps and math.isfinite(self.loss) and observation.applied:
+            # It is where it was evaluated before.
+            changed = changed or not self._same(observation.loss, self.loss)
         if changed or not (held and observation.applied and usable(observation.loss)):
-            self.loss = NAN
+            self.loss, self.changed = NAN, changed
             return observation, True
         if self._trial.active:
             before, endless = self._trial.loss, self._trial.endless or self._trial.long
@@ -397,7 +425,7 @@ class SecantDescent:
                 # Long enough for another batch to have come, on which it may have done well.
                 probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
                 if not self._same(probe.loss, before):
-                    self.loss = NAN
+                    self.loss, self.changed = NAN, True
                     return observation, True
             if speed < 0.0:
                 yield from self._undo_trial()
@@ -516,6 +544,8 @@ class SecantDescent:
         self._recent = deque(state["recent"], maxlen=WINDOW)
         # States from before there was a scale, or the user's probe was looked for, do without.
         later = {
+            "changed": False,
+            "_first": NAN,
             "_floor": 0.0,
             "_stayed": 0,
             "_scale": 0.0,
@@ -546,7 +576,9 @@ _NUMBERS = (
     "repeats",
     "converging",
     "measured",
+    "changed",
     "_there",
+    "_first",
     "_marked",
     "_scale",
     "_first_norm",

@@ -94,6 +94,12 @@ class OptimizerTrial:
         self.bad += 1
         return self.bad >= LOST
 
+    def spikes(self, observation: Observation) -> bool:
+        """Whether a trial that goes on through spikes is at the beginning of one."""
+        before = math.exp(self.newest[-1]) if self.newest else 0.0
+        most = SPIKE * self.loss
+        return self.long and not self.endless and before <= most < observation.loss
+
     def see(self, observation: Observation, steps: int, most: int, block: int) -> bool:
         """Take in a step; return whether it is the last one.
 

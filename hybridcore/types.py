@@ -47,11 +47,13 @@ class Directive(NamedTuple):
         - ``MOVE``: put the weights at `coefficients` of the bank, for a jump or an outer step, or
           to take one back, at one of its snapshots.
         - ``SAVE``: keep what a rollback needs; the newest snapshot holds the weights.
-        - ``ROLLBACK``: restore what ``SAVE`` kept.
+        - ``ROLLBACK``: restore what ``SAVE`` kept, or with `at_start` what was there at the first
+          secant pair.
         - ``GRADIENT``: forward, backward, schedule, but no optimizer. Report loss, objective,
           gradient norm, learning rate, seconds.
         - ``BASE``: make the weights and the gradient of the last pass the base; what is between it
-          and the base before becomes the newest secant pair. Report the secants.
+          and the base before becomes the newest secant pair. Report the secants. The first of all
+          keeps what a rollback to it needs, for as long as there are pairs.
         - ``MARK``: keep the weights for a probe, in the place of what ``SAVE`` kept of them.
         - ``REACH``: put the weights at the base plus the combination of secant pairs.
     coefficients : (groups, m) or (1, m) ndarray of float64 or None
@@ -83,6 +85,9 @@ class Directive(NamedTuple):
         objective too.
     at_mark : bool
         For ``PROBE``: at the weights that ``MARK`` or ``SAVE`` kept.
+    at_start : bool
+        For ``PROBE`` and ``ROLLBACK``: at those of the first secant pair. A probe reports NaN where
+        they are not known.
     """
 
     action: Action
@@ -98,6 +103,7 @@ class Directive(NamedTuple):
     fresh_pairs: bool = False
     own_batch: bool = False
     at_mark: bool = False
+    at_start: bool = False
 
     def scale_at(self, learning_rates: tuple[float, ...]) -> float:
         """Factor on every learning rate, where those of the groups are `learning_rates`."""

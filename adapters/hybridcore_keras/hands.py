@@ -59,6 +59,9 @@ class Hands:
     recovery : list of tensor or None
         What the last ``SAVE`` kept, for as long as it may be asked for; in a tuple what is kept in
         fewer bits.
+    start : list of tensor or None
+        What was there at the first secant pair, the flat weights first, for as long as there are
+        pairs; otherwise as `recovery`.
     room : Room
         Copies of the weights that there is room for.
     pairs : int
@@ -101,6 +104,7 @@ class Hands:
         self.average: WeightAverage | None = None
         self.secants: SecantBank | None = None
         self.recovery: list[Any] | None = None
+        self.start: list[Any] | None = None
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
         self._on_trial = self.torn = False
@@ -165,8 +169,15 @@ class Hands:
                 # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
-            self.recovery = [self._thrifty(value) for value in port.keep()]
+            self.recovery = self._present()
             self._measure()
+        elif action is Action.ROLLBACK and directive.at_start:
+            assert self.start is not None
+            assert self.secants is not None
+            weights, *others = self.start
+            self._take_back()
+            self.secants.put(weights)
+            self._put_back(others)
         elif action is Action.ROLLBACK:
             self._take_back()
             self._roll_back()
@@ -180,7 +191,7 @@ class Hands:
             if self.bank is not None and not mark:
                 self.bank.forget()
         if not pairs:
-            self.secants, self._on_trial = None, False
+            self.secants, self.start, self._on_trial = None, None, False
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because something raised in it."""
@@ -219,7 +230,7 @@ class Hands:
         # Not the text: TensorFlow's is a page.
         kind = type(error).__name__
         logger.warning("memory has run out (%s), so from now on there are %s", kind, left)
-        self.bank = self.average = self.secants = None
+        self.bank = self.average = self.secants = self.start = None
         self.torn = True
         return True
 
@@ -243,8 +254,16 @@ class Hands:
         """Bring the peaks up to date."""
         parts = (self.bank, self.secants, self.average)
         sizes = [0 if part is None else part.nbytes for part in parts]
+        sizes[1] += bytes_of(self.start)
         for name, size in zip(self.peaks, [*sizes, bytes_of(self.recovery)], strict=True):
             self.peaks[name] = max(self.peaks[name], size)
+
+    def _present(self) -> list[Any]:
+        return [self._thrifty(value) for value in self.port.keep()]
+
+    def _put_back(self, kept: list[Any]) -> None:
+        """Put back what :meth:`_present` returned."""
+        self.port.put_back([ops.cast(v[0], "float32") if isinstance(v, tuple) else v for v in kept])
 
     def _thrifty(self, value: Any) -> Any:
         """Return a tensor of the recovery point, in a tuple and fewer bits if snapshots are so."""
@@ -311,13 +330,18 @@ class Hands:
         return _seen(figures, start)._replace(objective=figures.loss)
 
     def _evaluate(self, directive: Directive) -> Observation:
-        coefficients = directive.coefficients
-        elsewhere = directive.at_mark or coefficients is not None
+        coefficients, at_start = directive.coefficients, directive.at_start
+        if at_start and self.start is None:
+            return Observation()
+        elsewhere = directive.at_mark or at_start or coefficients is not None
         if elsewhere:
             self.snapshots.set_aside()
         try:
             if directive.at_mark:
                 self.snapshots.restore()
+            elif self.start is not None and at_start:
+                assert self.secants is not None
+                self.secants.put(self.start[0])
             elif coefficients is not None:
                 self.snapshots.move(coefficients)
             own = self._probe is None or directive.own_batch
@@ -376,6 +400,8 @@ class Hands:
             self.secants.clear()
         new = self.secants.is_empty
         self.secants.take()
+        if self.start is None:
+            self.start = [self.secants.base, *self._present()]
         if new:
             self._measure()
 
@@ -400,9 +426,7 @@ class Hands:
     def _roll_back(self) -> None:
         assert self.recovery is not None
         self.snapshots.restore()
-        self.port.put_back(
-            [ops.cast(v[0], "float32") if isinstance(v, tuple) else v for v in self.recovery]
-        )
+        self._put_back(self.recovery)
         self.recovery = None
 
 

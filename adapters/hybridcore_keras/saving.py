@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from hybridcore_keras.callback import HybridCallback
     from hybridcore_keras.hands import Hands
 
-VERSION = 3
+VERSION = 4
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-COPIES = ("bank", "average", "secants", "recovery")
+COPIES = ("bank", "average", "secants", "recovery", "start")
 KEYS = {"config", "engine", "beside", "skipped", *COPIES}
 KEYS |= {"snapshots", "model", "optimizer", "logs", "epoch", "random"}
 
@@ -57,14 +58,17 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
     hands = callback._hands
     if hands is None:
         return state
-    if snapshots or hands.recovery is not None:
+    whole = snapshots or hands.recovery is not None
+    if whole:
         for name in ("bank", "average", "secants"):
             copies = getattr(hands, name)
             state[name] = None if copies is None else copies.state_dict()
     else:
         state["snapshots"] = False
-    if hands.recovery is not None:
-        state["recovery"] = [as_numpy(v[0] if type(v) is tuple else v) for v in hands.recovery]
+    for name in ("recovery", "start") if whole else ():
+        kept = getattr(hands, name)
+        if kept is not None:
+            state[name] = [as_numpy(v[0] if type(v) is tuple else v) for v in kept]
     state["beside"] = {**hands.room.state_dict(), "peaks": dict(hands.peaks)}
     state["skipped"] = hands.port.rates.skipped
     return state
@@ -89,7 +93,10 @@ def migrated(state: object) -> dict[str, Any]:
     if state["hybridcore_keras"] == 2:
         # Before version 3 it held nothing of model, optimizer and random states.
         new = dict.fromkeys(("model", "optimizer", "random", "epoch"))
-        state = {**new, "snapshots": True, "logs": {}, **state, "hybridcore_keras": VERSION}
+        state = {**new, "snapshots": True, "logs": {}, **state, "hybridcore_keras": 3}
+    if state["hybridcore_keras"] == 3:
+        # Before version 4 nothing was kept of where secant pairs began.
+        state = {"start": None, **state, "hybridcore_keras": VERSION}
     if state["hybridcore_keras"] != VERSION:
         raise CheckpointError(
             f"state is of version {state['hybridcore_keras']!r}, and 2 to {VERSION} are read here: "
@@ -228,16 +235,21 @@ def _copies(state: dict[str, Any], hands: Hands, room: Room, pairs: int) -> dict
                     "build the same model and pass the same layer_groups"
                 )
             kept.load_state_dict(state[name])
-    if state["recovery"] is not None:
-        present = [tuple(variable.shape) for variable in hands.port.others()]
-        if [np.shape(value) for value in state["recovery"]] != present:
+    others = [tuple(variable.shape) for variable in hands.port.others()]
+    weights = (sum(math.prod(variable.shape) for variable in hands.port.variables),)
+    for name, present in (("recovery", others), ("start", [weights, *others])):
+        if state[name] is None:
+            continue
+        if [np.shape(value) for value in state[name]] != present:
             raise CheckpointError(
                 "state is of another model or optimizer, as what a rollback needs shows: build "
                 "and compile the same ones"
             )
-        if made.get("bank") is None:
-            raise CheckpointError("state has a jump under way, and no weights from before it")
-        made["recovery"] = [ops.convert_to_tensor(value) for value in state["recovery"]]
+        made[name] = [ops.convert_to_tensor(value) for value in state[name]]
+    if "recovery" in made and made.get("bank") is None:
+        raise CheckpointError("state has a jump under way, and no weights from before it")
+    if "start" in made and made.get("secants") is None:
+        raise CheckpointError("state has weights from before secant pairs, and no such pairs")
     return made
 
 

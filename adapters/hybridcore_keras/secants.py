@@ -150,8 +150,17 @@ class SecantBank:
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
+        self.put(self.base)
+
+    @property
+    def base(self) -> Any:
+        """Weights where the last pair ended, flat."""
         assert self._held is not None
-        self._put(self._held[0])
+        return self._held[0]
+
+    def put(self, weights: Any) -> None:
+        """Write flat `weights` into the variables."""
+        self._put(weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base and metric as NumPy arrays."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("hybridcore")
 
-VERSION = 6
+VERSION = 7
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 KEYS = {
     "config",
@@ -32,6 +32,7 @@ KEYS = {
     "secants",
     "average",
     "recovery",
+    "start",
     "layers",
     "model",
     "outside",
@@ -54,11 +55,12 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
     Where weights are sharded there are none, and a jump under way is taken back in the state.
     """
     hands = trainer._hands
-    bank, secants, average, recovery = hands.bank, hands.secants, hands.average, hands.recovery
+    bank, secants, average = hands.bank, hands.secants, hands.average
+    recovery, start = hands.recovery, hands.start
     scheduler, scaler = trainer.scheduler, trainer.scaler
     sharded = is_sharded(trainer.model)
     if sharded or (not snapshots and recovery is None):
-        bank = secants = average = None
+        bank = secants = average = start = None
         snapshots = False
     else:
         snapshots = True
@@ -75,6 +77,7 @@ def collect(trainer: HybridTrainer, snapshots: bool = True) -> dict[str, Any]:
         "secants": None if secants is None else secants.state_dict(),
         "average": None if average is None else [v.clone() for v in average.values],
         "recovery": None if recovery is None else to_tensors(recovery.state_dict()),
+        "start": None if start is None else to_tensors(start.state_dict()),
         "layers": _layers(trainer),
         "model": model,
         "outside": [p.detach() for p in outside(trainer.model, trainer.optimizer)],
@@ -200,10 +203,10 @@ def _rekeyed(state: dict[str, Any], trainer: HybridTrainer) -> dict[str, Any]:
     state = state | {"optimizer": optimizer(state["optimizer"])}
     known = None if trainer.scheduler is None else trainer.scheduler.state_dict()
     state["scheduler"] = like(state["scheduler"], known)
-    if state["recovery"] is not None:
-        recovery = {"buffers": {}, **state["recovery"]}
-        recovery["optimizer"] = optimizer(recovery["optimizer"])
-        state["recovery"] = recovery
+    for name in ("recovery", "start"):
+        if state[name] is not None:
+            point = {"buffers": {}, **state[name]}
+            state[name] = point | {"optimizer": optimizer(point["optimizer"])}
     return state
 
 
@@ -372,7 +375,12 @@ def _from_5(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"hybridcore": 6, "secants": secants}
 
 
-MIGRATIONS = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
+def _from_6(state: dict[str, Any]) -> dict[str, Any]:
+    """Before version 7 nothing was kept of where secant pairs began."""
+    return {"start": None} | state | {"hybridcore": 7}
+
+
+MIGRATIONS = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}
 
 
 def migrated(state: object) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -66,6 +66,8 @@ class Hands:
         Running average of the weights.
     recovery : RecoveryPoint or None
         What the last ``SAVE`` kept, for as long as it may be asked for.
+    start : RecoveryPoint or None
+        What was there at the first secant pair, for as long as there are pairs.
     pairs : int
         Secant pairs that there is room for.
     peaks : dict of str to int
@@ -127,6 +129,7 @@ class Hands:
         self.secants: SecantBank | None = None
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
+        self.start: RecoveryPoint | None = None
         self._on_trial = self._moving = self._taking = self.moved = self.torn = False
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
@@ -153,7 +156,7 @@ class Hands:
         left = self.room.give_up(self.pairs)
         # As text: a handler that keeps the error would keep the copies in its frames.
         logger.warning("memory has run out, so from now on there are %s: %s", left, str(error))
-        self.bank = self.secants = self.average = None
+        self.bank = self.secants = self.start = self.average = None
         self.torn = True
         return True
 
@@ -213,17 +216,20 @@ class Hands:
                 # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
-            self.recovery = RecoveryPoint(
-                self._model,
-                self._optimizer,
-                self._scaler,
-                self.stepper.buffers,
-                self.snapshots.kind,
-            )
+            self.recovery = self._present()
             self._measure()
+        elif action is Action.ROLLBACK and directive.at_start:
+            assert self.start is not None
+            self.start.load_weights(self._parameters)
+            self.start.restore(self._model, self._optimizer, self._scaler)
         elif action is Action.ROLLBACK:
             self._roll_back()
         return Observation()
+
+    def _present(self, parameters: Iterable[torch.Tensor] = ()) -> RecoveryPoint:
+        model, optimizer, watch = self._model, self._optimizer, self.stepper.buffers
+        kind = self.room.plan.kind
+        return RecoveryPoint(model, optimizer, self._scaler, watch, kind, parameters)
 
     def _roll_back(self) -> None:
         assert self.recovery is not None
@@ -296,7 +302,7 @@ class Hands:
             if self.bank is not None and not mark:
                 self.bank.forget()
         if not pairs:
-            self.secants, self._on_trial = None, False
+            self.secants, self.start, self._on_trial = None, None, False
         self._moving = False
         self.watch()
 
@@ -310,9 +316,10 @@ class Hands:
 
     def _measure(self) -> None:
         """Bring the peaks up to date."""
-        parts = (self.bank, self.secants, self.average, self.recovery)
-        for name, part in zip(self.peaks, parts, strict=True):
-            self.peaks[name] = max(self.peaks[name], 0 if part is None else part.nbytes)
+        kept = ((self.bank,), (self.secants, self.start), (self.average,), (self.recovery,))
+        for name, parts in zip(self.peaks, kept, strict=True):
+            size = sum(part.nbytes for part in parts if part is not None)
+            self.peaks[name] = max(self.peaks[name], size)
 
     def pairs_of(self, wanted: int) -> int:
         """Secant pairs that there is room for, where so many are `wanted`."""
@@ -320,7 +327,13 @@ class Hands:
 
     def copies_from(
         self, state: dict[str, Any], snapshots: int, pairs: int
-    ) -> tuple[SnapshotBank | None, SecantBank | None, WeightAverage | None, RecoveryPoint | None]:
+    ) -> tuple[
+        SnapshotBank | None,
+        SecantBank | None,
+        WeightAverage | None,
+        RecoveryPoint | None,
+        RecoveryPoint | None,
+    ]:
         """Build the copies of the weights that a saved state holds, and leave those here alone.
 
         Raises
@@ -328,7 +341,7 @@ class Hands:
         CheckpointError
             If they are of other layer groups or parameters, or not of so many `pairs`.
         """
-        bank = secants = average = recovery = None
+        bank = secants = average = recovery = start = None
         if state["bank"] is not None:
             kind: Kind = state["bank"].get("kind", "exact")
             bank = SnapshotBank(self._structure.layers, snapshots, self._ranks, kind)
@@ -350,7 +363,9 @@ class Hands:
             torch._foreach_copy_(average.values, state["average"])
         if state["recovery"] is not None:
             recovery = RecoveryPoint.from_state_dict(state["recovery"])
-        return bank, secants, average, recovery
+        if state["start"] is not None:
+            start = RecoveryPoint.from_state_dict(state["start"])
+        return bank, secants, average, recovery, start
 
     def take_over(
         self,
@@ -358,12 +373,14 @@ class Hands:
         secants: SecantBank | None,
         average: WeightAverage | None,
         recovery: RecoveryPoint | None,
+        start: RecoveryPoint | None,
         room: Room,
         moved: bool,
     ) -> None:
         """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
         self.room, self.pairs = room, self.pairs_of(room.pairs)
-        self.bank, self.secants, self.average, self.recovery = bank, secants, average, recovery
+        self.bank, self.secants, self.average = bank, secants, average
+        self.recovery, self.start = recovery, start
         self._on_trial, self.moved = False, moved
         self._measure()
         self.stepper.refresh()
@@ -445,6 +462,7 @@ class Hands:
                 # The descent needs no snapshots, and takes new ones when it has ended.
                 self.bank.clear()
             self.new_secants()
+            self.start = self._present(self._parameters)
         elif fresh:
             self.secants.clear()
         assert self.secants is not None
@@ -463,21 +481,27 @@ class Hands:
                 self._measure()
 
     def _evaluate(self, directive: Directive, closure: Closures | None) -> Observation:
-        coefficients = directive.coefficients
-        elsewhere = directive.at_mark or coefficients is not None
+        coefficients, at_start = directive.coefficients, directive.at_start
+        if at_start and self.start is None:
+            return Observation()
+        moved = at_start or coefficients is not None
+        elsewhere = directive.at_mark or moved
         if elsewhere:
             self.snapshots.set_aside()
         try:
             if directive.at_mark:
                 self.snapshots.restore()
+            elif at_start:
+                assert self.start is not None
+                self.start.load_weights(self._parameters)
             elif coefficients is not None:
                 self.snapshots.move(coefficients)
             start = perf_counter()
             if self._probe is None or directive.own_batch:
                 assert closure is not None
-                loss = self._loss(closure, "closure", moved=coefficients is not None)
+                loss = self._loss(closure, "closure", moved=moved)
             else:
-                loss = self._loss(self._probe, "probe", moved=coefficients is not None)
+                loss = self._loss(self._probe, "probe", moved=moved)
             loss, _ = self._ranks.agree(loss)
             seconds, objective = perf_counter() - start, NAN
             if directive.own_batch:

@@ -1,9 +1,9 @@
-"""What has to come back besides the parameters: buffers, state of the optimizer, scaler."""
+"""What has to come back: buffers, state of the optimizer, scaler, and parameters if asked for."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from hybridcore_torch.ranks import local
 
 
 class RecoveryPoint:
-    """Copies of all training state but the parameters, which the snapshot bank keeps.
+    """Copies of all training state; parameters are among it where the snapshot bank keeps none.
 
     The steps of the user's loop are not undone by a rollback, so learning rates and whatever else a
     schedule, or the user, has written into the parameter groups stay as they are.
@@ -29,6 +29,8 @@ class RecoveryPoint:
     kind : Kind
         How the bank keeps snapshots; float32 of the optimizer goes with them: in bfloat16, or to
         the host.
+    parameters : iterable of Tensor
+        Those that are copied too.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class RecoveryPoint:
         scaler: torch.amp.GradScaler | None,
         watch: BufferWatch,
         kind: Kind = "exact",
+        parameters: Iterable[torch.Tensor] = (),
     ) -> None:
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             if kind in CODED and tensor.dtype is torch.float32 and tensor.numel() > 1:
@@ -51,13 +54,19 @@ class RecoveryPoint:
         }
         self._optimizer = _copied(state_of(optimizer), kept)
         self._scaler = None if scaler is None else copy.deepcopy(scaler.state_dict())
+        self._weights = [p.detach().clone() for p in parameters]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, wherever they are."""
-        sizes = [b.nbytes for b in self._buffers.values()]
+        sizes = [kept.nbytes for kept in (*self._buffers.values(), *self._weights)]
         _copied(self._optimizer["state"], lambda t: sizes.append(local(t).nbytes))
         return sum(sizes)
+
+    @torch.no_grad()
+    def load_weights(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Put the `parameters` that were copied back, and nothing else."""
+        torch._foreach_copy_(list(parameters), self._weights)
 
     @torch.no_grad()
     def restore(
@@ -66,7 +75,7 @@ class RecoveryPoint:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
-        """Put everything back."""
+        """Put everything but the parameters back."""
         for name, buffer in model.named_buffers():
             # A cache that has grown or is new since is not of the weights: it may stay.
             saved = self._buffers.get(name)
@@ -92,6 +101,7 @@ class RecoveryPoint:
             "buffers": dict(self._buffers),
             "optimizer": self._optimizer,
             "scaler": self._scaler,
+            "weights": list(self._weights),
         }
 
     @classmethod
@@ -101,6 +111,8 @@ class RecoveryPoint:
         point._buffers = dict(state["buffers"])
         point._optimizer = state["optimizer"]
         point._scaler = state["scaler"]
+        # States from before version 7 have none.
+        point._weights = list(state.get("weights", []))
         return point
 
 

@@ -44,7 +44,8 @@ class Memory:
     recovery : int
         Copy of the optimizer's state, while a jump may be rolled back.
     secants : int
-        Secant pairs, where every batch is the same, with the weights that are kept beside them.
+        Secant pairs, where every batch is the same, with the weights that are kept beside them, and
+        the weights and the optimizer's state from where they began.
     count, pairs : int
         How many snapshots and pairs there is room for.
     in_turn : bool
@@ -130,8 +131,9 @@ def estimate(
     # Decay that is no part of the gradient has a strength of its own for each parameter.
     decays = group.get("decoupled_weight_decay", isinstance(made, torch.optim.AdamW))
     strengths = weights if decays and group.get("weight_decay") else 0
-    secants = (2 * pairs + 6) * max(4, size) * parameters + strengths + weights
     taken = Size(parameters, weights, kept * parameters, on_gpu=False)
+    recovery = round(recovery_bytes(there.kind, taken))
+    secants = (2 * pairs + 6) * max(4, size) * parameters + strengths + 2 * weights + recovery
     count = there.snapshots
     return Memory(
         weights=weights,
@@ -140,7 +142,7 @@ def estimate(
         kind=there.kind,
         snapshots=round(snapshots_bytes(there.kind, count, taken)) if count else 0,
         average=round(taken.average) if there.average else 0,
-        recovery=round(recovery_bytes(there.kind, taken)) if count or pairs else 0,
+        recovery=recovery if count or pairs else 0,
         secants=secants if pairs else 0,
         count=count,
         pairs=pairs,

@@ -65,7 +65,8 @@ def test_the_estimate_is_what_a_run_takes(optimizer, dtype):
         hands = trainer._hands
         own = [list(model.parameters()), [p.grad for p in model.parameters()]]
         own = storages([own, list(trainer.optimizer.state.values())])
-        parts = {"snapshots": hands.bank, "secants": hands.secants, "average": hands.average}
+        secants = hands.secants, hands.start
+        parts = {"snapshots": hands.bank, "secants": secants, "average": hands.average}
         for name, part in parts.items():
             found = storages(part)
             most[name] = max(most[name], sum(n for at, n in found.items() if at not in own))

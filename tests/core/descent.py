@@ -13,7 +13,7 @@ BRISK = HybridTrainerConfig(warmup_steps=20, min_full_steps=24, horizon=30, corr
 
 
 class Descent:
-    """Gradient descent on ``x A x / 2 + floor``, driven by an engine."""
+    """Gradient descent on ``(x - centre) A (x - centre) / 2 + floor``, driven by an engine."""
 
     def __init__(self, config=BRISK, noise=0.0, floor=1e-3, seed=0, seconds=1e-3):
         self.random = np.random.default_rng(seed)
@@ -22,10 +22,14 @@ class Descent:
         self.noise, self.floor, self.seconds = noise, floor, seconds
         self.engine = Engine(config)
         self.bank, self.saved, self.log = [], None, []
-        self.penalty, self.rate = 0.0, 0.5
+        self.penalty, self.rate, self.centre = 0.0, 0.5, np.zeros(60)
 
     def loss(self, x):
-        return 0.5 * float(x @ (self.curvature * x)) + self.floor
+        away = x - self.centre
+        return 0.5 * float(away @ (self.curvature * away)) + self.floor
+
+    def gradient_at(self, x):
+        return self.curvature * (x - self.centre)
 
     def point(self, coefficients):
         newest = np.array(self.bank[-coefficients.shape[1] :])
@@ -38,7 +42,7 @@ class Descent:
             if bad:
                 return Observation(loss=math.nan, learning_rate=self.rate, applied=False)
             loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
-            gradient = self.curvature * self.x + self.noise * self.random.normal(size=60)
+            gradient = self.gradient_at(self.x) + self.noise * self.random.normal(size=60)
             self.x = self.x - self.rate * directive.scale_at((self.rate,)) * gradient
             if directive.snapshot:
                 older = [] if directive.fresh_bank else self.bank

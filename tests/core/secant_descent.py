@@ -24,6 +24,8 @@ class PairedDescent(Descent):
     base : (weights, gradient) or None
     pairs : list of (displacement, change of the gradient), oldest first
     metric : ndarray or None
+    start : ndarray or None
+        Weights of the first pair, for as long as pairs may be asked for.
     directives : list of Directive
     decay : float
         Strength of a weight decay towards `origin`, which the gradient has and the loss has not.
@@ -38,12 +40,16 @@ class PairedDescent(Descent):
         self.engine = Engine(config, pairs)
         self.decay, self.origin = 0.0, np.zeros(60)
         self.still = self.plain_metric = self.on_trial = False
-        self.directives = []
+        self.directives, self.start = [], None
         self.forget()
 
     @property
     def stage(self):
         return self.engine.controller.secant.stage
+
+    @property
+    def secant(self):
+        return self.engine.controller.secant
 
     def forget(self):
         self.base, self.pairs, self.metric, self.seen = None, [], None, []
@@ -57,7 +63,7 @@ class PairedDescent(Descent):
     def a_pass(self, random):
         """Loss of the next batch, and gradient of the objective, drawn as in a full step."""
         loss = self.loss(self.x) * math.exp(self.noise * random.normal())
-        return loss, self.curvature * self.x + self.noise * random.normal(size=60)
+        return loss, self.gradient_at(self.x) + self.noise * random.normal(size=60)
 
     # -- pairs --------------------------------------------------------------------------------
 
@@ -67,6 +73,8 @@ class PairedDescent(Descent):
             self.pairs = self.pairs[-self.engine.pairs :]
         if self.metric is None:
             self.seen.append(gradient)
+        if self.start is None:
+            self.start = self.x
         self.base = self.x, gradient
 
     def vectors(self):
@@ -129,8 +137,13 @@ class PairedDescent(Descent):
             self.marked = self.x
         elif action is Action.SKIP:
             self.on_trial = False
+        elif directive.at_start and action is Action.ROLLBACK:
+            self.x = self.start
+            return Observation()
+        elif directive.at_start and self.start is None:
+            return Observation()
         elif action is Action.PROBE and (directive.own_batch or directive.at_mark):
-            x = self.saved if directive.at_mark else self.x
+            x = self.saved if directive.at_mark else self.start if directive.at_start else self.x
             # What SAVE keeps takes the place of the mark.
             looks = directive.at_mark and directive.own_batch
             assert not looks or np.array_equal(x, self.marked)
@@ -157,6 +170,8 @@ class PairedDescent(Descent):
                 counted.append(phase)
             if self.engine.step_done:
                 break
+        if not self.engine.holds_pairs:
+            self.start = None
         (phase,) = counted
         done = self.directives[first:]
         if not needs_batch:

@@ -212,6 +212,36 @@ hybrid.finish((x, y))
 evaluated = model.evaluate(x, y, batch_size=len(x), verbose=0, return_dict=True)
 assert evaluated["loss"] < 1e-3 * history["loss"][0], evaluated
 
+
+# Another batch is trained from before them where it has the lower loss there.
+def values(model):
+    of_optimizer = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
+    return [np.array(w) for w in (*model.get_weights(), *of_optimizer)]
+
+
+model, plain = (build(keras.optimizers.Adam(1e-2), keras.layers.BatchNormalization()) for _ in "ab")
+hybrid = HybridCallback(HybridTrainerConfig(**SHORT, secant_pairs=8))
+fit(model, hybrid, epochs=1)
+while hybrid.hands.start is None:
+    before = values(model)
+    fit(model, hybrid, epochs=1)
+# The pass that begins them leaves the statistics of the batch, and moves nothing else.
+size, trained = len(model.get_weights()), [id(w) for w in model.trainable_weights]
+here = [id(w) in trained for w in model.weights]
+before[:size] = [a if t else b for a, b, t in zip(before, values(model), here, strict=False)]
+fit(model, hybrid, epochs=25)
+turned = x[:, ::-1].copy()
+while hybrid.hands.start is not None:
+    fit(model, hybrid, epochs=1, inputs=turned)
+plain.optimizer.build(plain.trainable_variables)
+plain.set_weights(before[:size])
+for variable, value in zip(plain.optimizer.variables, before[size:], strict=True):
+    variable.assign(value)
+plain.optimizer.iterations.assign(model.optimizer.iterations - 1)
+fit(plain, epochs=1, inputs=turned)
+found, expected = values(model), values(plain)
+assert all(np.allclose(a, b, 1e-5, 1e-6) for a, b in zip(found, expected, strict=True))
+
 # A schedule stands in a step of any kind where plain fit would be after as many batches.
 FULL = HybridTrainerConfig(warmup_steps=999)
 batch = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)

@@ -1,4 +1,4 @@
-"""A smoke set on the other backends; Keras knows one backend a process."""
+"""A smoke set on each backend; Keras knows one backend a process."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
 def test_backend(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")

@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras_problems import (
     BRISK,
     CURVED,
@@ -341,6 +342,39 @@ def test_a_state_of_version_2_is_read_beside_what_keras_saved(jumping):
 
 def saving_keys_of_version_2():
     return ["config", "engine", "beside", "skipped", "bank", "average", "secants", "recovery"]
+
+
+def turned():
+    x, y = digits()
+    return tf.data.Dataset.from_tensors((x[:, ::-1].copy(), y)).repeat()
+
+
+def test_saved_in_a_descent_it_goes_back_to_before_that_all_the_same(caplog):
+    caplog.set_level("INFO", logger="hybridcore")
+    model, hybrid = regression(), HybridCallback(CURVED)
+    train(model, 60, hybrid)
+    state = hybrid.state_dict()
+    assert state["start"] is not None
+    assert hybrid.state_dict(snapshots=False)["start"] is None
+    train(model, 60, hybrid, data=turned())
+    other, resumed = regression(seed=1), HybridCallback(CURVED)
+    resumed.load_state_dict(state)
+    train(other, 60, resumed, data=turned())
+    assert caplog.text.count("back to before the quasi-Newton steps") == 2
+    assert same(weights(model), weights(other))
+
+
+def test_a_state_of_version_3_goes_on_from_where_it_is(caplog):
+    caplog.set_level("INFO", logger="hybridcore")
+    model, hybrid = regression(), HybridCallback(CURVED)
+    train(model, 60, hybrid)
+    state = hybrid.state_dict() | {"hybridcore_keras": 3}
+    del state["start"]
+    other, resumed = regression(seed=1), HybridCallback(CURVED)
+    resumed.load_state_dict(state)
+    train(other, 60, resumed, data=turned())
+    assert "quasi-Newton steps end" in caplog.text
+    assert "back to before" not in caplog.text
 
 
 # -- hybridcore off -------------------------------------------------------------------------------
