@@ -307,7 +307,9 @@ class OuterMomentum:
             # The newest four snapshots, oldest first, begin and end two displacements.
             moved = np.array([[-1.0, 1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 1.0]])
             (older, between), (_, newer) = moved @ gram.sum(axis=0)[-4:, -4:] @ moved.T
-            self.straight = bool(between > STRAIGHT * np.sqrt(older * newer))
+            # Where the path stands still rounding can take them below zero.
+            lengths = math.sqrt(max(older, 0.0) * max(newer, 0.0))
+            self.straight = bool(between > STRAIGHT * lengths > 0.0)
         if self.straight:
             self.stop()
         elif ends_displacement and not self.pending:

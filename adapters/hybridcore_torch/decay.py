@@ -1,4 +1,4 @@
-"""What an optimizer's weight decay adds to the loss that it lowers."""
+"""What an optimizer lowers: the loss, and what its weight decay adds to that."""
 
 from __future__ import annotations
 
@@ -20,8 +20,22 @@ _COUPLED = (
 )
 
 
+# Packages whose optimizers do nothing in a step but lower that.
+_PACKAGES = ("torch", "schedulefree")
+
+
 def is_known(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether what `optimizer` lowers can be told: the loss, and the decay of which is known."""
+    """Whether what `optimizer` lowers can be told: the loss, and the decay of which is known.
+
+    A step of the user's own, or a hook at it, may do anything beside: keep weights in bounds or at
+    zero, or add noise, of which nothing is left where the loss alone decides.
+    """
+    # Accelerate's is one around it.
+    own = getattr(optimizer, "optimizer", optimizer)
+    hooks = (getattr(own, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    package = str(getattr(own.step, "__module__", None)).partition(".")[0]
+    if any(hooks) or package not in _PACKAGES:
+        return False
     groups = optimizer.param_groups
     if any(group.get("maximize") for group in groups):
         return False

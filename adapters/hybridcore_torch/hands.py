@@ -26,6 +26,7 @@ from hybridcore.memory import Kind, Room
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
+from hybridcore_torch.decay import is_known
 from hybridcore_torch.memory import is_out_of_memory, size_of
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
@@ -134,6 +135,12 @@ class Hands:
         self._versions: list[int] | None = None
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
+        if self.room.pairs and not is_known(self._optimizer):
+            logger.info(
+                "what optimizer %s lowers is not known, or a hook or a step of its own does more: "
+                "there are no quasi-Newton steps",
+                type(self._optimizer).__name__,
+            )
         self.stepper.refresh()
 
     def make_room(self, error: BaseException) -> bool:

@@ -519,6 +519,20 @@ def test_a_straight_path_ends_them(turn, straight):
     assert outer.active != straight
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("older", [-1e-9, 0.0])
+def test_a_path_that_stands_still_is_not_straight(older):
+    """Rounding of the Gram matrix can take a squared length below zero."""
+    outer = OuterMomentum(50, 14)
+    outer.begin()
+    while not outer.full_step.gram:
+        outer.take(None)
+        if outer.pending:
+            outer.stepped()
+    assert not outer.take(np.diag([0.0, older, 1.0, 0.0])[None])
+    assert outer.active
+
+
 def test_they_come_back_where_a_straight_path_led_to_no_jump():
     descent = Descent(NOISY, noise=0.3)
     outer = descent.engine.controller.outer

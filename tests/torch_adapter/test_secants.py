@@ -165,9 +165,70 @@ class Shrinking(torch.optim.SGD):
             p.mul_(0.999)
 
 
+class Plain(torch.optim.Adam):
+    """Adam by another name."""
+
+
+def test_a_step_or_a_hook_of_the_users_own_is_not_left_out(caplog):
+    model, _, _ = regression()
+    parameters = list(model.parameters())
+    optimizers = {kind: kind(parameters, 0.1) for kind in (Shrinking, Plain, torch.optim.Adam)}
+    pairs = {k: HybridTrainer(model, o, BRISK).engine.pairs for k, o in optimizers.items()}
+    assert pairs == {Shrinking: 0, Plain: 20, torch.optim.Adam: 20}
+    caplog.set_level("INFO", logger="hybridcore")
+    optimizer = optimizers[Plain]
+    # A schedule has a step of its own around the optimizer's.
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    assert HybridTrainer(model, optimizer, BRISK).engine.pairs == 20
+    assert not caplog.text
+    step = optimizer.step
+    optimizer.step = lambda: step()
+    assert HybridTrainer(model, optimizer, BRISK).engine.pairs == 0
+    assert "optimizer Plain" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_weights_that_a_hook_keeps_at_zero_stay_there(when):
+    """Those of a pruned network, by their gradients or by themselves."""
+    model, optimizer, closure = regression()
+    mask = (torch.rand(10, 64) < 0.5).float()
+    trainer = HybridTrainer(model, optimizer, BRISK)
+    while trainer.statistics().secant_steps < 5:
+        trainer.step(closure)
+
+    @torch.no_grad()
+    def keep(*_):
+        (model.weight.grad if when == "pre" else model.weight).mul_(mask)
+
+    # In the midst of a descent, as pruning begins late.
+    hook = getattr(optimizer, f"register_step_{when}_hook")(keep)
+    optimizer.state.clear()
+    with torch.no_grad():
+        model.weight.mul_(mask)
+    for _ in range(150):
+        trainer.step(closure)
+        assert not model.weight[mask == 0].any()
+    assert trainer.statistics().secant_steps == 5
+    hook.remove()
+    # It is looked for where copies are made.
+    for _ in range(50):
+        trainer.step(closure)
+    assert trainer.engine.pairs == 20
+
+
+class Restless(Shrinking):
+    """One that is known to lower the loss, as Schedule-Free is, which moves at a rate of zero."""
+
+    def step(self, closure=None):
+        super().step()
+
+
+Restless.step.__module__ = "schedulefree.own"
+
+
 def test_an_optimizer_that_moves_at_a_rate_of_zero_moves_no_weights_in_a_descent():
     model, _, closure = regression()
-    trainer = HybridTrainer(model, Shrinking(model.parameters(), 0.1), BRISK)
+    trainer = HybridTrainer(model, Restless(model.parameters(), 0.1), BRISK)
     while trainer.statistics().secant_steps < 30:
         result = trainer.step(closure)
         if trainer.statistics().secant_steps > 1 and result.phase is Phase.FULL:
