@@ -34,6 +34,7 @@ from hybridcore_torch.secants import SecantBank, affordable, fits
 from hybridcore_torch.snapshots import SnapshotBank
 from hybridcore_torch.steps import NAN, Stepper
 from hybridcore_torch.structure import Structure
+from hybridcore_torch.writes import Writes
 
 logger = logging.getLogger("hybridcore")
 
@@ -132,7 +133,7 @@ class Hands:
         self.recovery: RecoveryPoint | None = None
         self.start: RecoveryPoint | None = None
         self._on_trial = self._moving = self._taking = self.moved = self.torn = False
-        self._versions: list[int] | None = None
+        self._writes = Writes(self._parameters)
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
         if self.room.pairs and not is_known(self._optimizer):
@@ -287,20 +288,19 @@ class Hands:
                 yield
         finally:
             reshard(self._model)
-            if self._versions is not None:
+            if self._writes.noted:
                 self.watch()
 
     def disturbed(self) -> bool:
         """Whether somebody has written into the weights since :meth:`watch`."""
-        return self._versions is not None and self._versions != self._present_versions()
+        return self._writes.found
 
     def watch(self) -> None:
-        """Take note of who has written into the weights so far, if there are copies of them."""
-        kept = self.bank is not None or self.secants is not None
-        self._versions = self._present_versions() if kept else None
-
-    def _present_versions(self) -> list[int]:
-        return [p._version for p in self._parameters]
+        """Take note of how the weights are, if there are copies of them."""
+        if self.bank is not None or self.secants is not None:
+            self._writes.note()
+        else:
+            self._writes.forget()
 
     def let_go(self, recovery: bool, mark: bool, pairs: bool) -> None:
         """Drop copies of the weights that will not be asked for any more."""
@@ -404,7 +404,7 @@ class Hands:
         return self.secants
 
     def _pass(self, directive: Directive, closure: Closures) -> Observation:
-        self._versions = None
+        self._writes.forget()
         update = directive.action is Action.FULL
         if not update:
             # A trial point that is taken back must not stay in running statistics.
