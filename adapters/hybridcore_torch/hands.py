@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +18,6 @@ from hybridcore import (
     Action,
     CheckpointError,
     Directive,
-    HybridCoreError,
     HybridTrainerConfig,
     Observation,
 )
@@ -28,6 +27,7 @@ from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.decay import is_known
 from hybridcore_torch.memory import is_out_of_memory, size_of
+from hybridcore_torch.raised import NUMERICAL, Raised
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
@@ -38,8 +38,6 @@ from hybridcore_torch.writes import Writes
 
 logger = logging.getLogger("hybridcore")
 
-# What numbers that are out of range raise, torch's LinAlgError among them.
-NUMERICAL = (ArithmeticError, ValueError, RuntimeError)
 # Of the newest two snapshots, which an outer step lies between.
 BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 
@@ -100,8 +98,8 @@ class Hands:
         self._model, self._optimizer = model, optimizer
         self._scaler, self._probe = scaler, probe
         self._prober = Prober(model)
-        self._told: set[str] = set()
         self._ranks = Ranks(model)
+        self._raised = Raised(self._prober, self._ranks)
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault,
         # and in a group of processes each sees a loss of its own.
@@ -415,7 +413,10 @@ class Hands:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         except NUMERICAL as error:
             updating = self.stepper.updating
-            if updating or not self._raises_only_there(error, closure, a_pass=True):
+            there = not updating and self._raises_only_there(
+                error, closure, parameters=self._parameters
+            )
+            if not there:
                 raise
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
@@ -526,36 +527,40 @@ class Hands:
         try:
             return self._prober.loss(batch, name)
         except NUMERICAL as error:
-            if name == "probe" and self._may_go_on(error):
-                self._tell("%s raised %s: %s, and has no number for its loss while it does", error)
-            elif not self._raises_only_there(error, batch, moved=moved):
-                raise
-            return NAN
+            if name == "probe" and self._raised.by_the_probe(error):
+                return NAN
+            if self._raises_only_there(error, batch, moved=moved):
+                return NAN
+            raise
 
     def _raises_only_there(
-        self, error: Exception, batch: Closures, *, moved: bool = False, a_pass: bool = False
+        self,
+        error: Exception,
+        batch: Closures,
+        *,
+        moved: bool = False,
+        parameters: Sequence[torch.Tensor] = (),
     ) -> bool:
-        """Whether `batch` has raised `error` because of where the weights were put to try.
-
-        It has where it raises there again, and nothing at the weights from before: as a Cholesky
-        decomposition, or a check of what a distribution is made of, far from where training has
-        been. A point of a line search is left for them, and so is one that weights were set aside
-        for.
-        """
+        """Whether `batch` has raised `error` because of where the weights were put to try."""
         bank = self.bank
         elsewhere = bank is not None and not bank.waits and (self.recovery or self.moved)
-        if not (self._may_go_on(error) and (moved or self._on_trial or elsewhere)):
+        if not (moved or self._on_trial or elsewhere):
             return False
-        if not self._raises(batch, a_pass):
-            # It is another matter, that comes and goes.
-            return False
+        return self._raised.only_there(error, batch, self._before_the_point(moved), parameters)
+
+    @contextlib.contextmanager
+    def _before_the_point(self, moved: bool) -> Iterator[None]:
+        """Have the weights as they were before the point that was tried, for the block.
+
+        A point of a line search is left for them, and so is one that weights were set aside for.
+        """
         if moved:
             self.snapshots.put_back()
-            raises = self._raises(batch, a_pass)
+            yield
         elif self._on_trial:
             assert self.secants is not None
             self.secants.back_to_base()
-            raises = self._raises(batch, a_pass)
+            yield
         else:
             self.snapshots.set_aside()
             try:
@@ -563,35 +568,6 @@ class Hands:
                     self.snapshots.restore()
                 else:
                     self.snapshots.move(BEFORE_THE_MOVE)
-                raises = self._raises(batch, a_pass)
+                yield
             finally:
                 self.snapshots.put_back()
-        if raises:
-            return False
-        self._tell(
-            "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
-            "the point is given up, as one where the loss is no number",
-            error,
-            "closure",
-        )
-        return True
-
-    def _raises(self, batch: Closures, a_pass: bool) -> bool:
-        try:
-            if a_pass:
-                self._prober.gradients(batch, self._parameters)
-            else:
-                self._prober.loss(batch, "closure")
-        except Exception:
-            return True
-        return False
-
-    def _may_go_on(self, error: Exception) -> bool:
-        """Whether `error` may be one of numbers, and not ours, of memory, or one of several."""
-        ours = isinstance(error, HybridCoreError)
-        return not (ours or self._ranks.several or is_out_of_memory(error))
-
-    def _tell(self, message: str, error: Exception, name: str = "probe") -> None:
-        level = logging.DEBUG if message in self._told else logging.WARNING
-        logger.log(level, message, name, type(error).__name__, error)
-        self._told.add(message)

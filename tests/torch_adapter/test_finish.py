@@ -28,9 +28,10 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
     trainer.step(closure)
     steps, rate = trainer.statistics().steps, optimizer.param_groups[0]["lr"]
     if spoil:
-        # As if the jump had gone somewhere bad, by means that nobody notices.
+        # As if the jump had gone somewhere bad, and nobody had written the weights.
         for p in model.parameters():
             p.data.neg_()
+        trainer._hands.watch()
     jumped = weights(model)
     trainer.finish(closure)
     assert trainer.engine.phase is Phase.FULL
