@@ -18,8 +18,8 @@ class Writes:
     """Takes note of how parameters are, to tell later whether they have been written.
 
     By the version that torch counts, and by where they lie in memory. What is written through
-    ``.data`` in place changes neither: of parameters in the host's memory a few elements tell that,
-    as they do where all weights are begun anew. On a GPU they would have to be waited for.
+    ``.data`` in place changes neither: of parameters in the host's memory an element tells that,
+    as it does where all weights are begun anew. On a GPU it would have to be waited for.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Writes:
         self._parameters = list(parameters)
         self._plain = [p for p in self._parameters if local(p) is p]
         self._places: list[int] = []
-        self._memory: list[tuple[NDArray[np.generic], tuple[int, ...]]] = []
+        self._memory: list[tuple[NDArray[np.generic], int]] = []
         # Versions and elements.
         self._noted: tuple[list[int], list[int]] | None = None
 
@@ -40,7 +40,7 @@ class Writes:
         places = self._present_places()
         if places != self._places:
             self._places = places
-            self._memory = [found for p in self._plain for found in _elements(p)]
+            self._memory = [found for p in self._plain if (found := _element(p)) is not None]
         self._noted = self._present_versions(), self._present_elements()
 
     def forget(self) -> None:
@@ -70,14 +70,15 @@ class Writes:
         return [p.data_ptr() for p in self._plain]
 
     def _present_elements(self) -> list[int]:
-        return [values.item(at) for values, places in self._memory for at in places]
+        # One each, as on a short step each counts.
+        return [values.item(at) for values, at in self._memory]
 
 
-def _elements(parameter: torch.Tensor) -> list[tuple[NDArray[np.generic], tuple[int, ...]]]:
-    """Its memory, and the places of some of its elements; nothing where that is not at hand."""
+def _element(parameter: torch.Tensor) -> tuple[NDArray[np.generic], int] | None:
+    """Its memory, and an element in the middle; None where that is not at hand."""
     integer, size = _INTEGERS.get(parameter.element_size()), parameter.numel()
     at_hand = parameter.device.type == "cpu" and parameter.layout is torch.strided
     if integer is None or not size or not at_hand or parameter.is_nested:
-        return []
+        return None
     # By ``numpy()`` nobody could resize it any more.
-    return [(np.from_dlpack(parameter.detach().view(integer)), (0, size // 2, size - 1))]
+    return np.from_dlpack(parameter.detach().view(integer)), size // 2
