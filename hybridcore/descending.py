@@ -100,17 +100,20 @@ def _end(controller: Controller) -> Generator[Directive, Observation, None]:
     if theirs and math.isfinite(secant.loss):
         meter.close_block(math.log(secant.loss), counters.full_steps, counters.probes)
     meter.mark = (NAN, counters.full_steps, counters.probes)
+    changed = secant.changed
     controller.note("quasi-Newton steps end")
-    if secant.changed:
-        here = yield Directive(Action.PROBE, own_batch=True)
-        start = yield Directive(Action.PROBE, own_batch=True, at_start=True)
-        if secant.goes_back(start.loss, here.loss):
-            yield Directive(Action.ROLLBACK, at_start=True)
-            controller.note("back to before the quasi-Newton steps")
     controller.note("optimizer goes on alone")
+    # Before anything is evaluated, which the user's code may break off.
     secant.rest(controller.taken)
     controller.pace.wait = controller.taken + controller.config.min_full_steps
     controller.forget_path()
+    if changed:
+        here = yield Directive(Action.PROBE, own_batch=True)
+        start = yield Directive(Action.PROBE, own_batch=True, at_start=True)
+        if start.loss < here.loss:
+            yield Directive(Action.ROLLBACK, at_start=True)
+            controller.note("back to before the quasi-Newton steps")
+            secant.went_back(start.loss, controller.taken)
 
 
 def finish_trial(controller: Controller) -> Turn:

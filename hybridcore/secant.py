@@ -195,17 +195,15 @@ class SecantDescent:
         self._wait = taken + WAIT * self._patience
         self._patience = min(2 * self._patience, MOST_PATIENCE)
 
-    def goes_back(self, start: float, here: float) -> bool:
-        """Whether to go on from where the descent began, by losses of another batch there and here.
+    def went_back(self, loss: float, taken: int) -> None:
+        """Take note that it goes on from where the descent began, at this `loss` of another batch.
 
         Where what was learned up to there holds for that batch too, batches are parts of one set
         of data, and none of them is to be followed far again.
         """
-        if not start < here:
-            return False
-        if start < CARRIED_OVER * self._first:
+        if loss < CARRIED_OVER * self._first:
             self._patience = MOST_PATIENCE
-        return True
+            self.rest(taken)
 
     def pass_by(self, taken: int) -> None:
         """Take note that a phase of `taken` steps is over, and that the next one counts anew.
@@ -362,7 +360,7 @@ class SecantDescent:
                 self.stage = Stage.DESCEND
             return observation, False
         changed = first and trial.active and not self._same(observation.loss, self.loss)
-        if not first and trial.spikes(observation):
+        if not first and trial.begins_a_spike(observation):
             # Or another batch has come, on which it may do well.
             probe = yield Directive(Action.PROBE, own_batch=True, at_mark=True)
             changed = not self._same(probe.loss, trial.loss)

@@ -94,7 +94,7 @@ class OptimizerTrial:
         self.bad += 1
         return self.bad >= LOST
 
-    def spikes(self, observation: Observation) -> bool:
+    def begins_a_spike(self, observation: Observation) -> bool:
         """Whether a trial that goes on through spikes is at the beginning of one."""
         before = math.exp(self.newest[-1]) if self.newest else 0.0
         most = SPIKE * self.loss

@@ -169,15 +169,16 @@ class Hands:
                 # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
-            self.recovery = self._present()
+            self.recovery = self._kept()
             self._measure()
         elif action is Action.ROLLBACK and directive.at_start:
             assert self.start is not None
             assert self.secants is not None
             weights, *others = self.start
             self._take_back()
-            self.secants.put(weights)
+            # Last: what is broken off before is begun again, as the loss there is lower still.
             self._put_back(others)
+            self.secants.put(weights)
         elif action is Action.ROLLBACK:
             self._take_back()
             self._roll_back()
@@ -258,11 +259,11 @@ class Hands:
         for name, size in zip(self.peaks, [*sizes, bytes_of(self.recovery)], strict=True):
             self.peaks[name] = max(self.peaks[name], size)
 
-    def _present(self) -> list[Any]:
+    def _kept(self) -> list[Any]:
         return [self._thrifty(value) for value in self.port.keep()]
 
     def _put_back(self, kept: list[Any]) -> None:
-        """Put back what :meth:`_present` returned."""
+        """Put back what :meth:`_kept` returned."""
         self.port.put_back([ops.cast(v[0], "float32") if isinstance(v, tuple) else v for v in kept])
 
     def _thrifty(self, value: Any) -> Any:
@@ -391,17 +392,18 @@ class Hands:
     # -- quasi-Newton steps -----------------------------------------------------------------
 
     def _take_pair(self, fresh: bool) -> None:
+        begins = False
         if self.secants is None:
             if self.bank is not None:
                 # The descent needs no snapshots, and takes new ones when it has ended.
                 self.bank.clear()
-            self.secants = SecantBank(self.port, self.pairs)
+            self.secants, begins = SecantBank(self.port, self.pairs), True
         elif fresh:
             self.secants.clear()
         new = self.secants.is_empty
         self.secants.take()
-        if self.start is None:
-            self.start = [self.secants.base, *self._present()]
+        if begins:
+            self.start = [self.secants.base, *self._kept()]
         if new:
             self._measure()
 

@@ -78,7 +78,8 @@ class SecantBank:
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
         self._reach = port.writer(lambda *point: (self._reached(*point), None))
-        self._put = port.writer(lambda flat: (self._split(flat), None))
+        # Writes flat weights.
+        self.put = port.writer(lambda flat: (self._split(flat), None))
         self.clear()
 
     @property
@@ -157,10 +158,6 @@ class SecantBank:
         """Weights where the last pair ended, flat."""
         assert self._held is not None
         return self._held[0]
-
-    def put(self, weights: Any) -> None:
-        """Write flat `weights` into the variables."""
-        self._put(weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Return pairs, base and metric as NumPy arrays."""

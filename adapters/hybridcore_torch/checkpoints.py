@@ -127,7 +127,7 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
             f"state is damaged: pass what state_dict() gave ({type(error).__name__}: {error})"
         ) from error
     trainer.engine = new_engine
-    hands.take_over(*copies, room, moved)
+    hands.take_over(copies, room, moved)
     hands.peaks |= peaks
     trainer._probed = probed
     if not whole:

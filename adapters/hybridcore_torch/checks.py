@@ -15,6 +15,7 @@ from hybridcore import (
     ModelError,
     Observation,
 )
+from hybridcore_torch.decay import bare
 
 
 def are_finite(model: nn.Module) -> bool:
@@ -38,11 +39,10 @@ def bad_batch(observation: Observation, step: int, model: nn.Module) -> Divergen
 def averages(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer` keeps an average of the weights, as those of ``schedulefree`` do.
 
-    They go between it and the weights that are trained by ``train()`` and ``eval()``. What
-    Accelerate has prepared has these in any case, around the optimizer itself.
+    They go between it and the weights that are trained by ``train()`` and ``eval()``, which what
+    Accelerate has prepared has in any case.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return all(callable(getattr(inner, mode, None)) for mode in ("train", "eval"))
+    return all(callable(getattr(bare(optimizer), mode, None)) for mode in ("train", "eval"))
 
 
 def check_arguments(

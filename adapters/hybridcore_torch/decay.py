@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.optim import optimizer as of_all
 
 # Optimizers whose weight decay is added to the gradient unless a group says that it is decoupled.
 _COUPLED = (
@@ -19,8 +20,7 @@ _COUPLED = (
     torch.optim.Adadelta,
 )
 
-
-# Packages whose optimizers do nothing in a step but lower that.
+# Packages whose optimizers do nothing in a step but lower the loss.
 _PACKAGES = ("torch", "schedulefree")
 
 
@@ -30,11 +30,10 @@ def is_known(optimizer: torch.optim.Optimizer) -> bool:
     A step of the user's own, or a hook at it, may do anything beside: keep weights in bounds or at
     zero, or add noise, of which nothing is left where the loss alone decides.
     """
-    # Accelerate's is one around it.
-    own = getattr(optimizer, "optimizer", optimizer)
-    hooks = (getattr(own, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
-    package = str(getattr(own.step, "__module__", None)).partition(".")[0]
-    if any(hooks) or package not in _PACKAGES:
+    optimizer = bare(optimizer)
+    hooks = [of_all._global_optimizer_pre_hooks, of_all._global_optimizer_post_hooks]
+    hooks += [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    if any(hooks) or _package(optimizer.step) not in _PACKAGES:
         return False
     groups = optimizer.param_groups
     if any(group.get("maximize") for group in groups):
@@ -44,6 +43,18 @@ def is_known(optimizer: torch.optim.Optimizer) -> bool:
         return False
     known = isinstance(optimizer, (*_COUPLED, torch.optim.AdamW))
     return known or not any(group.get("weight_decay") for group in groups)
+
+
+def bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return what Accelerate has prepared as it was, and any other optimizer as it is."""
+    if _package(optimizer.step) != "accelerate":
+        return optimizer
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _package(function: object) -> str:
+    return str(getattr(function, "__module__", None)).partition(".")[0]
 
 
 class Decay:

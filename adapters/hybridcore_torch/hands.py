@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,16 @@ logger = logging.getLogger("hybridcore")
 
 # Of the newest two snapshots, which an outer step lies between.
 BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
+
+
+class Copies(NamedTuple):
+    """All copies of the weights that there may be, as the attributes of :class:`Hands`."""
+
+    bank: SnapshotBank | None = None
+    secants: SecantBank | None = None
+    average: WeightAverage | None = None
+    recovery: RecoveryPoint | None = None
+    start: RecoveryPoint | None = None
 
 
 class Hands:
@@ -119,6 +129,7 @@ class Hands:
         )
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         self._structure = structure
+        self._told_of_optimizer = False
         self.restart()
 
     def restart(self) -> None:
@@ -134,11 +145,13 @@ class Hands:
         self._writes = Writes(self._parameters)
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
-        if self.room.pairs and not is_known(self._optimizer):
+        if self.room.pairs and not (self._told_of_optimizer or is_known(self._optimizer)):
+            self._told_of_optimizer = True
+            name = type(self._optimizer).__name__
             logger.info(
-                "what optimizer %s lowers is not known, or a hook or a step of its own does more: "
+                "optimizer %s may do more in a step than lower the loss, or lowers something else: "
                 "there are no quasi-Newton steps",
-                type(self._optimizer).__name__,
+                name,
             )
         self.stepper.refresh()
 
@@ -222,17 +235,18 @@ class Hands:
                 # A new one begins where the jump has ended.
                 self.average = None
             self.snapshots.save()
-            self.recovery = self._present()
+            self.recovery = self._recovery_point()
             self._measure()
         elif action is Action.ROLLBACK and directive.at_start:
             assert self.start is not None
-            self.start.load_weights(self._parameters)
+            # Last: what is broken off before is begun again, as the loss there is lower still.
             self.start.restore(self._model, self._optimizer, self._scaler)
+            self.start.load_weights(self._parameters)
         elif action is Action.ROLLBACK:
             self._roll_back()
         return Observation()
 
-    def _present(self, parameters: Iterable[torch.Tensor] = ()) -> RecoveryPoint:
+    def _recovery_point(self, parameters: Iterable[torch.Tensor] = ()) -> RecoveryPoint:
         model, optimizer, watch = self._model, self._optimizer, self.stepper.buffers
         kind = self.room.plan.kind
         return RecoveryPoint(model, optimizer, self._scaler, watch, kind, parameters)
@@ -330,15 +344,7 @@ class Hands:
         """Secant pairs that there is room for, where so many are `wanted`."""
         return affordable(self._optimizer, self._parameters, wanted, self.room.plan.pairs)
 
-    def copies_from(
-        self, state: dict[str, Any], snapshots: int, pairs: int
-    ) -> tuple[
-        SnapshotBank | None,
-        SecantBank | None,
-        WeightAverage | None,
-        RecoveryPoint | None,
-        RecoveryPoint | None,
-    ]:
+    def copies_from(self, state: dict[str, Any], snapshots: int, pairs: int) -> Copies:
         """Build the copies of the weights that a saved state holds, and leave those here alone.
 
         Raises
@@ -370,22 +376,17 @@ class Hands:
             recovery = RecoveryPoint.from_state_dict(state["recovery"])
         if state["start"] is not None:
             start = RecoveryPoint.from_state_dict(state["start"])
-        return bank, secants, average, recovery, start
+            if secants is None or not start.holds(self._parameters):
+                raise CheckpointError(
+                    "state is damaged: it holds where quasi-Newton steps began, but "
+                    f"{'no pairs' if secants is None else 'not of these parameters'}"
+                )
+        return Copies(bank, secants, average, recovery, start)
 
-    def take_over(
-        self,
-        bank: SnapshotBank | None,
-        secants: SecantBank | None,
-        average: WeightAverage | None,
-        recovery: RecoveryPoint | None,
-        start: RecoveryPoint | None,
-        room: Room,
-        moved: bool,
-    ) -> None:
+    def take_over(self, copies: Copies, room: Room, moved: bool) -> None:
         """Put copies of the weights that :meth:`copies_from` built in the place of those here."""
         self.room, self.pairs = room, self.pairs_of(room.pairs)
-        self.bank, self.secants, self.average = bank, secants, average
-        self.recovery, self.start = recovery, start
+        self.bank, self.secants, self.average, self.recovery, self.start = copies
         self._on_trial, self.moved = False, moved
         self._measure()
         self.stepper.refresh()
@@ -470,7 +471,7 @@ class Hands:
                 # The descent needs no snapshots, and takes new ones when it has ended.
                 self.bank.clear()
             self.new_secants()
-            self.start = self._present(self._parameters)
+            self.start = self._recovery_point(self._parameters)
         elif fresh:
             self.secants.clear()
         assert self.secants is not None

@@ -63,6 +63,10 @@ class RecoveryPoint:
         _copied(self._optimizer["state"], lambda t: sizes.append(local(t).nbytes))
         return sum(sizes)
 
+    def holds(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether it has copies of all these parameters."""
+        return [p.shape for p in parameters] == [w.shape for w in self._weights]
+
     @torch.no_grad()
     def load_weights(self, parameters: Sequence[torch.Tensor]) -> None:
         """Put the `parameters` that were copied back, and nothing else."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hybridcore_torch.decay import is_known
 from hybridcore_torch.groups import Group, by_depth, by_user, trainable_parameters
 from hybridcore_torch.ranks import is_sharded, reshard
 
@@ -61,8 +60,6 @@ class Structure:
     def renew(self) -> bool:
         """Take note of parameters that were added, frozen or resized; False if there are none.
 
-        And of what a step of the optimizer does besides lowering the loss.
-
         In the user's groups, new ones make one more.
         """
         if self._sharded:
@@ -82,12 +79,11 @@ class Structure:
         return True
 
     def _look(self) -> list[tuple[object, ...]]:
-        parameters = [
+        return [
             (id(p), p.requires_grad, p.shape, _strides(p), p.dtype, p.device)
             for group in self._optimizer.param_groups
             for p in group["params"]
         ]
-        return [(is_known(self._optimizer),), *parameters]
 
 
 def _strides(parameter: torch.Tensor) -> tuple[int, ...] | None:

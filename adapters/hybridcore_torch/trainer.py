@@ -34,6 +34,7 @@ from hybridcore_torch import checkpoints, files, sharded
 from hybridcore_torch.batches import Batch, Batches, NeedsBatchError
 from hybridcore_torch.checks import averages, bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
+from hybridcore_torch.decay import is_known
 from hybridcore_torch.hands import Hands
 from hybridcore_torch.ranks import is_sharded
 from hybridcore_torch.structure import Structure
@@ -383,7 +384,9 @@ class HybridTrainer:
         Weights stay as they are, in a jump too: what was frozen or replaced must not move any more.
         """
         disturbed = self._hands.disturbed()
-        if self._structure.renew() or disturbed:
+        # A hook at the optimizer may be new.
+        loses_pairs = self.engine.holds_pairs and not is_known(self.optimizer)
+        if self._structure.renew() or disturbed or loses_pairs:
             self._start_over()
         self._disturbed += disturbed
         if self._disturbed == OFTEN and disturbed and not averages(self.optimizer):

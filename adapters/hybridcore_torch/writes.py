@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from hybridcore_torch.ranks import local
 
 # By the bytes of an element; as a float one that is no number would differ from itself.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Parameters of which an element is looked at, at most: on a short step each counts.
+_SAMPLE = 16
 
 
 class Writes:
     """Takes note of how parameters are, to tell later whether they have been written.
 
-    By the version that torch counts, and by where they lie in memory. What is written through
-    ``.data`` in place changes neither: of parameters in the host's memory an element tells that,
-    as it does where all weights are begun anew. On a GPU it would have to be waited for.
+    By the version that torch counts. What is written through ``.data`` does not change that: of
+    parameters in the host's memory an element tells it, as it does where all weights are begun
+    anew. On a GPU it would have to be waited for.
 
     Parameters
     ----------
@@ -29,18 +32,18 @@ class Writes:
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = list(parameters)
-        self._plain = [p for p in self._parameters if local(p) is p]
+        at_hand = [p for p in self._parameters if _is_at_hand(p)]
+        self._sample = at_hand[:: -(-len(at_hand) // _SAMPLE) or 1]
         self._places: list[int] = []
-        self._memory: list[tuple[NDArray[np.generic], int]] = []
-        # Versions and elements.
+        self._memory: list[NDArray[np.generic]] = []
         self._noted: tuple[list[int], list[int]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would have memory of nobody's.
+        return vars(self) | {"_places": [], "_memory": [], "_noted": None}
 
     def note(self) -> None:
         """Take note of how they are."""
-        places = self._present_places()
-        if places != self._places:
-            self._places = places
-            self._memory = [found for p in self._plain if (found := _element(p)) is not None]
         self._noted = self._present_versions(), self._present_elements()
 
     def forget(self) -> None:
@@ -58,27 +61,28 @@ class Writes:
         if self._noted is None:
             return False
         versions, elements = self._noted
-        if versions != self._present_versions() or self._places != self._present_places():
-            # The memory may be gone.
-            return True
-        return elements != self._present_elements()
+        return versions != self._present_versions() or elements != self._present_elements()
 
     def _present_versions(self) -> list[int]:
         return [p._version for p in self._parameters]
 
-    def _present_places(self) -> list[int]:
-        return [p.data_ptr() for p in self._plain]
-
     def _present_elements(self) -> list[int]:
-        # One each, as on a short step each counts.
-        return [values.item(at) for values, at in self._memory]
+        places = [p.data_ptr() for p in self._sample]
+        if places != self._places:
+            self._places, self._memory = places, [_memory_of(p) for p in self._sample]
+        return [values.item(values.size // 2) for values in self._memory if values.size]
 
 
-def _element(parameter: torch.Tensor) -> tuple[NDArray[np.generic], int] | None:
-    """Its memory, and an element in the middle; None where that is not at hand."""
-    integer, size = _INTEGERS.get(parameter.element_size()), parameter.numel()
-    at_hand = parameter.device.type == "cpu" and parameter.layout is torch.strided
-    if integer is None or not size or not at_hand or parameter.is_nested:
-        return None
-    # By ``numpy()`` nobody could resize it any more.
-    return np.from_dlpack(parameter.detach().view(integer)), size // 2
+def _is_at_hand(parameter: torch.Tensor) -> bool:
+    plain = local(parameter) is parameter and parameter.layout is torch.strided
+    return plain and not parameter.is_nested and parameter.device.type == "cpu"
+
+
+def _memory_of(parameter: torch.Tensor) -> NDArray[np.generic]:
+    """Its values as integers, in its own memory; none where that cannot be had."""
+    try:
+        values = parameter.detach().view(_INTEGERS[parameter.element_size()])
+        # By ``numpy()`` nobody could resize it any more.
+        return np.from_dlpack(values)
+    except (KeyError, RuntimeError, BufferError):
+        return np.empty(0, np.int8)

@@ -7,8 +7,8 @@ import pytest
 from secant_descent import at, same
 
 from hybridcore import Action, Observation
-from hybridcore.secant import CARRIED_OVER, MOST_PATIENCE, SecantDescent, Stage
-from hybridcore.trial import SPIKE, OptimizerTrial
+from hybridcore.secant import CARRIED_OVER, MOST_PATIENCE, WAIT, SecantDescent, Stage
+from hybridcore.trial import MOST_VAIN, SPIKE, OptimizerTrial
 
 BACK = "back to before the quasi-Newton steps"
 
@@ -87,37 +87,32 @@ def test_a_run_that_stood_still_does_not_take_another_batch_for_the_same():
 
 
 @pytest.mark.parametrize(
-    ("first", "start", "here", "back", "patience"),
+    ("first", "loss", "wait"),
     [
-        (2.0, 1.5, 1.6, True, 1),
-        (2.0, 1.6, 1.5, False, 1),
-        (2.0, 1.6, 1.6, False, 1),
+        (2.0, 1.6, WAIT),
         # What was learned before them is of use for that batch too.
-        (2.0, 0.99 * CARRIED_OVER * 2.0, 9.0, True, MOST_PATIENCE),
-        (2.0, 1.01 * CARRIED_OVER * 2.0, 9.0, True, 1),
-        (2.0, 0.1, 0.09, False, 1),
-        (math.nan, 0.1, 9.0, True, 1),
-        (2.0, math.nan, 9.0, False, 1),
-        (2.0, 1.0, math.nan, False, 1),
+        (2.0, 0.99 * CARRIED_OVER * 2.0, WAIT * MOST_PATIENCE),
+        (2.0, 1.01 * CARRIED_OVER * 2.0, WAIT),
+        (math.nan, 0.1, WAIT),
     ],
 )
-def test_where_batches_are_parts_of_the_same_data_looks_are_rare(
-    first, start, here, back, patience
-):
+def test_where_batches_are_parts_of_the_same_data_looks_are_rare(first, loss, wait):
     secant = SecantDescent(pairs=10, block=50)
-    secant.see(Observation(first))
-    secant.see(Observation(0.001))
-    assert secant.goes_back(start, here) is back
-    assert secant._patience == patience
+    for seen in (first, 0.001) if first > 0.0 else ():
+        secant.see(Observation(seen))
+    secant.rest(1000)
+    secant.went_back(loss, 1000)
+    assert secant.until_due(1000) == wait
 
 
 def test_the_first_loss_is_counted_from_the_floor_too():
     secant = SecantDescent(pairs=10, block=50)
     secant.see(Observation(2.0))
     secant.raise_losses(4.0)
+    secant.rest(1000)
     # That is 1.0 for 2.0 as it was, and 5.0 for 6.0 now.
-    assert secant.goes_back(5.0, 9.0)
-    assert secant._patience == 1
+    secant.went_back(5.0, 1000)
+    assert secant.until_due(1000) == WAIT
 
 
 @pytest.mark.parametrize(
@@ -138,9 +133,59 @@ def test_a_long_trial_asks_at_each_spike_whether_it_is_another_batch(long, vain,
     found = []
     for steps, loss in enumerate(losses, 1):
         seen = Observation(loss, learning_rate=0.1)
-        found.append(trial.spikes(seen))
+        found.append(trial.begins_a_spike(seen))
         trial.see(seen, steps, 20, 50)
     assert found == asked
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_a_trial_that_has_all_the_time_sees_that_its_batch_is_another(long):
+    """One that goes on through spikes at once, and one that ends at a spike where it is judged."""
+    descent = at("comparison")
+    trial = descent.secant._trial
+    trial.long, trial.vain = long, 0 if long else MOST_VAIN
+    for _ in range(3):
+        descent.step()
+    assert descent.secant.holds_recovery
+    before = len(descent.directives)
+    descent.floor += 1.0
+    descent.centre = descent.start
+    descent.step()
+    if not long:
+        assert descent.stage is Stage.DESCEND
+        descent.step()
+    assert descent.stage is Stage.REST
+    done = descent.directives[before:]
+    assert any(d.at_mark for d in done)
+    assert rolled_back(done) == [True]
+
+
+@pytest.mark.parametrize("moment", ["comparison", "landing", "decision"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_where_the_batch_raises_in_between_they_have_ended_all_the_same(moment, number):
+    descent = turned(moment, 1.0)
+    probes = 0
+    for _ in range(150):
+        while True:
+            directive = descent.engine.next()
+            looks = directive.action is Action.PROBE and not directive.at_mark
+            ends = looks and descent.secant.stage is Stage.REST
+            if ends and probes == number:
+                break
+            probes += ends
+            descent.engine.observe(descent.carry_out(directive))
+            if descent.engine.step_done:
+                break
+        if ends:
+            break
+    assert ends
+    descent.abandon()
+    assert not descent.secant.changed
+    # What was decided in a step that is taken again is decided again.
+    until_they_end(descent)
+    for _ in range(40):
+        descent.step()
+        assert descent.stage is Stage.REST
 
 
 def test_in_the_middle_of_a_descent_all_of_it_is_resumed():

@@ -372,6 +372,10 @@ def test_a_state_of_version_3_goes_on_from_where_it_is(caplog):
     del state["start"]
     other, resumed = regression(seed=1), HybridCallback(CURVED)
     resumed.load_state_dict(state)
+    # What pairs are taken since is not where they began.
+    train(other, 5, resumed)
+    assert resumed.hands.secants is not None
+    assert resumed.hands.start is None
     train(other, 60, resumed, data=turned())
     assert "quasi-Newton steps end" in caplog.text
     assert "back to before" not in caplog.text

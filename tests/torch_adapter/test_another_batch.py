@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from problems import digits, weights
 from torch import nn
 
-from hybridcore import HybridTrainerConfig
+from hybridcore import CheckpointError, HybridTrainerConfig
 from hybridcore_torch import HybridTrainer
 
 BACK = "back to before the quasi-Newton steps"
@@ -203,6 +203,46 @@ def test_where_the_step_after_the_way_back_raises_the_next_begins_there():
     run.step()
     plain_step(*before, run.data)
     assert all(map(torch.equal, all_states(run.model, run.optimizer), all_states(*before)))
+
+
+def test_where_the_next_batch_raises_there_it_goes_on_from_here(caplog):
+    run = Tasks()
+    run.until("quasi-Newton steps")
+    start = weights(run.model)
+    for _ in range(60):
+        run.step()
+    run.data = shuffled(1)
+
+    def closure():
+        if all(map(torch.equal, weights(run.model), start)):
+            raise ValueError("scale must be positive")
+        return run.closure()
+
+    for _ in range(100):
+        run.trainer.step(closure)
+    assert run.trainer._hands.start is None
+    assert "at a point that was tried" in caplog.text
+    assert not all(map(torch.equal, weights(run.model), start))
+
+
+def damaged(start, how):
+    if how == "other weights":
+        return start | {"weights": [torch.zeros(3), *start["weights"][1:]]}
+    return start | {"weights": start["weights"][1:] if how == "too few" else []}
+
+
+@pytest.mark.parametrize("how", ["other weights", "too few", "none"])
+def test_a_damaged_beginning_is_refused_before_anything_is_changed(how):
+    run = Tasks()
+    in_the_midst(run)
+    state = run.trainer.state_dict()
+    other = Tasks(1)
+    before = all_states(other.model, other.optimizer)
+    with pytest.raises(CheckpointError, match="not of these parameters"):
+        other.trainer.load_state_dict(state | {"start": damaged(state["start"], how)})
+    with pytest.raises(CheckpointError, match="no pairs"):
+        other.trainer.load_state_dict(state | {"secants": None})
+    assert all(map(torch.equal, before, all_states(other.model, other.optimizer)))
 
 
 def test_bytes_of_the_beginning_are_only_kept_while_it_may_be_asked_for():

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, digits, flat, leaping, regression, weights
+from problems import BRISK, digits, flat, leaping, noisy, regression, weights
 from scipy.optimize import minimize
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from hybridcore import (
     Action,
@@ -22,7 +26,7 @@ from hybridcore import (
 )
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
-from hybridcore_torch.decay import Decay
+from hybridcore_torch.decay import Decay, is_known
 
 
 def by_scipy(penalty):
@@ -201,7 +205,7 @@ def test_weights_that_a_hook_keeps_at_zero_stay_there(when):
         (model.weight.grad if when == "pre" else model.weight).mul_(mask)
 
     # In the midst of a descent, as pruning begins late.
-    hook = getattr(optimizer, f"register_step_{when}_hook")(keep)
+    getattr(optimizer, f"register_step_{when}_hook")(keep)
     optimizer.state.clear()
     with torch.no_grad():
         model.weight.mul_(mask)
@@ -209,11 +213,46 @@ def test_weights_that_a_hook_keeps_at_zero_stay_there(when):
         trainer.step(closure)
         assert not model.weight[mask == 0].any()
     assert trainer.statistics().secant_steps == 5
-    hook.remove()
-    # It is looked for where copies are made.
-    for _ in range(50):
-        trainer.step(closure)
-    assert trainer.engine.pairs == 20
+    assert trainer.engine.pairs == 0
+
+
+@pytest.mark.parametrize("pairs", [0, 20])
+def test_a_hook_that_comes_and_goes_does_not_begin_everything_anew(pairs):
+    trainer, closure, _ = noisy(config=HybridTrainerConfig(secant_pairs=pairs))
+    events, optimizer = [], trainer.optimizer
+    for step in range(600):
+        hook = optimizer.register_step_post_hook(lambda *_: None) if step % 100 == 0 else None
+        events += [event["event"] for event in trainer.step(closure).events]
+        if hook is not None:
+            hook.remove()
+    assert events.count("snapshots and trend start over") <= (pairs > 0)
+
+
+def test_hooks_at_all_optimizers_and_wrappers_of_ones_own_count_too():
+    model, optimizer, _ = regression()
+
+    class Wrapper(torch.optim.Optimizer):
+        """As of Lookahead, or of a projection."""
+
+        def __init__(self, inner):
+            self.optimizer, self.param_groups, self.state = inner, inner.param_groups, inner.state
+
+        def step(self, closure=None):
+            self.optimizer.step()
+
+    assert is_known(optimizer)
+    assert not is_known(Wrapper(optimizer))
+    for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
+        hook = register(lambda *_: None)
+        assert not is_known(optimizer)
+        hook.remove()
+    assert is_known(optimizer)
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert is_known(accelerator.prepare(optimizer))
+    for kind in (torch.optim.Rprop, torch.optim.ASGD):
+        assert not is_known(accelerator.prepare(kind(model.parameters())))
+    assert not is_known(accelerator.prepare(Shrinking(model.parameters(), 0.1)))
 
 
 class Restless(Shrinking):

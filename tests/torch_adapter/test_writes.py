@@ -1,6 +1,7 @@
 """Weights that somebody else writes, and is it told."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -30,7 +31,6 @@ WRITES = {
     "data": replace,
     "data in place": lambda p: p.data.normal_(),
     "no_grad": lambda p: torch.no_grad()(p.normal_)(),
-    "grown": lambda p: p.data.resize_(200, 4),
     "NaN": no_number,
     "an element": in_the_middle,
 }
@@ -68,6 +68,59 @@ def test_it_is_found_in_each_of_them(which):
     writes.note()
     all_of_them[which].data.normal_()
     assert writes.found
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        lambda m: m.double().float(),
+        lambda m: m.share_memory(),
+        lambda m: [setattr(p, "data", p.data.clone()) for p in m.parameters()],
+        # In a new place, where there is room for more.
+        lambda m: [p.data.resize_(200, 50) for p in m.parameters()],
+    ],
+)
+def test_weights_that_are_the_same_in_another_place_are_not_written(moves):
+    model = nn.Linear(8, 4)
+    writes = Writes(list(model.parameters()))
+    writes.note()
+    moves(model)
+    assert not writes.found
+    model.weight.data.normal_()
+    assert writes.found
+
+
+def test_where_there_are_many_some_are_looked_at_from_all_over():
+    many = [nn.Parameter(torch.randn(3)) for _ in range(100)]
+    writes = Writes(many)
+    writes.note()
+    noticed = []
+    for p in many:
+        before = p.data.clone()
+        p.data.normal_()
+        noticed.append(writes.found)
+        p.data.copy_(before)
+    assert not writes.found
+    assert 8 < sum(noticed) <= 16
+    assert any(noticed[:10])
+    assert any(noticed[-10:])
+
+
+def test_one_whose_memory_cannot_be_had_is_left_out():
+    z = torch.randn(4, dtype=torch.complex64)
+    negated = nn.Parameter(z.conj().imag)
+    assert negated.is_neg()
+    writes = Writes([negated, nn.Parameter(torch.randn(3, dtype=torch.complex128))])
+    writes.note()
+    assert not writes.found
+
+
+def test_a_pickled_one_holds_no_second_copy_of_the_weights():
+    parameters = [nn.Parameter(torch.randn(10_000))]
+    writes = Writes(parameters)
+    bare = len(pickle.dumps(writes))
+    writes.note()
+    assert len(pickle.dumps(writes)) < bare + 1000
 
 
 def test_nothing_is_found_where_nothing_is_to_be_held_against():
