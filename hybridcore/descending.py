@@ -82,7 +82,8 @@ def _decide(controller: Controller) -> Generator[Directive, Observation, None]:
         yield Directive(Action.SAVE)
         secant.compare(long=secant.converging)
         return
-    if surplus >= controller.config.snapshot_interval:
+    # A leap would not see that the batch is another one.
+    if secant.steady and surplus >= controller.config.snapshot_interval:
         controller.leap = round(min(surplus, controller.config.horizon))
         controller.note("leap", steps=controller.leap)
         controller.enter(Event.JUMP_CHOSEN)

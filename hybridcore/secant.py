@@ -101,6 +101,8 @@ class SecantDescent:
         Whether neither the optimizer nor the curvature has found a lower loss of late.
     changed : bool
         Whether they have ended because the batch is another one.
+    steady : bool
+        Whether they never have so far.
     """
 
     def __init__(self, pairs: int, block: int, averaging: bool = False) -> None:
@@ -114,6 +116,7 @@ class SecantDescent:
         self.repeats = False
         self.converging = False
         self.measured = self.changed = False
+        self.steady = True
         self._there = False
         # First loss of the run.
         self._first = NAN
@@ -189,6 +192,7 @@ class SecantDescent:
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
         self.stage, self._descent, self._trial = Stage.REST, None, OptimizerTrial()
+        self.steady = self.steady and not self.changed
         self._held, self._has_probe = NAN, False
         self._rejected, self._there, self.changed = 0, False, False
         self._own_speed = math.inf
@@ -543,6 +547,7 @@ class SecantDescent:
         # States from before there was a scale, or the user's probe was looked for, do without.
         later = {
             "changed": False,
+            "steady": True,
             "_first": NAN,
             "_floor": 0.0,
             "_stayed": 0,
@@ -575,6 +580,7 @@ _NUMBERS = (
     "converging",
     "measured",
     "changed",
+    "steady",
     "_there",
     "_first",
     "_marked",

@@ -214,6 +214,21 @@ def test_a_step_that_raises_after_the_way_back_goes_on_from_there():
     assert [d.action for d in descent.directives[before:]] == [Action.FULL]
 
 
+def test_where_the_batch_has_been_another_there_are_no_leaps_any_more():
+    descent = turned("standing", 1.0)
+    # So that nothing was learned for it.
+    descent.floor += 100.0
+    until_they_end(descent)
+    before = [event["event"] for event in descent.engine.take_events()]
+    assert "leap" in before
+    for _ in range(400):
+        descent.step()
+    since = [event["event"] for event in descent.engine.take_events()]
+    assert "quasi-Newton steps" in since
+    assert "optimizer on trial" in since
+    assert "leap" not in since
+
+
 def test_at_the_same_batch_nobody_asks_for_the_beginning():
     descent = at("decision")
     descent.run(300)
