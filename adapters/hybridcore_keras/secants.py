@@ -17,7 +17,7 @@ from hybridcore_keras.snapshots import itemsize
 # Of the root mean square of a coordinate's gradients, relative to their mean over all coordinates.
 _FLOOR = 0.01
 _TINY = 1e-37
-# What a step at a rate of zero leaves as it was but for running averages of gradients.
+# Of Keras's own: what a step at a rate of zero leaves as it was but for averages of gradients.
 _KNOWN = {"SGD", "Adam", "Adamax", "Nadam", "RMSprop", "Adagrad", "Adadelta", "Lion"}
 # Vectors beside the pairs: base, its gradient, the metric.
 _BESIDE = 3
@@ -32,8 +32,10 @@ def affordable(model: Any, wanted: int, room: float) -> int:
     """
     optimizer, variables = model.optimizer, model.trainable_variables
     strategy = getattr(model, "distribute_strategy", None)
+    kind = type(optimizer)
     more = (
-        type(optimizer).__name__ not in _KNOWN
+        kind.__name__ not in _KNOWN
+        or kind.__module__.partition(".")[0] != "keras"
         or optimizer.loss_scale_factor is not None
         or optimizer.weight_decay
         or optimizer.use_ema

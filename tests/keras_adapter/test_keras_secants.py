@@ -131,9 +131,14 @@ def test_a_trial_in_vain_leaves_no_trace():
     assert rejected > 3
 
 
+class Adam(keras.optimizers.Adam):
+    """One of the user's own, which may do more."""
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [
+        Adam(1e-2),
         keras.optimizers.AdamW(1e-2),
         keras.optimizers.Adam(1e-2, use_ema=True),
         keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),
