@@ -107,7 +107,7 @@ class Hands:
         self.start: list[Any] | None = None
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
-        self._on_trial = self.torn = False
+        self._on_trial = self._at_base = self.torn = False
         self.room.measure(size_of(self.port.model))
         self.pairs = self.pairs_of(self.room)
 
@@ -158,9 +158,15 @@ class Hands:
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
-            self._on_trial = True
+            away = bool(directive.coefficients.any())
+            if away and self._at_base and not self.secants.is_at_base():
+                # Another callback has written them, and will see that they stay.
+                self.restart()
+                self.torn = True
+                return Observation()
+            self._on_trial, self._at_base = True, False
             self.secants.reach(directive.coefficients)
-            self._on_trial = bool(directive.coefficients.any())
+            self._on_trial, self._at_base = away, not away
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
@@ -193,6 +199,7 @@ class Hands:
                 self.bank.forget()
         if not pairs:
             self.secants, self.start, self._on_trial = None, None, False
+            self._at_base = False
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because something raised in it."""
@@ -284,7 +291,7 @@ class Hands:
                 port.skip(1)
             # Else the schedule of plain fit does not go on either.
             return observation
-        self._on_trial = False
+        self._on_trial = self._at_base = False
         if directive.pair:
             on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))
@@ -411,7 +418,7 @@ class Hands:
         """Make the trial point the base; the optimizer sees its gradients at a rate of zero."""
         self._take_pair(fresh=False)
         assert self.secants is not None
-        self._before_trial, self._on_trial = None, False
+        self._before_trial, self._on_trial, self._at_base = None, False, True
         start = perf_counter()
         self.port.follow()
         seconds = perf_counter() - start

@@ -79,6 +79,7 @@ class SecantBank:
         self._add_square = port.compiled(lambda total, new: total + new * new)
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
+        self._differs = port.reader(lambda weights, base: ops.any(_flat(weights) != base))
         self._reach = port.writer(lambda *point: (self._reached(*point), None))
         # Writes flat weights.
         self.put = port.writer(lambda flat: (self._split(flat), None))
@@ -154,6 +155,10 @@ class SecantBank:
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
         self.put(self.base)
+
+    def is_at_base(self) -> bool:
+        """Whether the weights are where the last pair ended."""
+        return not bool(self._differs(self.base))
 
     @property
     def base(self) -> Any:

@@ -96,6 +96,25 @@ def test_they_lower_the_loss_as_in_torch():
     assert losses[-1] < 1e-4
 
 
+def test_weights_that_a_callback_writes_after_each_batch_stay_so():
+    class Clip(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for variable in self.model.trainable_variables:
+                variable.assign(keras.ops.clip(variable, -0.2, 0.2))
+
+    ends = {}
+    for name in ("plain", "ours"):
+        model, hybrid = regression(), HybridCallback(CURVED)
+        train(model, 200, *([hybrid] if name == "ours" else []), Clip())
+        assert max(np.abs(w).max() for w in weights_of(model)) <= 0.2 + 1e-6
+        x, y = digits()
+        ends[name] = model.evaluate(x, y, verbose=0)
+    statistics = hybrid.statistics()
+    # Each of them is the last of its kind, as it is found out in the next.
+    assert 0 < statistics.secant_steps < 10
+    assert ends["ours"] < 1.02 * ends["plain"]
+
+
 def test_keras_counts_the_passes():
     model, hybrid = regression(), HybridCallback(CURVED)
     watch = Watch(hybrid)
