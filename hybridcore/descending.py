@@ -111,7 +111,7 @@ def _end(controller: Controller) -> Generator[Directive, Observation, None]:
     if changed:
         here = yield Directive(Action.PROBE, own_batch=True)
         start = yield Directive(Action.PROBE, own_batch=True, at_start=True)
-        if start.loss < here.loss:
+        if math.isfinite(start.loss) and not here.loss <= start.loss:
             yield Directive(Action.ROLLBACK, at_start=True)
             controller.note("back to before the quasi-Newton steps")
             secant.went_back(start.loss, controller.taken)

@@ -67,6 +67,29 @@ def test_one_that_is_lower_where_they_have_led_is_trained_from_here(moment):
     assert descent.loss(descent.x) <= before + 1e-4
 
 
+@pytest.mark.parametrize(
+    ("here", "start", "back"),
+    [
+        (2.0, 1.0, True),
+        (1.0, 1.0, False),
+        (math.nan, 1.0, True),
+        (math.inf, 1.0, True),
+        (2.0, math.nan, False),
+        (2.0, -math.inf, False),
+        (math.nan, math.nan, False),
+    ],
+)
+def test_a_loss_that_is_no_number_is_the_highest(here, start, back):
+    descent = turned("decision", 1.0)
+    losses = iter([here, start])
+    while (directive := descent.engine.next()).action is not Action.FULL:
+        seen = descent.carry_out(directive)
+        if descent.stage is Stage.REST and directive.action is Action.PROBE:
+            seen = Observation(next(losses))
+        descent.engine.observe(seen)
+    assert rolled_back(descent.directives) == [True] * back
+
+
 def test_where_nothing_is_kept_of_the_beginning_it_goes_on_from_here():
     """As in a state of an earlier version."""
     descent = turned("decision", 1.0)
