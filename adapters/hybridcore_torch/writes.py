@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hybridcore_torch.ranks import local
 
@@ -35,16 +35,17 @@ class Writes:
         at_hand = [p for p in self._parameters if _is_at_hand(p)]
         self._sample = at_hand[:: -(-len(at_hand) // _SAMPLE) or 1]
         self._places: list[int] = []
-        self._memory: list[NDArray[np.generic]] = []
-        self._noted: tuple[list[int], list[int]] | None = None
+        # How to read the element of each.
+        self._read: list[Callable[[], object]] = []
+        self._noted: list[object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would have memory of nobody's.
-        return vars(self) | {"_places": [], "_memory": [], "_noted": None}
+        return vars(self) | {"_places": [], "_read": [], "_noted": None}
 
     def note(self) -> None:
         """Take note of how they are."""
-        self._noted = self._present_versions(), self._present_elements()
+        self._noted = self._look()
 
     def forget(self) -> None:
         """Take anything for as it was."""
@@ -58,19 +59,16 @@ class Writes:
     @property
     def found(self) -> bool:
         """Whether they have been written since the last note."""
-        if self._noted is None:
-            return False
-        versions, elements = self._noted
-        return versions != self._present_versions() or elements != self._present_elements()
+        return self._noted is not None and self._noted != self._look()
 
-    def _present_versions(self) -> list[int]:
-        return [p._version for p in self._parameters]
-
-    def _present_elements(self) -> list[int]:
+    def _look(self) -> list[object]:
+        """Versions and elements."""
+        found: list[object] = [p._version for p in self._parameters]
         places = [p.data_ptr() for p in self._sample]
         if places != self._places:
-            self._places, self._memory = places, [_memory_of(p) for p in self._sample]
-        return [values.item(values.size // 2) for values in self._memory if values.size]
+            self._places, self._read = places, [_reader(p) for p in self._sample]
+        found += [read() for read in self._read]
+        return found
 
 
 def _is_at_hand(parameter: torch.Tensor) -> bool:
@@ -78,11 +76,12 @@ def _is_at_hand(parameter: torch.Tensor) -> bool:
     return plain and not parameter.is_nested and parameter.device.type == "cpu"
 
 
-def _memory_of(parameter: torch.Tensor) -> NDArray[np.generic]:
-    """Its values as integers, in its own memory; none where that cannot be had."""
+def _reader(parameter: torch.Tensor) -> Callable[[], object]:
+    """Return what reads an element in the middle, as an integer; 0 where it cannot be had."""
     try:
         values = parameter.detach().view(_INTEGERS[parameter.element_size()])
         # By ``numpy()`` nobody could resize it any more.
-        return np.from_dlpack(values)
+        memory = np.from_dlpack(values)
+        return functools.partial(memory.item, memory.size // 2) if memory.size else int
     except (KeyError, RuntimeError, BufferError):
-        return np.empty(0, np.int8)
+        return int
