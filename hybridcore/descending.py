@@ -111,7 +111,9 @@ def _end(controller: Controller) -> Generator[Directive, Observation, None]:
     if changed:
         here = yield Directive(Action.PROBE, own_batch=True)
         start = yield Directive(Action.PROBE, own_batch=True, at_start=True)
-        if math.isfinite(start.loss) and not here.loss <= start.loss:
+        lower = math.isfinite(start.loss) and not here.loss <= start.loss
+        secant.steady = secant.steady and not (lower or math.isfinite(here.loss))
+        if lower:
             yield Directive(Action.ROLLBACK, at_start=True)
             controller.note("back to before the quasi-Newton steps")
             secant.went_back(start.loss, controller.taken)

@@ -102,7 +102,7 @@ class SecantDescent:
     changed : bool
         Whether they have ended because the batch is another one.
     steady : bool
-        Whether they never have so far.
+        Whether no other batch has come so far.
     """
 
     def __init__(self, pairs: int, block: int, averaging: bool = False) -> None:
@@ -192,7 +192,6 @@ class SecantDescent:
     def rest(self, taken: int) -> None:
         """Leave it to the optimizer; look again later, twice as late after each time in vain."""
         self.stage, self._descent, self._trial = Stage.REST, None, OptimizerTrial()
-        self.steady = self.steady and not self.changed
         self._held, self._has_probe = NAN, False
         self._rejected, self._there, self.changed = 0, False, False
         self._own_speed = math.inf
@@ -360,7 +359,11 @@ class SecantDescent:
         observation = yield Directive(Action.FULL, pair=pair, fresh_pairs=pair and first)
         if trial.active and not observation.applied:
             # That is the batch's fault at first, and then of where the trial has led.
-            if not first and trial.count_bad():
+            lost = trial.count_bad()
+            if first and trial.bad >= MOST_REJECTED:
+                self.loss, self.changed = NAN, True
+                return observation, True
+            if lost and not first:
                 self.stage = Stage.DESCEND
             return observation, False
         changed = first and trial.active and not self._same(observation.loss, self.loss)
@@ -414,8 +417,8 @@ class SecantDescent:
             if self._trial.count_bad():
                 yield from self._undo_trial()
             return observation, False
-        if not self._steps and math.isfinite(self.loss) and observation.applied:
-            # It is where it was evaluated before.
+        if not self._steps and math.isfinite(self.loss):
+            # It is where it was evaluated before. A bad batch is no lower elsewhere.
             changed = changed or not self._same(observation.loss, self.loss)
         if changed or not (held and observation.applied and usable(observation.loss)):
             self.loss, self.changed = NAN, changed

@@ -70,7 +70,7 @@ class Hands:
         Most bytes that each kind of copies has taken so far.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
-        ran out.
+        ran out, or another callback has written the weights.
     """
 
     def __init__(
@@ -107,7 +107,9 @@ class Hands:
         self.start: list[Any] | None = None
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
-        self._on_trial = self._at_base = self.torn = False
+        self._on_trial = self.torn = False
+        # Whether nobody can have written the weights since they were looked at.
+        self._looked = False
         self.room.measure(size_of(self.port.model))
         self.pairs = self.pairs_of(self.room)
 
@@ -131,6 +133,13 @@ class Hands:
     def carry_out(self, directive: Directive) -> Observation:
         """Do what `directive` says."""
         port, action = self.port, directive.action
+        if not self._looked and action is not Action.SKIP:
+            self._looked = True
+            if self.secants is not None and not self.secants.is_there():
+                # Another callback has written the weights, which stay so.
+                self.restart()
+                self.torn = True
+                return Observation()
         if action is Action.FULL:
             observation = self._full(directive)
             # Only now: in the first pass TensorFlow makes what has not been built before.
@@ -158,15 +167,9 @@ class Hands:
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
-            away = bool(directive.coefficients.any())
-            if away and self._at_base and not self.secants.is_at_base():
-                # Another callback has written them, and will see that they stay.
-                self.restart()
-                self.torn = True
-                return Observation()
-            self._on_trial, self._at_base = True, False
+            self._on_trial = True
             self.secants.reach(directive.coefficients)
-            self._on_trial, self._at_base = away, not away
+            self._on_trial = bool(directive.coefficients.any())
         elif action is Action.MARK:
             self.snapshots.save()
         elif action is Action.SAVE:
@@ -182,7 +185,6 @@ class Hands:
             assert self.secants is not None
             weights, *others = self.start
             self._take_back()
-            # Last: what is broken off before is begun again, as the loss there is lower still.
             self._put_back(others)
             self.secants.put(weights)
         elif action is Action.ROLLBACK:
@@ -193,13 +195,13 @@ class Hands:
     def let_go(self, recovery: bool, mark: bool, pairs: bool) -> None:
         """End a step: drop copies of the weights that will not be asked for any more."""
         self._take_back()
+        self._looked = False
         if not recovery:
             self.recovery = None
             if self.bank is not None and not mark:
                 self.bank.forget()
         if not pairs:
             self.secants, self.start, self._on_trial = None, None, False
-            self._at_base = False
 
     def abandon(self) -> None:
         """Undo what the present step did to the weights, because something raised in it."""
@@ -291,7 +293,7 @@ class Hands:
                 port.skip(1)
             # Else the schedule of plain fit does not go on either.
             return observation
-        self._on_trial = self._at_base = False
+        self._on_trial = False
         if directive.pair:
             on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))
@@ -300,6 +302,8 @@ class Hands:
                 port.count()
                 return observation
             port.apply(*rates)
+        if self.secants is not None:
+            self.secants.here = None
         return observation._replace(gram=self._spare(lambda: self._copy(directive)))
 
     def _spare(self, copy: Callable[[], Copy]) -> Copy | None:
@@ -418,7 +422,7 @@ class Hands:
         """Make the trial point the base; the optimizer sees its gradients at a rate of zero."""
         self._take_pair(fresh=False)
         assert self.secants is not None
-        self._before_trial, self._on_trial, self._at_base = None, False, True
+        self._before_trial, self._on_trial = None, False
         start = perf_counter()
         self.port.follow()
         seconds = perf_counter() - start

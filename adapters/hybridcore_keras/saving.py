@@ -160,6 +160,9 @@ def fitted(
             beside = state["beside"] or hands.room.state_dict()
             pairs = hands.pairs_of(hands.room.restored(beside, 0))
             engine = Engine(callback.config, pairs)
+            if not pairs and state["secants"] is not None:
+                # As it is compiled now there are none any more.
+                state = state | {"secants": None, "start": None, "snapshots": False}
         engine.load_state_dict(state["engine"])
         if hands is not None:
             room = hands.room.restored(beside, engine.snapshots)

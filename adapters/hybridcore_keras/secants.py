@@ -79,10 +79,9 @@ class SecantBank:
         self._add_square = port.compiled(lambda total, new: total + new * new)
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
-        self._differs = port.reader(lambda weights, base: ops.any(_flat(weights) != base))
-        self._reach = port.writer(lambda *point: (self._reached(*point), None))
-        # Writes flat weights.
-        self.put = port.writer(lambda flat: (self._split(flat), None))
+        self._differs = port.reader(lambda weights, flat: ops.any(_flat(weights) != flat))
+        self._reach = port.writer(lambda *point: self._reached(*point))
+        self._put = port.writer(lambda flat: (self._split(flat), None))
         self.clear()
 
     @property
@@ -103,6 +102,8 @@ class SecantBank:
 
     def clear(self) -> None:
         """Forget the base, the pairs and the metric."""
+        # Where the weights were put last, flat; None where they have moved on since.
+        self.here: Any = None
         # Base, its gradient, displacements, changes of the gradient.
         self._held: tuple[Any, Any, Any, Any] | None = None
         # Rows of the pairs, oldest first.
@@ -122,7 +123,7 @@ class SecantBank:
             place = ops.convert_to_tensor([[row]], "int32")
             held = tuple(self._next(self._port.gradients, *self._held, place))
             self._held, self._order = held, [*self._order[full:], row]
-        gradient = self._held[1]
+        self.here, gradient = self._held[:2]
         if not self._is_metric:
             total = ops.zeros_like(gradient) if self._metric is None else self._metric
             self._metric = self._add_square(total, gradient)
@@ -150,15 +151,21 @@ class SecantBank:
         k, shares = len(self._order), np.zeros((2, self._capacity), np.float32)
         shares[0, self._order], shares[1, self._order] = coefficients[:k], coefficients[k:-1]
         steepest = np.array(coefficients[-1], np.float32)
-        self._reach(*self._held, self._metric, *map(ops.convert_to_tensor, (shares, steepest)))
+        point = *self._held, self._metric, *map(ops.convert_to_tensor, (shares, steepest))
+        self.here = self._reach(*point)
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
         self.put(self.base)
 
-    def is_at_base(self) -> bool:
-        """Whether the weights are where the last pair ended."""
-        return not bool(self._differs(self.base))
+    def put(self, weights: Any) -> None:
+        """Write flat `weights` into the variables."""
+        self._put(weights)
+        self.here = weights
+
+    def is_there(self) -> bool:
+        """Whether the weights are where they were put last, if they were."""
+        return self.here is None or not bool(self._differs(self.here))
 
     @property
     def base(self) -> Any:
@@ -218,9 +225,10 @@ class SecantBank:
         metric: Any,
         shares: Any,
         steepest: Any,
-    ) -> list[Any]:
+    ) -> tuple[list[Any], Any]:
         curved = ops.matmul(shares[1], changed) + steepest * gradient
-        return self._split(base + metric * curved + ops.matmul(shares[0], moved))
+        flat = base + metric * curved + ops.matmul(shares[0], moved)
+        return self._split(flat), flat
 
     def _split(self, flat: Any) -> list[Any]:
         parts, start = [], 0

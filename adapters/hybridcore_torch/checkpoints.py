@@ -110,6 +110,9 @@ def restore(trainer: HybridTrainer, state: dict[str, Any]) -> None:
         new_engine = trainer._new_engine(pairs)
         new_engine.load_state_dict(engine)
         whole = bool(state["snapshots"])
+        if not pairs and state["secants"] is not None:
+            # With a hook at the optimizer, or on several ranks, there are none any more.
+            state, whole = state | {"secants": None, "start": None}, False
         room = hands.room.restored(state["room"], new_engine.snapshots)
         copies = hands.copies_from(state, room.snapshots, pairs)
         saved_peaks = state["room"].get("peaks", {})

@@ -141,7 +141,8 @@ class Hands:
         self.average: WeightAverage | None = None
         self.recovery: RecoveryPoint | None = None
         self.start: RecoveryPoint | None = None
-        self._on_trial = self._moving = self._taking = self.moved = self.torn = False
+        self._on_trial = self._moving = self._taking = self._going_back = False
+        self.moved = self.torn = False
         self._writes = Writes(self._parameters)
         self._kept: buffers.Kept = []
         self.pairs = self.pairs_of(self.room.pairs)
@@ -238,13 +239,17 @@ class Hands:
             self.recovery = self._recovery_point()
             self._measure()
         elif action is Action.ROLLBACK and directive.at_start:
-            assert self.start is not None
-            # Last: what is broken off before is begun again, as the loss there is lower still.
-            self.start.restore(self._model, self._optimizer, self._scaler)
-            self.start.load_weights(self._parameters)
+            self._go_back()
         elif action is Action.ROLLBACK:
             self._roll_back()
         return Observation()
+
+    def _go_back(self) -> None:
+        assert self.start is not None
+        self._going_back = True
+        self.start.load_weights(self._parameters)
+        self.start.restore(self._model, self._optimizer, self._scaler)
+        self._going_back = False
 
     def _recovery_point(self, parameters: Iterable[torch.Tensor] = ()) -> RecoveryPoint:
         model, optimizer, watch = self._model, self._optimizer, self.stepper.buffers
@@ -282,6 +287,9 @@ class Hands:
             buffers.put_back(self._kept)
             self.secants.back_to_base()
             self._on_trial = False
+        if self._going_back:
+            # Half of it must not stay undone.
+            self._go_back()
         if self._moving and self.bank is not None:
             self.bank.return_to_newest()
         if self._moving or self._taking:

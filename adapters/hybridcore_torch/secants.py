@@ -31,7 +31,7 @@ def affordable(
     """How many of `pairs` there is room for, in so many bytes.
 
     None where parameters are spread over devices or of several precisions, and where it is not
-    known what the optimizer's weight decay adds to the loss.
+    known what the optimizer lowers.
     """
     if len({(p.device, p.dtype) for p in parameters}) != 1 or not is_known(optimizer):
         return 0

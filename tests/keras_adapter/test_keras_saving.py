@@ -381,6 +381,22 @@ def test_a_state_of_version_3_goes_on_from_where_it_is(caplog):
     assert "back to before" not in caplog.text
 
 
+class Adam(keras.optimizers.Adam):
+    """One of the user's own, which may do more."""
+
+
+def test_a_state_of_a_descent_goes_on_with_an_optimizer_that_has_none():
+    model, hybrid = regression(), HybridCallback(CURVED)
+    train(model, 60, hybrid)
+    state, taken = hybrid.state_dict(), hybrid.statistics().secant_steps
+    assert state["secants"] is not None
+    other, resumed = regression(Adam(1e-2), seed=1), HybridCallback(CURVED)
+    resumed.load_state_dict(state)
+    losses = train(other, 60, resumed)["loss"]
+    assert resumed.statistics().secant_steps == taken
+    assert losses[-1] < 0.2
+
+
 # -- hybridcore off -------------------------------------------------------------------------------
 
 

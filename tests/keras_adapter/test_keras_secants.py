@@ -8,6 +8,7 @@ from keras_problems import BRISK, CURVED, Watch, digits, perceptron, regression,
 from keras_problems import weights as weights_of
 
 from hybridcore import HybridTrainerConfig, Phase
+from hybridcore.secant import Stage
 from hybridcore_keras import HybridCallback
 from hybridcore_keras.secants import SecantBank, affordable
 
@@ -113,6 +114,39 @@ def test_weights_that_a_callback_writes_after_each_batch_stay_so():
     # Each of them is the last of its kind, as it is found out in the next.
     assert 0 < statistics.secant_steps < 10
     assert ends["ours"] < 1.02 * ends["plain"]
+
+
+MOMENTS = {
+    "a step": lambda s: s.stage is Stage.DESCEND and not (s.landing or s.block_over or s.suspects),
+    "a decision": lambda s: s.block_over,
+    "a doubt": lambda s: s.suspects,
+    # Where a run has stood still: from where the optimizer has led it may go anywhere.
+    "a landing": lambda s: s.landing and not (s.holds_recovery or s._steps),
+}
+
+
+@pytest.mark.parametrize("moment", [*MOMENTS, "a leap"])
+def test_what_a_callback_writes_once_is_not_undone(moment):
+    class Prune(keras.callbacks.Callback):
+        done = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            kernel, engine = self.model.trainable_variables[0], hybrid.engine
+            if self.done:
+                # Of the optimizer there are three steps since at most.
+                assert np.abs(kernel.numpy()[:32]).max() <= 0.04
+                self.done += 1
+            elif hybrid.hands.secants is not None:
+                leaps = engine.phase is Phase.PREDICT
+                here = MOMENTS.get(moment, lambda s: True)(engine.controller.secant)
+                if here and leaps is (moment == "a leap"):
+                    kernel.assign(np.concatenate([np.zeros((32, 10)), kernel.numpy()[32:]]))
+                    self.done = 1
+            self.model.stop_training = self.done > 3
+
+    model, hybrid, prune = regression(), HybridCallback(CURVED), Prune()
+    train(model, 400, hybrid, prune)
+    assert prune.done == 4
 
 
 def test_keras_counts_the_passes():

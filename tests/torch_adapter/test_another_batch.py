@@ -10,6 +10,7 @@ from torch import nn
 
 from hybridcore import CheckpointError, HybridTrainerConfig
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.recovery import RecoveryPoint
 
 BACK = "back to before the quasi-Newton steps"
 
@@ -223,6 +224,72 @@ def test_where_the_next_batch_raises_there_it_goes_on_from_here(caplog):
     assert run.trainer._hands.start is None
     assert "at a point that was tried" in caplog.text
     assert not all(map(torch.equal, weights(run.model), start))
+
+
+@pytest.mark.parametrize("method", ["load_weights", "restore"])
+@pytest.mark.parametrize("moment", ["decision", "trial"])
+def test_an_interrupt_on_the_way_back_leaves_none_of_it_undone(method, moment, monkeypatch):
+    run = Tasks()
+    run.until("quasi-Newton steps")
+    before = copied(run.model, run.optimizer)
+    before[0](run.data[0])
+    for _ in range(60):
+        run.step()
+    secant = run.trainer.engine.controller.secant
+    while moment == "trial" and not secant.holds_recovery:
+        run.step()
+    run.data = shuffled(1)
+    own, interrupts = getattr(RecoveryPoint, method), []
+
+    def interrupted(self, *arguments):
+        if self is run.trainer._hands.start and run.trainer._hands._going_back and not interrupts:
+            interrupts.append(1)
+            raise KeyboardInterrupt
+        return own(self, *arguments)
+
+    monkeypatch.setattr(RecoveryPoint, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _ = [run.step() for _ in range(100)]
+    assert all(map(torch.equal, all_states(run.model, run.optimizer), all_states(*before)))
+    run.step()
+    plain_step(*before, run.data)
+    assert all(map(torch.equal, weights(run.model), weights(before[0])))
+
+
+@pytest.mark.parametrize("on_trial", [False, True])
+def test_a_state_of_a_descent_goes_on_where_the_optimizer_has_a_hook_by_now(on_trial):
+    run = Tasks()
+    in_the_midst(run)
+    while on_trial and not run.trainer.engine.controller.secant.holds_recovery:
+        run.step()
+    state = run.trainer.state_dict()
+    other = Tasks(1)
+    other.optimizer.register_step_post_hook(lambda *_: None)
+    other.trainer.load_state_dict(state)
+    assert all(map(torch.equal, weights(run.model), weights(other.model)))
+    loss = other.closure().item()
+    for _ in range(150):
+        other.step()
+    assert other.trainer.statistics().secant_steps == run.trainer.statistics().secant_steps
+    assert other.closure().item() < max(1.1 * loss, 0.01)
+
+
+def test_a_batch_that_has_no_loss_where_they_have_led_is_trained_from_before_them():
+    run = Tasks()
+    run.until("quasi-Newton steps")
+    norm = sum(w.norm() for w in weights(run.model))
+    run.until("optimizer on trial")
+
+    def closure():
+        far = sum(p.norm() for p in run.model.parameters()) > 1.5 * norm
+        return run.closure() * (torch.nan if far else 1.0)
+
+    assert closure().isnan()
+    for _ in range(60):
+        run.trainer.step(closure)
+    assert closure().isfinite()
+    assert run.trainer._hands.start is None
+    assert run.trainer.statistics().divergences < 30
 
 
 def damaged(start, how):
