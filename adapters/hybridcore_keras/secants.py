@@ -19,8 +19,8 @@ _FLOOR = 0.01
 _TINY = 1e-37
 # Of Keras's own: what a step at a rate of zero leaves as it was but for averages of gradients.
 _KNOWN = {"SGD", "Adam", "Adamax", "Nadam", "RMSprop", "Adagrad", "Adadelta", "Lion"}
-# Vectors beside the pairs: base, its gradient, the metric.
-_BESIDE = 3
+# Vectors beside the pairs: base, its gradient, the metric, the point that was reached last.
+_BESIDE = 4
 
 
 def affordable(model: Any, wanted: int, room: float) -> int:
@@ -87,8 +87,10 @@ class SecantBank:
     @property
     def nbytes(self) -> int:
         """Bytes of all vectors, but for what an operation on them takes while it lasts."""
-        vectors = 0 if self._held is None else 2 * self._capacity + 2
-        return self._size * (vectors + (self._metric is not None))
+        if self._held is None:
+            return 0
+        beside = (self._metric, None if self.here is self._held[0] else self.here)
+        return self._size * (2 * self._capacity + 2 + sum(one is not None for one in beside))
 
     @property
     def identities(self) -> list[int]:

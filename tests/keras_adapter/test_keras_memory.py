@@ -355,14 +355,14 @@ def test_a_run_in_fewer_bits_goes_on_to_the_last_bit():
 def test_pairs_take_no_more_than_there_is():
     model = regression()
     weights_bytes = 4 * model.count_params()
-    hybrid = HybridCallback(dataclasses.replace(CURVED, memory=f"{16 * weights_bytes}B"))
+    hybrid = HybridCallback(dataclasses.replace(CURVED, memory=f"{17 * weights_bytes}B"))
     train(model, 80, hybrid)
     assert hybrid.hands.pairs == 3
     statistics = hybrid.statistics()
     assert statistics.secant_steps > 0
     # With weights and moments from before them, and those of a trial of the optimizer beside.
     assert 4 < statistics.memory["secant pairs"] / weights_bytes <= 12
-    assert sum(statistics.memory.values()) <= 16 * weights_bytes
+    assert sum(statistics.memory.values()) <= 17 * weights_bytes
 
 
 def test_the_size_of_a_model_is_its_weights_and_its_optimizers_state():
