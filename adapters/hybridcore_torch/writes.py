@@ -83,5 +83,5 @@ def _reader(parameter: torch.Tensor) -> Callable[[], object]:
         # By ``numpy()`` nobody could resize it any more.
         memory = np.from_dlpack(values)
         return functools.partial(memory.item, memory.size // 2) if memory.size else int
-    except (KeyError, RuntimeError, BufferError):
+    except (KeyError, TypeError, RuntimeError, BufferError):
         return int
