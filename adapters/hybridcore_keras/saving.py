@@ -252,7 +252,10 @@ def _copies(state: dict[str, Any], hands: Hands, room: Room, pairs: int) -> dict
     if "recovery" in made and made.get("bank") is None:
         raise CheckpointError("state has a jump under way, and no weights from before it")
     if "start" in made and made.get("secants") is None:
-        raise CheckpointError("state has weights from before secant pairs, and no such pairs")
+        raise CheckpointError(
+            "state has weights from before secant pairs, and no such pairs: pass what state_dict() "
+            "gave"
+        )
     return made
 
 

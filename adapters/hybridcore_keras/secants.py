@@ -80,7 +80,7 @@ class SecantBank:
         self._as_metric = port.compiled(_metric)
         self._inner_products = port.compiled(_products)
         self._differs = port.reader(lambda weights, flat: ops.any(_flat(weights) != flat))
-        self._reach = port.writer(lambda *point: self._reached(*point))
+        self._reach = port.writer(self._reached)
         self._put = port.writer(lambda flat: (self._split(flat), None))
         self.clear()
 

@@ -45,11 +45,11 @@ BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 class Copies(NamedTuple):
     """All copies of the weights that there may be, as the attributes of :class:`Hands`."""
 
-    bank: SnapshotBank | None = None
-    secants: SecantBank | None = None
-    average: WeightAverage | None = None
-    recovery: RecoveryPoint | None = None
-    start: RecoveryPoint | None = None
+    bank: SnapshotBank | None
+    secants: SecantBank | None
+    average: WeightAverage | None
+    recovery: RecoveryPoint | None
+    start: RecoveryPoint | None
 
 
 class Hands:
@@ -387,7 +387,8 @@ class Hands:
             if secants is None or not start.holds(self._parameters):
                 raise CheckpointError(
                     "state is damaged: it holds where quasi-Newton steps began, but "
-                    f"{'no pairs' if secants is None else 'not of these parameters'}"
+                    f"{'no pairs' if secants is None else 'not of these parameters'}: pass what "
+                    "state_dict() gave"
                 )
         return Copies(bank, secants, average, recovery, start)
 
