@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
 
 import keras
+import numpy as np
 from keras import ops
 
 from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Observation
 from hybridcore.memory import CODED, Room
+from hybridcore.raised import LONGEST, Raised
 from hybridcore_keras.averages import WeightAverage
+from hybridcore_keras.checks import ends_the_data
 from hybridcore_keras.groups import by_depth, by_user
 from hybridcore_keras.memory import is_out_of_memory, size_of
 from hybridcore_keras.ports import Figures, Port
@@ -24,8 +29,8 @@ from hybridcore_keras.snapshots import SnapshotBank, bytes_of
 logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
-# Characters of an error of the user's probe; TensorFlow's is a page.
-LONGEST = 400
+# Of the newest two snapshots, which an outer step lies between.
+BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 Copy = TypeVar("Copy")
 
 
@@ -68,6 +73,8 @@ class Hands:
         Secant pairs that there is room for.
     peaks : dict of str to int
         Most bytes that each kind of copies has taken so far.
+    moved : bool
+        Whether an outer step has led to where the weights are, and no good batch has followed yet.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out, or another callback has written the weights.
@@ -84,9 +91,12 @@ class Hands:
         self._probe = probe
         self._probe_data: tuple[Any, ...] = ()
         self._tried = probe is None
+        self._raised = Raised("the model", lambda e: ends_the_data(e) or is_out_of_memory(e))
         self._compiled = False
         self._layer_groups = layer_groups
         self.logs: dict[str, Any] = {}
+        # Of the newest pass.
+        self._figures = Figures(NAN, NAN, NAN, 0.0)
         self.room = Room(config, config.secant_pairs, host=False)
         self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
@@ -107,7 +117,7 @@ class Hands:
         self.start: list[Any] | None = None
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
-        self._on_trial = self.torn = False
+        self._on_trial = self.moved = self.torn = False
         # Whether nobody can have written the weights since they were looked at.
         self._looked = False
         self.room.measure(size_of(self.port.model))
@@ -162,6 +172,7 @@ class Hands:
             assert directive.coefficients is not None
             grows = self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
+            self.moved = directive.snapshot
             if grows:
                 self._measure()
         elif action is Action.REACH:
@@ -286,14 +297,17 @@ class Hands:
     def _full(self, directive: Directive) -> Observation:
         port, start = self.port, perf_counter()
         rates = directive.learning_rate_scale, *directive.highest_rates
-        self.logs, figures = port.gradient() if directive.pair else port.full(*rates)
-        observation = _seen(figures, start)
+        if self._is_elsewhere:
+            # What raises there has to be done again.
+            port.pull()
+        run = port.gradient if directive.pair else partial(port.full, *rates)
+        observation = _seen(self._pass(run), start)
         if not observation.applied:
             if not observation.overflow:
                 port.skip(1)
             # Else the schedule of plain fit does not go on either.
             return observation
-        self._on_trial = False
+        self._on_trial = self.moved = False
         if directive.pair:
             on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))
@@ -305,6 +319,16 @@ class Hands:
         if self.secants is not None:
             self.secants.here = None
         return observation._replace(gram=self._spare(lambda: self._copy(directive)))
+
+    def _pass(self, run: Callable[[], tuple[dict[str, Any], Figures]]) -> Figures:
+        """Figures of a pass; no numbers where the point that was tried makes it raise."""
+        try:
+            self.logs, self._figures = run()
+        except Exception as error:
+            if not self._raises_only_there(error, self.port.gradient):
+                raise
+            return self._figures._replace(loss=NAN, gradient_norm=NAN)
+        return self._figures
 
     def _spare(self, copy: Callable[[], Copy]) -> Copy | None:
         """Copy weights in a step that has been taken, and must not be taken again."""
@@ -338,14 +362,15 @@ class Hands:
     def _gradient(self) -> Observation:
         self._before_trial = self.port.buffers()
         start = perf_counter()
-        self.logs, figures = self.port.gradient()
+        figures = self._pass(self.port.gradient)
         return _seen(figures, start)._replace(objective=figures.loss)
 
     def _evaluate(self, directive: Directive) -> Observation:
         coefficients, at_start = directive.coefficients, directive.at_start
         if at_start and self.start is None:
             return Observation()
-        elsewhere = directive.at_mark or at_start or coefficients is not None
+        moved = at_start or coefficients is not None
+        elsewhere = directive.at_mark or moved
         if elsewhere:
             self.snapshots.set_aside()
         try:
@@ -362,11 +387,74 @@ class Hands:
                 self.port.probe(None)
                 self._compiled = True
             start = perf_counter()
-            loss = self.port.probe(None if own else self._held_out())
+            loss = self._loss(own, moved)
             objective = loss if directive.own_batch else NAN
             return Observation(loss=loss, seconds=perf_counter() - start, objective=objective)
         finally:
             if elsewhere:
+                self.snapshots.put_back()
+
+    def _loss(self, own: bool, moved: bool) -> float:
+        """Loss of a probe; NaN where the point that was tried makes it raise, or it is the user's.
+
+        The user's own has been evaluated before, and without it training can go on.
+        """
+        batch = None if own else self._held_out()
+        try:
+            return self.port.probe(batch)
+        except Exception as error:
+            if not own and self._raised.by_the_probe(error):
+                return NAN
+            if self._raises_only_there(error, lambda: self.port.probe(batch), moved=moved):
+                return NAN
+            raise
+
+    def _raises_only_there(
+        self, error: Exception, evaluate: Callable[[], object], *, moved: bool = False
+    ) -> bool:
+        """Whether it has raised `error` because of where the weights were put to try."""
+        if not (moved or self._on_trial or self._is_elsewhere):
+            return False
+        return self._raised.only_there(
+            error, lambda: self._without_trace(evaluate), self._before_the_point(moved)
+        )
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether a jump, a trial of the optimizer or an outer step has led to the weights."""
+        bank = self.bank
+        led = self.recovery is not None or self.moved
+        return led and bank is not None and not bank.waits
+
+    def _without_trace(self, evaluate: Callable[[], object]) -> None:
+        kept = self.port.buffers()
+        try:
+            evaluate()
+        finally:
+            self.port.put_back_buffers(kept)
+
+    @contextlib.contextmanager
+    def _before_the_point(self, moved: bool) -> Iterator[None]:
+        """Have the weights as they were before the point that was tried, for the block.
+
+        A point of a line search is left for them, and so is one that weights were set aside for.
+        """
+        if moved:
+            self.snapshots.put_back()
+            yield
+        elif self._on_trial:
+            assert self.secants is not None
+            self.secants.back_to_base()
+            yield
+        else:
+            self.snapshots.set_aside()
+            try:
+                if self.recovery is not None:
+                    self.snapshots.restore()
+                else:
+                    self.snapshots.move(BEFORE_THE_MOVE)
+                yield
+            finally:
                 self.snapshots.put_back()
 
     def _try_probe(self) -> None:

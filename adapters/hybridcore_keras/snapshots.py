@@ -181,6 +181,11 @@ class SnapshotBank:
         """Do without the snapshots, and keep the recovery point."""
         self._rows, self._base = [], None
 
+    @property
+    def waits(self) -> bool:
+        """Whether weights are set aside."""
+        return self._waiting is not None
+
     def set_aside(self) -> None:
         """Remember the weights for :meth:`put_back`."""
         self._waiting = self._keep(coded=True)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ from hybridcore import (
     Observation,
 )
 from hybridcore.memory import Kind, Room
+from hybridcore.raised import Raised
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
 from hybridcore_torch.decay import is_known
 from hybridcore_torch.memory import is_out_of_memory, size_of
-from hybridcore_torch.raised import NUMERICAL, Raised
 from hybridcore_torch.ranks import Ranks, reshard
 from hybridcore_torch.recovery import RecoveryPoint
 from hybridcore_torch.secants import SecantBank, affordable, fits
@@ -40,6 +40,8 @@ logger = logging.getLogger("hybridcore")
 
 # Of the newest two snapshots, which an outer step lies between.
 BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
+# What numbers that are out of range raise, torch's LinAlgError among them.
+NUMERICAL = (ArithmeticError, ValueError, RuntimeError)
 
 
 class Copies(NamedTuple):
@@ -109,7 +111,8 @@ class Hands:
         self._scaler, self._probe = scaler, probe
         self._prober = Prober(model)
         self._ranks = Ranks(model)
-        self._raised = Raised(self._prober, self._ranks)
+        # Where there are several, the others would go on with what they have.
+        self._raised = Raised("closure", lambda e: self._ranks.several or is_out_of_memory(e))
         self.stepper = Stepper(model, optimizer, scheduler, scaler, max_grad_norm, self._ranks)
         # A scaled loss overflows now and then, which a line search would take for its own fault,
         # and in a group of processes each sees a loss of its own.
@@ -422,11 +425,10 @@ class Hands:
         try:
             observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
         except NUMERICAL as error:
-            updating = self.stepper.updating
-            there = not updating and self._raises_only_there(
-                error, closure, parameters=self._parameters
-            )
-            if not there:
+            # An update that raises has changed what it could.
+            if self.stepper.updating or not self._raises_only_there(
+                error, lambda: self._prober.gradients(closure, self._parameters)
+            ):
                 raise
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
@@ -539,24 +541,19 @@ class Hands:
         except NUMERICAL as error:
             if name == "probe" and self._raised.by_the_probe(error):
                 return NAN
-            if self._raises_only_there(error, batch, moved=moved):
+            if self._raises_only_there(error, lambda: self._prober.loss(batch, name), moved=moved):
                 return NAN
             raise
 
     def _raises_only_there(
-        self,
-        error: Exception,
-        batch: Closures,
-        *,
-        moved: bool = False,
-        parameters: Sequence[torch.Tensor] = (),
+        self, error: Exception, evaluate: Callable[[], object], *, moved: bool = False
     ) -> bool:
-        """Whether `batch` has raised `error` because of where the weights were put to try."""
+        """Whether it has raised `error` because of where the weights were put to try."""
         bank = self.bank
         elsewhere = bank is not None and not bank.waits and (self.recovery or self.moved)
         if not (moved or self._on_trial or elsewhere):
             return False
-        return self._raised.only_there(error, batch, self._before_the_point(moved), parameters)
+        return self._raised.only_there(error, evaluate, self._before_the_point(moved))
 
     @contextlib.contextmanager
     def _before_the_point(self, moved: bool) -> Iterator[None]:

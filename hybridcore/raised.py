@@ -1,0 +1,90 @@
+"""Errors of the user's code at weights that were only tried: what is their fault, and said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from hybridcore.errors import HybridCoreError
+
+logger = logging.getLogger("hybridcore")
+
+# Characters of an error that is told; TensorFlow's is a page.
+LONGEST = 400
+
+
+class Raised:
+    """Tells which errors are of the point that was tried, so that training goes on without it.
+
+    Parameters
+    ----------
+    name : str
+        What the user knows as that which raises.
+    is_other : callable
+        ``is_other(error)`` tells what is never the fault of weights, as that memory is out.
+    """
+
+    def __init__(self, name: str, is_other: Callable[[Exception], bool]) -> None:
+        self._name, self._is_other = name, is_other
+        self._told: set[str] = set()
+
+    def by_the_probe(self, error: Exception) -> bool:
+        """Whether the user's probe has raised a numerical `error`; training goes on without it."""
+        if not self._may_be_numerical(error):
+            return False
+        self._tell("%s raised %s: %s, and has no number for its loss while it does", "probe", error)
+        return True
+
+    def only_there(
+        self,
+        error: Exception,
+        evaluate: Callable[[], object],
+        before: AbstractContextManager[None],
+    ) -> bool:
+        """Whether `evaluate` has raised `error` because of where the weights are.
+
+        It has where it raises there again, and nothing at the weights from `before`: as a Cholesky
+        decomposition, or a check of what a distribution is made of, far from where training has
+        been.
+
+        Parameters
+        ----------
+        error : Exception
+            What was raised.
+        evaluate : callable
+            Does again, at the present weights, what raised it, and leaves no trace.
+        before : context manager
+            Has the weights as they were before the point that was tried.
+        """
+        # Else it is another matter, that comes and goes.
+        if not (self._may_be_numerical(error) and _raises(evaluate)):
+            return False
+        with before:
+            if _raises(evaluate):
+                return False
+        self._tell(
+            "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
+            "the point is given up, as one where the loss is no number",
+            self._name,
+            error,
+        )
+        return True
+
+    def _may_be_numerical(self, error: Exception) -> bool:
+        return not (isinstance(error, HybridCoreError) or self._is_other(error))
+
+    def _tell(self, message: str, name: str, error: Exception) -> None:
+        level = logging.DEBUG if message in self._told else logging.WARNING
+        text = str(error)
+        shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+        logger.log(level, message, name, type(error).__name__, shown)
+        self._told.add(message)
+
+
+def _raises(evaluate: Callable[[], object]) -> bool:
+    try:
+        evaluate()
+    except Exception:
+        return True
+    return False
