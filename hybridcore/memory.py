@@ -219,6 +219,10 @@ class Room:
         self.pairs, self._average = 0, False
         return "no average"
 
+    def predict_nothing(self) -> None:
+        """Do without all copies that steps are predicted from."""
+        self.pairs = self.snapshots = self._most = 0
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is kept besides snapshots: 0 or False once it was given up."""
         return {"pairs": self.pairs, "average": self._average}

@@ -70,9 +70,11 @@ def check_arguments(
             "...) and initialize it before optimizer and trainer are built"
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
+        several = isinstance(optimizer, list | tuple)
+        fix = "build it from model.parameters() first"
         raise ModelError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it "
-            "from model.parameters() first"
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
+            f"{'put the parameters into groups of one optimizer' if several else fix}"
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ModelError(

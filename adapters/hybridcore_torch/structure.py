@@ -25,6 +25,8 @@ class Structure:
     ----------
     parameters : list of Parameter
         What is trained.
+    sharded : bool
+        Whether it is spread over ranks.
 
     Raises
     ------
@@ -40,7 +42,7 @@ class Structure:
     ) -> None:
         reshard(model)
         self._model, self._optimizer = model, optimizer
-        self._sharded = is_sharded(model)
+        self.sharded = is_sharded(model)
         self.parameters = trainable_parameters(model, optimizer)
         self._groups: list[Group] | None = None
         if layer_groups is not None:
@@ -62,12 +64,12 @@ class Structure:
 
         In the user's groups, new ones make one more.
         """
-        if self._sharded:
+        if self.sharded:
             reshard(self._model)
         if self._look() == self._present:
             return False
         reshard(self._model)
-        self._sharded = is_sharded(self._model)
+        self.sharded = is_sharded(self._model)
         self.parameters = trainable_parameters(self._model, self._optimizer)
         if self._groups is not None:
             known = {id(p) for p in self.parameters}

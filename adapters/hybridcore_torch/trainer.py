@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ from hybridcore_torch.checks import averages, bad_batch, check_arguments
 from hybridcore_torch.closures import Closure, Closures, check_callable
 from hybridcore_torch.decay import is_known
 from hybridcore_torch.hands import Hands
+from hybridcore_torch.others import Others
 from hybridcore_torch.ranks import is_sharded
 from hybridcore_torch.structure import Structure
 
@@ -51,8 +53,11 @@ class _Taken(NamedTuple):
     seconds: float
 
 
-# Changes of the weights by the loop after which it is told what may be the reason.
-OFTEN = 5
+# Changes of the weights by the loop after which it is told what may be the reason, and steps
+# between two of them, as there are where weights of before are loaded, after which they are others.
+OFTEN, SELDOM = 5, 100
+# Of these one may train what the loss of another depends on.
+_TRAINERS: WeakSet[HybridTrainer] = WeakSet()
 logger = logging.getLogger("hybridcore")
 FIXED = ("model", "optimizer", "config", "scheduler", "scaler", "max_grad_norm", "probe")
 
@@ -135,7 +140,8 @@ class HybridTrainer:
             structure,
         )
         self._probed = False
-        self._disturbed = 0
+        self._disturbed = self._disturbed_at = 0
+        self._others = Others()
         self.engine = self._new_engine(self._hands.pairs)
         if self._hands.room.snapshots != self.config.snapshots:
             self.engine.regroup(self._hands.pairs, self._hands.room.snapshots)
@@ -144,6 +150,7 @@ class HybridTrainer:
             begin = getattr(callback, "begin", None)
             if callable(begin):
                 begin(self)
+        _TRAINERS.add(self)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in FIXED and name in vars(self):
@@ -292,13 +299,14 @@ class HybridTrainer:
             if touches or self._hands.disturbed():
                 self._check_structure()
                 touches = engine.touches_weights
-            phase, predicted, of_step, working = self._take_turn(closure)
+            phase, predicted, of_step, working = self._take_turn(self._watched(closure))
             assert of_step is not None
             observation = of_step
             if touches:
                 self._hands.let_go(engine.may_roll_back, engine.holds_mark, engine.holds_pairs)
             else:
                 self._hands.watch()
+            self._stand_back()
         seconds = perf_counter() - start
         engine.count_time(phase, seconds, seconds - working)
         forecast = engine.forecast_loss
@@ -388,7 +396,10 @@ class HybridTrainer:
         loses_pairs = self.engine.holds_pairs and not is_known(self.optimizer)
         if self._structure.renew() or disturbed or loses_pairs:
             self._start_over()
-        self._disturbed += disturbed
+        if disturbed:
+            step = self.engine.counters.steps
+            in_a_row = step - self._disturbed_at < SELDOM
+            self._disturbed, self._disturbed_at = self._disturbed * in_a_row + 1, step
         if self._disturbed == OFTEN and disturbed and not averages(self.optimizer):
             logger.warning(
                 "the weights were written between steps %d times, so that nothing is predicted: "
@@ -396,6 +407,35 @@ class HybridTrainer:
                 "where weights are clamped or projected after each step there is nothing to gain",
                 OFTEN,
             )
+
+    def _watched(self, closure: Closures | None) -> Closures | None:
+        """Return `closure`; now and then it notices weights that somebody else trains."""
+        # Sharded weights are not the parameters that a graph leads to.
+        if closure is None or self._structure.sharded:
+            return closure
+        return self._others.watched(closure, self._structure.parameters)
+
+    def _stand_back(self) -> None:
+        """Predict nothing any more, if it has noticed some, here and where they are trained."""
+        if not self._others.found:
+            return
+        found, self._others.found = self._others.found, set()
+        theirs = [
+            t for t in list(_TRAINERS) if any(id(p) in found for p in t._structure.parameters)
+        ]
+        able = [t for t in (self, *theirs) if t._hands.room.snapshots or t._hands.room.pairs]
+        if not able:
+            return
+        for trainer in able:
+            trainer._hands.room.predict_nothing()
+            trainer._start_over()
+        logger.warning(
+            "the loss depends on %d parameters that another optimizer trains, so that nothing is "
+            "predicted%s: as in a game, the way of the weights so far does not tell where they "
+            "should go (one optimizer may hold all of a model's parameters, in groups)",
+            len(found),
+            ", nor by the trainer of these" if theirs else "",
+        )
 
     def _start_over(self) -> None:
         try:
@@ -439,6 +479,7 @@ class HybridTrainer:
             frozen or added since the last step.
         """
         self._check_own_weights("load_state_dict()")
+        self._others = Others()
         if self.config.enabled and self._structure.renew():
             # Frozen since the last step, for instance, as the state is.
             self._start_over()

@@ -1,0 +1,167 @@
+"""Weights that a loss depends on and somebody else trains, as in a game."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import BRISK, digits
+from torch import nn
+
+from hybridcore import HybridTrainerConfig
+from hybridcore_torch import HybridTrainer
+
+PLAIN = HybridTrainerConfig(enabled=False)
+
+
+def mlp(*sizes):
+    layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*[one for pair in layers for one in pair][:-1])
+
+
+class Game:
+    """A generator of pairs of numbers and who tells them from real ones, each with its trainer."""
+
+    def __init__(self, generates, tells, parts=1):
+        torch.manual_seed(0)
+        self.generator, self.critic, self.parts = mlp(4, 32, 2), mlp(2, 32, 1), parts
+        both = (self.generator, self.critic)
+        adams = [torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.9)) for net in both]
+        configs = (generates, tells)
+        self.generating, self.telling = (
+            HybridTrainer(*each) for each in zip(both, adams, configs, strict=True)
+        )
+        self.noise = torch.Generator().manual_seed(0)
+
+    def play(self, steps):
+        for _ in range(steps):
+            real = torch.randn(64, 2, generator=self.noise)
+            seed = torch.randn(64, 4, generator=self.noise)
+
+            def told(real=real, seed=seed):
+                fake = self.generator(seed).detach()
+                return F.softplus(-self.critic(real)).mean() + F.softplus(self.critic(fake)).mean()
+
+            def made(seed=seed):
+                return F.softplus(-self.critic(self.generator(seed))).mean()
+
+            self.telling.step(told)
+            self.generating.step(made if self.parts == 1 else [made] * self.parts)
+
+    @property
+    def weights(self):
+        return [
+            p.detach().clone() for net in (self.generator, self.critic) for p in net.parameters()
+        ]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_game_is_played_as_without_trainers(parts, caplog):
+    plain, ours = (Game(one, one, parts) for one in (PLAIN, HybridTrainerConfig()))
+    for game in (plain, ours):
+        game.play(400)
+    assert all(map(torch.equal, plain.weights, ours.weights))
+    told = [r.getMessage() for r in caplog.records if "another optimizer" in r.getMessage()]
+    assert len(told) == 1
+    assert "4 parameters" in told[0]
+    for trainer in (ours.generating, ours.telling):
+        statistics = trainer.statistics()
+        assert statistics.full_steps == statistics.steps == 400
+        assert statistics.outer_steps == 0
+
+
+def test_the_other_may_be_trained_by_a_plain_loop():
+    plain, ours = Game(PLAIN, PLAIN), Game(HybridTrainerConfig(), PLAIN)
+    for game in (plain, ours):
+        game.play(300)
+    assert all(map(torch.equal, plain.weights, ours.weights))
+
+
+def test_there_is_an_average_all_the_same():
+    game = Game(HybridTrainerConfig(), HybridTrainerConfig())
+    game.play(300)
+    before = game.weights
+    with game.generating.averaged():
+        assert not all(map(torch.equal, before, game.weights))
+    assert all(map(torch.equal, before, game.weights))
+
+
+def test_one_that_begins_later_is_noticed():
+    game = Game(HybridTrainerConfig(), HybridTrainerConfig())
+    x, y = digits()
+    torch.manual_seed(0)
+    features, head = mlp(64, 32), nn.Linear(32, 10)
+    trainer = HybridTrainer(head, torch.optim.Adam(head.parameters(), 1e-2))
+    other = torch.optim.Adam(features.parameters(), 1e-2)
+    for step in range(700):
+        batch = torch.arange(64) + 64 * (step % 28)
+        result = trainer.step(
+            lambda batch=batch: F.cross_entropy(head(features(x[batch])), y[batch])
+        )
+        if step == 280:
+            # As long as nothing trains them they are no one's, though they get gradients.
+            early = trainer.statistics().outer_steps
+        if step >= 300:
+            other.step()
+        other.zero_grad()
+        if step > 540:
+            assert not result.was_predicted
+    assert early > 0
+    assert game.generating.engine.snapshots > 0
+
+
+def test_a_state_of_it_goes_on_and_one_from_before_is_looked_at_anew():
+    game = Game(HybridTrainerConfig(), HybridTrainerConfig())
+    game.play(1)
+    early = copy.deepcopy(game.generating.state_dict())
+    game.play(10)
+    late = copy.deepcopy(game.generating.state_dict())
+    for state in (early, late):
+        other = Game(HybridTrainerConfig(), HybridTrainerConfig())
+        other.generating.load_state_dict(state)
+        assert bool(other.generating.engine.snapshots) == (state is early)
+        other.play(3)
+        assert other.generating.engine.snapshots == other.telling.engine.snapshots == 0
+
+
+def test_what_is_no_game_is_none():
+    x, y = digits()
+    torch.manual_seed(0)
+    student, alone = mlp(64, 32, 10), mlp(64, 32, 10)
+    teacher = copy.deepcopy(student)
+    trainers = [HybridTrainer(m, torch.optim.Adam(m.parameters(), 1e-2)) for m in (student, alone)]
+    # A tensor that is not a parameter, and is written in each step.
+    shift = torch.zeros(64, requires_grad=True)
+    for step in range(600):
+        batch = torch.arange(64) + 64 * (step % 28)
+        with torch.no_grad():
+            shift.normal_(std=0.01)
+            target = teacher(x[batch]).softmax(1)
+        trainers[0].step(
+            lambda batch=batch, target=target: (
+                F.cross_entropy(student(x[batch] + shift), y[batch])
+                + F.cross_entropy(student(x[batch]), target)
+            )
+        )
+        trainers[1].step(lambda batch=batch: F.cross_entropy(alone(x[batch]), y[batch]))
+        with torch.no_grad():
+            for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+                slow.lerp_(fast, 0.01)
+    for trainer in trainers:
+        assert trainer.statistics().outer_steps > 10
+        assert trainer.statistics().predicted_steps > 10
+
+
+def test_a_full_batch_with_two_optimizers_has_no_jumps():
+    x, y = digits()
+    torch.manual_seed(0)
+    model = mlp(64, 16, 10)
+    first = torch.optim.Adam(model[0].parameters(), 1e-2)
+    second = torch.optim.Adam(model[2].parameters(), 1e-2)
+    trainer = HybridTrainer(model, first, BRISK)
+    for _ in range(150):
+        trainer.step(lambda: F.cross_entropy(model(x), y))
+        second.step()
+        second.zero_grad()
+    assert trainer.statistics().full_steps == 150
