@@ -416,13 +416,20 @@ class Controller:
 
     def note(self, name: str, **figures: Any) -> None:
         """Report an event of the present step, to who takes :attr:`events` and to the log."""
-        self.events.append({"event": name, **figures})
-        logger.info("%s%s", name, "".join(f", {key} {value}" for key, value in figures.items()))
+        self._tell(logging.INFO, name, figures)
 
     def note_level(self, before: DivergenceLevel, now: DivergenceLevel) -> None:
         """Report a change of the monitor's level."""
         if now is not before:
-            self.note("divergence level", level=now.name)
+            # On mini-batches caution comes and goes, and would hide all else in the log.
+            grave = max(before, now) > DivergenceLevel.CAUTION
+            level = logging.INFO if grave else logging.DEBUG
+            self._tell(level, "divergence level", {"level": now.name})
+
+    def _tell(self, level: int, name: str, figures: dict[str, Any]) -> None:
+        self.events.append({"event": name, **figures})
+        log = "".join(f", {key} {value}" for key, value in figures.items())
+        logger.log(level, "%s%s", name, log)
 
     @property
     def has_rest(self) -> bool:
