@@ -366,7 +366,7 @@ class Engine:
         if directive.action in (Action.FULL, Action.GRADIENT):
             counters.steps += 1
             counters.full_steps += 1
-            counters.backward_passes += math.isfinite(observation.loss)
+            counters.backward_passes += observation.backward
             # A trial point may be far off: that is no fault of the batch.
             bad = not (observation.applied or observation.overflow)
             counters.divergences += bad and directive.action is Action.FULL

@@ -179,7 +179,7 @@ class TrainingStatistics:
             for name, spent in self.phase_seconds.items()
             if spent > 0.0
         )
-        # A bad batch runs no backward pass either, and saves nothing.
+        # A bad batch may run no backward pass either, and saves nothing.
         saved = self.predicted_steps / self.steps if self.steps else 0.0
         own = self.overhead_seconds / seconds if seconds > 0.0 else 0.0
         return "\n".join(

@@ -148,6 +148,9 @@ class Observation(NamedTuple):
         batch lost, but no sign of divergence.
     other_rates : tuple of float
         Learning rates of the other parameter groups.
+    backward : bool
+        For ``FULL`` and ``GRADIENT``: a backward pass was run, which some adapters leave out where
+        the loss is not finite.
     """
 
     loss: float = NAN
@@ -160,6 +163,7 @@ class Observation(NamedTuple):
     secants: Secants | None = None
     overflow: bool = False
     other_rates: tuple[float, ...] = ()
+    backward: bool = True
 
 
 Turn: TypeAlias = Generator[Directive, Observation, None]

@@ -42,6 +42,8 @@ from hybridcore_keras.losses import RunningMean
 from hybridcore_keras.ports import port_of
 
 NAN = float("nan")
+# Bad batches in a row from which on the logs say so.
+HOPELESS = 10
 _CUT_OFF = "if fit was cut off, call on_train_end() of this callback first"
 
 
@@ -116,6 +118,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._trained: tuple[Any, Any] | None = None
         # Fingerprint of the weights as they were left, until they are trained again.
         self._left: list[float] | None = None
+        # Bad batches one after the other.
+        self._bad = 0
         # What the last full step told, and with the forecasts since then, as it is told to Keras.
         self._full_logs: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
@@ -374,6 +378,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise
         # A trial point may be far off: that is no fault of the batch.
         bad = not (of_step.applied or of_step.overflow) and math.isnan(engine.forecast_loss)
+        self._bad = self._bad + 1 if bad else 0
+        if self._bad >= HOPELESS:
+            # For TerminateOnNaN, which one that is left out is nothing for.
+            self._logs = {**self._logs, "loss": NAN}
         if self.config.on_divergence == "raise" and bad:
             # First, as with JAX the model gets its weights back from there.
             hands.port.abandon()

@@ -433,7 +433,8 @@ class Hands:
             rate = self.stepper.learning_rate
             self.stepper.advance_schedule()
             seconds = perf_counter() - start
-            return Observation(learning_rate=rate, seconds=seconds, applied=False)
+            # How far it got is not known.
+            return Observation(learning_rate=rate, seconds=seconds, applied=False, backward=False)
         self._taking = False
         if not observation.applied:
             return observation

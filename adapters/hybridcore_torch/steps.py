@@ -208,6 +208,7 @@ class Stepper:
             applied=applied,
             overflow=overflow,
             other_rates=rates[1:],
+            backward=gone_through,
         )
 
     def follow(self) -> None:

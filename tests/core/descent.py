@@ -40,7 +40,9 @@ class Descent:
         action, gram = directive.action, None
         if action is Action.FULL:
             if bad:
-                return Observation(loss=math.nan, learning_rate=self.rate, applied=False)
+                return Observation(
+                    loss=math.nan, learning_rate=self.rate, applied=False, backward=False
+                )
             loss = self.loss(self.x) * math.exp(self.noise * self.random.normal())
             gradient = self.gradient_at(self.x) + self.noise * self.random.normal(size=60)
             self.x = self.x - self.rate * directive.scale_at((self.rate,)) * gradient

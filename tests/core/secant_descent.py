@@ -114,7 +114,7 @@ class PairedDescent(Descent):
         elif action is Action.GRADIENT:
             loss, self.gradient = self.a_pass(self.random)
             if bad:
-                return Observation(loss=math.nan, learning_rate=0.5, applied=False)
+                return Observation(loss=math.nan, learning_rate=0.5, applied=False, backward=False)
             norm = float(np.linalg.norm(self.gradient))
             objective = loss + self.added(self.x)
             # Without the optimizer it takes less.

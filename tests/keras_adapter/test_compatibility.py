@@ -92,6 +92,20 @@ def test_an_epoch_without_a_good_batch_tells_no_loss_and_no_best_one():
     assert 0.5 * stopping.best < history["loss"][0] < 2.0 * stopping.best
 
 
+def test_batches_that_are_all_bad_end_a_fit_that_is_to_end_there():
+    model, hybrid, ends = regression(), HybridCallback(BRISK), keras.callbacks.TerminateOnNaN()
+    # Nine are left out, the tenth of a row is hopeless.
+    data = spoiled([*range(3, 12), *range(20, 40)], np.nan)
+    train(model, 1, hybrid, ends, data=data, steps_per_epoch=60)
+    statistics = hybrid.statistics()
+    assert statistics.steps == 30
+    assert statistics.divergences == 19
+    assert statistics.backward_passes == 30
+    assert all(np.isfinite(w).all() for w in weights(model))
+    history = train(model, 2, hybrid, ends, steps_per_epoch=20)
+    assert np.isfinite(history["loss"]).all()
+
+
 def test_the_loss_of_an_epoch_is_the_mean_of_losses_and_forecasts():
     model, hybrid = regression(), HybridCallback(BRISK)
     seen, expected, mixed, before = [], [], [], 0
