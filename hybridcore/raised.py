@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hybridcore.errors import HybridCoreError
 
@@ -12,6 +17,8 @@ logger = logging.getLogger("hybridcore")
 
 # Characters of an error that is told; TensorFlow's is a page.
 LONGEST = 400
+# Of the newest two snapshots, which an outer step lies between.
+_BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 
 
 class Raised:
@@ -80,6 +87,65 @@ class Raised:
         shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
         logger.log(level, message, name, type(error).__name__, shown)
         self._told.add(message)
+
+
+class Bank(Protocol):
+    """Snapshots, as far as weights can be put aside and back by them."""
+
+    def set_aside(self) -> None:
+        """Remember the weights for :meth:`put_back`."""
+        ...
+
+    def put_back(self) -> None:
+        """Undo what was done to the weights since :meth:`set_aside`."""
+        ...
+
+    def restore(self) -> None:
+        """Put the weights back to the recovery point."""
+        ...
+
+    def move(self, coefficients: NDArray[np.float64]) -> None:
+        """Put the weights at `coefficients` (groups or 1, n) of the newest n snapshots."""
+        ...
+
+
+@contextlib.contextmanager
+def before_the_point(
+    bank: Bank | None, to_base: Callable[[], None] | None, *, moved: bool, recovers: bool
+) -> Iterator[None]:
+    """Have the weights as they were before the point that was tried, for the block.
+
+    A point that weights were set aside for is left for them, and so is one of a line search.
+
+    Parameters
+    ----------
+    bank : Bank or None
+        The snapshots; None where there are none, as on a line search.
+    to_base : callable or None
+        Goes back from a point of a line search; None where the weights are at none.
+    moved : bool
+        Whether the weights have been set aside for the point.
+    recovers : bool
+        Whether they were at the recovery point before; else an outer step has led away.
+    """
+    if to_base is not None and not moved:
+        to_base()
+        yield
+        return
+    assert bank is not None
+    if moved:
+        bank.put_back()
+        yield
+    else:
+        bank.set_aside()
+        try:
+            if recovers:
+                bank.restore()
+            else:
+                bank.move(_BEFORE_THE_MOVE)
+            yield
+        finally:
+            bank.put_back()
 
 
 def _raises(evaluate: Callable[[], object]) -> bool:

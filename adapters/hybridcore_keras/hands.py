@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
 
 import keras
-import numpy as np
 from keras import ops
 
 from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Observation
 from hybridcore.memory import CODED, Room
-from hybridcore.raised import LONGEST, Raised
+from hybridcore.raised import LONGEST, Raised, before_the_point
 from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.checks import ends_the_data
 from hybridcore_keras.groups import by_depth, by_user
@@ -29,8 +27,6 @@ from hybridcore_keras.snapshots import SnapshotBank, bytes_of
 logger = logging.getLogger("hybridcore")
 
 NAN = float("nan")
-# Of the newest two snapshots, which an outer step lies between.
-BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 Copy = TypeVar("Copy")
 
 
@@ -415,9 +411,11 @@ class Hands:
         """Whether it has raised `error` because of where the weights were put to try."""
         if not (moved or self._on_trial or self._is_elsewhere):
             return False
-        return self._raised.only_there(
-            error, lambda: self._without_trace(evaluate), self._before_the_point(moved)
+        to_base = self.secants.back_to_base if self._on_trial and self.secants else None
+        before = before_the_point(
+            self.bank, to_base, moved=moved, recovers=self.recovery is not None
         )
+        return self._raised.only_there(error, lambda: self._without_trace(evaluate), before)
 
     @property
     def _is_elsewhere(self) -> bool:
@@ -432,30 +430,6 @@ class Hands:
             evaluate()
         finally:
             self.port.put_back_buffers(kept)
-
-    @contextlib.contextmanager
-    def _before_the_point(self, moved: bool) -> Iterator[None]:
-        """Have the weights as they were before the point that was tried, for the block.
-
-        A point of a line search is left for them, and so is one that weights were set aside for.
-        """
-        if moved:
-            self.snapshots.put_back()
-            yield
-        elif self._on_trial:
-            assert self.secants is not None
-            self.secants.back_to_base()
-            yield
-        else:
-            self.snapshots.set_aside()
-            try:
-                if self.recovery is not None:
-                    self.snapshots.restore()
-                else:
-                    self.snapshots.move(BEFORE_THE_MOVE)
-                yield
-            finally:
-                self.snapshots.put_back()
 
     def _try_probe(self) -> None:
         """Evaluate the user's probe once, to learn in the first step whether that can be done."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +21,7 @@ from hybridcore import (
     Observation,
 )
 from hybridcore.memory import Kind, Room
-from hybridcore.raised import Raised
+from hybridcore.raised import Raised, before_the_point
 from hybridcore_torch import buffers
 from hybridcore_torch.averages import WeightAverage
 from hybridcore_torch.closures import Closure, Closures, Prober
@@ -38,8 +37,6 @@ from hybridcore_torch.writes import Writes
 
 logger = logging.getLogger("hybridcore")
 
-# Of the newest two snapshots, which an outer step lies between.
-BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 # What numbers that are out of range raise, torch's LinAlgError among them.
 NUMERICAL = (ArithmeticError, ValueError, RuntimeError)
 
@@ -554,28 +551,8 @@ class Hands:
         elsewhere = bank is not None and not bank.waits and (self.recovery or self.moved)
         if not (moved or self._on_trial or elsewhere):
             return False
-        return self._raised.only_there(error, evaluate, self._before_the_point(moved))
-
-    @contextlib.contextmanager
-    def _before_the_point(self, moved: bool) -> Iterator[None]:
-        """Have the weights as they were before the point that was tried, for the block.
-
-        A point of a line search is left for them, and so is one that weights were set aside for.
-        """
-        if moved:
-            self.snapshots.put_back()
-            yield
-        elif self._on_trial:
-            assert self.secants is not None
-            self.secants.back_to_base()
-            yield
-        else:
-            self.snapshots.set_aside()
-            try:
-                if self.recovery is not None:
-                    self.snapshots.restore()
-                else:
-                    self.snapshots.move(BEFORE_THE_MOVE)
-                yield
-            finally:
-                self.snapshots.put_back()
+        to_base = self.secants.back_to_base if self._on_trial and self.secants else None
+        before = before_the_point(
+            self.bank, to_base, moved=moved, recovers=self.recovery is not None
+        )
+        return self._raised.only_there(error, evaluate, before)
