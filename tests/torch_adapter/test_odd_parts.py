@@ -1,6 +1,5 @@
 """Buffers, optimizers and scalers that are not as most are, and interrupts in odd places."""
 
-import copy
 import dataclasses
 import pickle
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drilling import Interrupter
-from problems import BRISK, digits, left_by, regression, weights
+from problems import BRISK, digits, regression, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -464,77 +463,3 @@ def test_an_interrupt_on_the_way_to_the_average_or_back_loses_nothing():
             break
     assert interrupted > 10
     trainer.step(closure)
-
-
-@pytest.mark.parametrize("config", [BRISK, JUMPS], ids=["trial", "jump"])
-def test_what_led_to_where_the_loss_raises_is_taken_back(config):
-    model, optimizer, closure = regression()
-    trainer, left = HybridTrainer(model, optimizer, config), left_by(optimizer, model)
-    saved, returned, raised = None, 0, 0
-
-    def fragile():
-        nonlocal saved, returned, raised
-        here = weights(model)
-        if trainer._hands.recovery is None:
-            if saved is not None:
-                assert all(map(torch.equal, here, saved))
-                saved, returned = None, returned + 1
-            return closure()
-        if saved is None:
-            # The optimizer is tried from there, a jump has led away before anything is evaluated.
-            saved = left[-1] if config is JUMPS else here
-        if not all(map(torch.equal, here, saved)):
-            raised += 1
-            raise ValueError("scale must be positive")
-        return closure()
-
-    for _ in range(300):
-        trainer.step(fragile)
-    assert raised >= returned > 2
-    assert trainer.statistics().divergences >= returned
-
-
-def test_training_goes_on_without_a_probe_that_raises_later(caplog):
-    model, optimizer, closure = regression()
-    limit = 2.0 * float(sum(p.detach().square().sum() for p in model.parameters()))
-    raised = 0
-
-    def probe():
-        nonlocal raised
-        if sum(p.square().sum() for p in model.parameters()) > limit:
-            raised += 1
-            raise torch.linalg.LinAlgError("not positive definite")
-        # Another loss than that of the batch, or it would not be taken for the user's.
-        return 0.5 * closure()
-
-    trainer = HybridTrainer(model, optimizer, BRISK, probe=probe)
-    first = trainer.step(closure).loss
-    for _ in range(300):
-        last = trainer.step(closure).loss
-    trainer.finish()
-    assert raised > 3
-    assert last < 0.2 * first
-    told = [r for r in caplog.records if "LinAlgError" in r.message]
-    assert [r.levelname for r in told] == ["WARNING"]
-
-
-@pytest.mark.parametrize("call", ["step", "finish"])
-def test_a_probe_that_cannot_be_evaluated_at_all_is_the_users_to_see(call):
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK, probe=lambda: model(torch.ones(3)).sum())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        getattr(trainer, call)(closure)
-
-
-def test_a_resumed_run_goes_on_without_a_probe_that_raises_by_now():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK, probe=closure)
-    for _ in range(5):
-        trainer.step(closure)
-    state = copy.deepcopy(trainer.state_dict())
-    model, optimizer, closure = regression()
-    other = HybridTrainer(model, optimizer, BRISK, probe=lambda: closure() / (1 // 0))
-    other.load_state_dict(state)
-    for _ in range(100):
-        other.step(closure)
-    assert other.statistics().full_steps == 105

@@ -1,32 +1,26 @@
 """Quasi-Newton steps on real problems."""
 
 import copy
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, digits, flat, leaping, noisy, regression, weights
+from problems import BRISK, digits, flat, leaping, regression, weights
 from scipy.optimize import minimize
 from torch import nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from hybridcore import (
     Action,
     CheckpointError,
     Directive,
     HybridTrainerConfig,
-    ModelError,
     Phase,
 )
 from hybridcore.secant import Stage
 from hybridcore_torch import HybridTrainer
-from hybridcore_torch.decay import Decay, is_known
+from hybridcore_torch.decay import Decay
 
 
 def by_scipy(penalty):
@@ -157,121 +151,6 @@ def test_the_penalty_of_decay_is_part_of_what_a_probe_compares():
     seen = trainer._hands.carry_out(Directive(Action.PROBE, own_batch=True), closure)
     penalty = 0.15 * (flat(model.parameters()) ** 2).sum()
     assert seen.objective == pytest.approx(closure().item() + penalty, rel=1e-6)
-
-
-class Shrinking(torch.optim.SGD):
-    """Moves the weights at a rate of zero too."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        super().step()
-        for p in self.param_groups[0]["params"]:
-            p.mul_(0.999)
-
-
-class Plain(torch.optim.Adam):
-    """Adam by another name."""
-
-
-def test_a_step_or_a_hook_of_the_users_own_is_not_left_out(caplog):
-    model, _, _ = regression()
-    parameters = list(model.parameters())
-    optimizers = {kind: kind(parameters, 0.1) for kind in (Shrinking, Plain, torch.optim.Adam)}
-    pairs = {k: HybridTrainer(model, o, BRISK).engine.pairs for k, o in optimizers.items()}
-    assert pairs == {Shrinking: 0, Plain: 20, torch.optim.Adam: 20}
-    caplog.set_level("INFO", logger="hybridcore")
-    optimizer = optimizers[Plain]
-    # A schedule has a step of its own around the optimizer's.
-    torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    assert HybridTrainer(model, optimizer, BRISK).engine.pairs == 20
-    assert not caplog.text
-    step = optimizer.step
-    optimizer.step = lambda: step()
-    assert HybridTrainer(model, optimizer, BRISK).engine.pairs == 0
-    assert "optimizer Plain" in caplog.text
-
-
-@pytest.mark.parametrize("when", ["pre", "post"])
-def test_weights_that_a_hook_keeps_at_zero_stay_there(when):
-    """Those of a pruned network, by their gradients or by themselves."""
-    model, optimizer, closure = regression()
-    mask = (torch.rand(10, 64) < 0.5).float()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    while trainer.statistics().secant_steps < 5:
-        trainer.step(closure)
-
-    @torch.no_grad()
-    def keep(*_):
-        (model.weight.grad if when == "pre" else model.weight).mul_(mask)
-
-    # In the midst of a descent, as pruning begins late.
-    getattr(optimizer, f"register_step_{when}_hook")(keep)
-    optimizer.state.clear()
-    with torch.no_grad():
-        model.weight.mul_(mask)
-    for _ in range(150):
-        trainer.step(closure)
-        assert not model.weight[mask == 0].any()
-    assert trainer.statistics().secant_steps == 5
-    assert trainer.engine.pairs == 0
-
-
-@pytest.mark.parametrize("pairs", [0, 20])
-def test_a_hook_that_comes_and_goes_does_not_begin_everything_anew(pairs):
-    trainer, closure, _ = noisy(config=HybridTrainerConfig(secant_pairs=pairs))
-    events, optimizer = [], trainer.optimizer
-    for step in range(600):
-        hook = optimizer.register_step_post_hook(lambda *_: None) if step % 100 == 0 else None
-        events += [event["event"] for event in trainer.step(closure).events]
-        if hook is not None:
-            hook.remove()
-    assert events.count("snapshots and trend start over") <= (pairs > 0)
-
-
-def test_hooks_at_all_optimizers_and_wrappers_of_ones_own_count_too():
-    model, optimizer, _ = regression()
-
-    class Wrapper(torch.optim.Optimizer):
-        """As of Lookahead, or of a projection."""
-
-        def __init__(self, inner):
-            self.optimizer, self.param_groups, self.state = inner, inner.param_groups, inner.state
-
-        def step(self, closure=None):
-            self.optimizer.step()
-
-    assert is_known(optimizer)
-    assert not is_known(Wrapper(optimizer))
-    for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook):
-        hook = register(lambda *_: None)
-        assert not is_known(optimizer)
-        hook.remove()
-    assert is_known(optimizer)
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    assert is_known(accelerator.prepare(optimizer))
-    for kind in (torch.optim.Rprop, torch.optim.ASGD):
-        assert not is_known(accelerator.prepare(kind(model.parameters())))
-    assert not is_known(accelerator.prepare(Shrinking(model.parameters(), 0.1)))
-
-
-class Restless(Shrinking):
-    """One that is known to lower the loss, as Schedule-Free is, which moves at a rate of zero."""
-
-    def step(self, closure=None):
-        super().step()
-
-
-Restless.step.__module__ = "schedulefree.own"
-
-
-def test_an_optimizer_that_moves_at_a_rate_of_zero_moves_no_weights_in_a_descent():
-    model, _, closure = regression()
-    trainer = HybridTrainer(model, Restless(model.parameters(), 0.1), BRISK)
-    while trainer.statistics().secant_steps < 30:
-        result = trainer.step(closure)
-        if trainer.statistics().secant_steps > 1 and result.phase is Phase.FULL:
-            assert result.loss == pytest.approx(closure().item(), rel=1e-5)
 
 
 def test_fresh_pairs_begin_without_the_old_ones():
@@ -486,186 +365,6 @@ def test_a_trial_that_is_taken_back_leaves_no_mark_in_running_statistics():
             taken_back += 1
             assert torch.equal(before, model[1].running_mean)
     assert taken_back > 3
-
-
-def test_a_pass_that_raises_at_a_trial_point_leaves_none_of_it():
-    x, y = digits()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 10))
-    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), BRISK)
-    while trainer.statistics().secant_steps < 3:
-        trainer.step(lambda: F.cross_entropy(model(x), y))
-    elsewhere = 0
-    for _ in range(20):
-        before, seen = copy.deepcopy(model.state_dict()), []
-
-        def raises(seen=seen):
-            seen.append(weights(model))
-            return F.cross_entropy(model(x), y) / (1 // 0)
-
-        with pytest.raises(ZeroDivisionError):
-            trainer.step(raises)
-        elsewhere += not torch.equal(seen[0][0], before["0.weight"])
-        assert all(map(torch.equal, before.values(), model.state_dict().values()))
-        trainer.step(lambda: F.cross_entropy(model(x), y))
-    assert elsewhere > 10
-
-
-def test_a_loss_that_raises_only_where_steps_are_tried_is_one_that_is_no_number(caplog):
-    x, y = digits()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 400)
-    trainer = HybridTrainer(model, optimizer, BRISK, scheduler=fall)
-    raised, base, tried = 0, None, {}
-
-    def closure():
-        nonlocal raised
-        here = model[0].weight.detach().numpy().tobytes()
-        if (
-            trainer._hands._on_trial
-            and here != base
-            and tried.setdefault(here, len(tried)) % 3 == 2
-        ):
-            raised += 1
-            raise torch.linalg.LinAlgError("not positive definite")
-        return F.cross_entropy(model(x), y)
-
-    while raised < 20:
-        before, seen = copy.deepcopy(model.state_dict()), raised
-        base = model[0].weight.detach().numpy().tobytes()
-        result = trainer.step(closure)
-        if raised > seen:
-            assert all(map(torch.equal, before.values(), model.state_dict().values()))
-            assert math.isfinite(result.loss)
-    statistics = trainer.statistics()
-    assert fall.last_epoch == statistics.steps
-    assert statistics.secant_steps > 20
-    assert statistics.divergences == 0
-    told = [r for r in caplog.records if "LinAlgError" in r.message]
-    assert [r.levelname for r in told] == ["WARNING"]
-
-
-@pytest.mark.parametrize("only_there", [False, True])
-def test_what_only_a_backward_pass_raises_is_held_against_another(only_there):
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    raised, base, armed = 0, None, False
-
-    def hook(gradient):
-        nonlocal raised
-        away = model.weight.detach().numpy().tobytes() != base
-        if armed and trainer._hands._on_trial and (away or not only_there):
-            raised += 1
-            raise RuntimeError("in the backward pass")
-        return gradient
-
-    model.bias.register_hook(hook)
-    while trainer.statistics().secant_steps < 3:
-        trainer.step(closure)
-    armed = True
-
-    def go_on():
-        nonlocal base
-        for _ in range(5):
-            base = model.weight.detach().numpy().tobytes()
-            trainer.step(closure)
-
-    if only_there:
-        go_on()
-        assert raised > 3
-    else:
-        with pytest.raises(RuntimeError, match="in the backward pass"):
-            go_on()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_what_raises_now_and_then_is_the_users_to_see():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    raised = seen = 0
-
-    def flaky():
-        nonlocal raised
-        if trainer._hands._on_trial and torch.is_grad_enabled() and raised == seen:
-            raised += 1
-            raise RuntimeError("could not read the sample")
-        return closure()
-
-    for _ in range(200):
-        try:
-            trainer.step(flaky)
-        except RuntimeError:
-            seen += 1
-            trainer.step(closure)
-    assert seen == raised > 5
-
-
-def test_an_error_of_our_own_is_not_of_numbers():
-    model, optimizer, closure = regression()
-    trainer = HybridTrainer(model, optimizer, BRISK)
-    base = None
-
-    def refused():
-        if trainer._hands._on_trial and model.weight.detach().numpy().tobytes() != base:
-            raise ModelError("a gradient is sparse")
-        return closure()
-
-    while trainer.statistics().secant_steps < 3:
-        trainer.step(closure)
-    base = model.weight.detach().numpy().tobytes()
-    with pytest.raises(ModelError, match="sparse"):
-        trainer.step(refused)
-
-
-def test_a_probe_that_breaks_is_told_though_a_point_was_given_up(caplog):
-    model, optimizer, closure = regression()
-    armed, broken, base = False, False, None
-
-    def probe():
-        if broken:
-            raise ValueError("no probe any more")
-        return 0.5 * closure()
-
-    def fragile():
-        away = model.weight.detach().numpy().tobytes() != base
-        if armed and trainer._hands._on_trial and away:
-            raise ValueError("scale must be positive")
-        return closure()
-
-    trainer = HybridTrainer(model, optimizer, BRISK, probe=probe)
-    while trainer.statistics().secant_steps < 3:
-        trainer.step(closure)
-    armed = True
-    for step in range(120):
-        broken = step >= 60
-        base = model.weight.detach().numpy().tobytes()
-        trainer.step(fragile)
-    told = [r.message for r in caplog.records if r.levelname == "WARNING" and "raised" in r.message]
-    assert [message.split()[0] for message in told] == ["closure", "probe"]
-
-
-def test_a_probe_that_raises_only_where_a_jump_would_lead_is_no_number():
-    model, optimizer, closure = regression()
-    config = dataclasses.replace(BRISK, secant_pairs=0)
-    trainer, raised, away = None, 0, 0
-
-    def probe():
-        nonlocal raised, away
-        bank = trainer and trainer._hands.bank
-        if bank and bank._waiting is not None:
-            away += 1
-            if away % 2:
-                raised += 1
-                raise ValueError("scale must be positive")
-        return closure()
-
-    trainer = HybridTrainer(model, optimizer, config, probe=probe)
-    for _ in range(300):
-        trainer.step(closure)
-    assert raised > 3
-    assert trainer.statistics().predicted_steps > 20
 
 
 def test_the_optimizer_follows_by_clipped_gradients():
