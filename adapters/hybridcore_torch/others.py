@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybridcore_torch.closures import Closure, Closures, parts
 
+# Most steps between two looks, and looks in which a parameter that was written has to be again.
+SELDOM, CONFIRMED = 127, 4
+
 
 class Others:
-    """Looks now and then through the graph of a loss for parameters that are not the trainer's own.
+    """Looks now and then for parameters that a loss depends on and the trainer does not hold.
 
-    Where these are written between two looks, as by the optimizer of the other network of a game,
-    the way of the trainer's own weights so far does not tell where they should go: it turns as the
+    Where these are written again and again, as by the optimizer of the other network of a game, the
+    way of the trainer's own weights so far does not tell where they should go: it turns as the
     others answer. Further on that way lies a lower loss of the batch, and a worse game.
+
+    A loss depends on what its graph leads to, and on the models of other trainers that are called
+    for it: the one may be frozen in the step of the other, or its outputs detached.
 
     Attributes
     ----------
     found : set of int
-        Identities of the parameters that were written between the last two looks.
+        Identities of the parameters that were written before two looks, one soon after the other.
     """
 
     def __init__(self) -> None:
         self.found: set[int] = set()
         self._steps, self._due = 0, 1
-        # Versions of the others by identity, as the last look has found them.
-        self._versions: dict[int, int] = {}
+        # The others by identity, and their versions when they were looked at last.
+        self._seen: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
+        # Those that were written before a look, and how many more looks have to confirm it.
+        self._suspects: set[int] = set()
+        self._left = 0
 
-    def watched(self, closure: Closures, own: Sequence[torch.Tensor]) -> Closures:
-        """Return `closure`, for the next step; where it is time for a look, it comes with one.
+    def are_due(self) -> bool:
+        """Count a step, and tell whether it is time for a look.
 
-        That is in the first step, the second, the fourth and so on, as a graph can be large, or
-        in the first one after it that calls the closure.
+        That is after one step, two, four and so on up to `SELDOM`, as a graph can be large, in
+        even and odd steps in turn, or in the first one after it that calls the closure.
         """
         self._steps += 1
-        if self._steps < self._due:
-            return closure
-        before, known = self._versions, {id(p) for p in own}
-        present: dict[int, int] = {}
+        return self._steps >= self._due
+
+    def watched(
+        self, closure: Closures, own: Sequence[torch.Tensor], models: Sequence[nn.Module]
+    ) -> Closures:
+        """Return `closure` with a look at what its loss depends on.
+
+        Parameters
+        ----------
+        closure : callable or sequence of callables
+            The user's.
+        own : sequence of Parameter
+            What the trainer holds.
+        models : sequence of Module
+            Those of other trainers.
+        """
+        looked_at = {id(p) for p in own}
 
         def look(part: Closure) -> Closure:
             def watched() -> torch.Tensor:
-                loss = part()
-                for parameter in _parameters(loss):
-                    self._versions, self._due = present, 2 * self._steps
-                    one, version = id(parameter), parameter._version
-                    if one not in known:
-                        present[one] = version
-                        self.found |= {one} if before.get(one, version) < version else set()
+                called: list[nn.Module] = []
+                handles = []
+                try:
+                    for model in models:
+                        handles.append(
+                            model.register_forward_pre_hook(lambda one, _: called.append(one))
+                        )
+                    loss = part()
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                if getattr(loss, "grad_fn", None) is not None:
+                    self._look(loss, called, looked_at)
                 return loss
 
             return watched
@@ -57,10 +87,34 @@ class Others:
         first, *more = map(look, parts(closure))
         return [first, *more] if more else first
 
+    def _look(self, loss: torch.Tensor, called: list[nn.Module], looked_at: set[int]) -> None:
+        present = [*_parameters(loss), *(p for model in called for p in model.parameters())]
+        for parameter in present:
+            one, version = id(parameter), parameter._version
+            if one in looked_at:
+                continue
+            looked_at.add(one)
+            reference, before = self._seen.get(one, (None, version))
+            self._seen[one] = weakref.ref(parameter), version
+            if reference is None or reference() is not parameter or before == version:
+                self._suspects.discard(one)
+            elif one in self._suspects:
+                self.found.add(one)
+            else:
+                self._suspects.add(one)
+                self._left = CONFIRMED
+        if self._left:
+            self._left -= 1
+            self._due = self._steps + 1
+        else:
+            self._suspects.clear()
+            self._due = self._steps + (min(self._steps, SELDOM) | 1)
 
-def _parameters(loss: object) -> Iterator[nn.Parameter]:
-    """Parameters that `loss` depends on, by its graph, if it has one."""
-    waiting, seen = [getattr(loss, "grad_fn", None)], set()
+
+def _parameters(loss: torch.Tensor) -> Iterator[nn.Parameter]:
+    """Parameters that `loss` depends on, by its graph."""
+    waiting: list[Any] = [loss.grad_fn]
+    seen = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -404,16 +404,18 @@ class HybridTrainer:
             logger.warning(
                 "the weights were written between steps %d times, so that nothing is predicted: "
                 "leave optimizer.step(), which the trainer calls, out of the loop if it is there; "
-                "where weights are clamped or projected after each step there is nothing to gain",
+                "where another trainer holds them too, or weights are clamped or projected after "
+                "each step, there is nothing to gain",
                 OFTEN,
             )
 
     def _watched(self, closure: Closures | None) -> Closures | None:
         """Return `closure`; now and then it notices weights that somebody else trains."""
         # Sharded weights are not the parameters that a graph leads to.
-        if closure is None or self._structure.sharded:
+        if closure is None or self._structure.sharded or not self._others.are_due():
             return closure
-        return self._others.watched(closure, self._structure.parameters)
+        models = [trainer.model for trainer in list(_TRAINERS) if trainer is not self]
+        return self._others.watched(closure, self._structure.parameters, models)
 
     def _stand_back(self) -> None:
         """Predict nothing any more, if it has noticed some, here and where they are trained."""
@@ -430,9 +432,9 @@ class HybridTrainer:
             trainer._hands.room.predict_nothing()
             trainer._start_over()
         logger.warning(
-            "the loss depends on %d parameters that another optimizer trains, so that nothing is "
-            "predicted%s: as in a game, the way of the weights so far does not tell where they "
-            "should go (one optimizer may hold all of a model's parameters, in groups)",
+            "the loss depends on parameters (%d) that are not in this optimizer and are trained "
+            "elsewhere, as in a game, so that nothing is predicted%s: put those that are to lower "
+            "one loss into groups of one optimizer, and what averages weights under no_grad()",
             len(found),
             ", nor by the trainer of these" if theirs else "",
         )

@@ -11,6 +11,7 @@ from torch import nn
 
 from hybridcore import HybridTrainerConfig
 from hybridcore_torch import HybridTrainer
+from hybridcore_torch.others import SELDOM
 
 PLAIN = HybridTrainerConfig(enabled=False)
 
@@ -21,9 +22,14 @@ def mlp(*sizes):
 
 
 class Game:
-    """A generator of pairs of numbers and who tells them from real ones, each with its trainer."""
+    """A generator of pairs of numbers and who tells them from real ones, each with its trainer.
 
-    def __init__(self, generates, tells, parts=1):
+    The critic may be `frozen` while the generator takes its step, and get what is made `without` a
+    graph.
+    """
+
+    def __init__(self, generates, tells, parts=1, *, frozen=False, without=False):
+        self.frozen, self.without = frozen, without
         torch.manual_seed(0)
         self.generator, self.critic, self.parts = mlp(4, 32, 2), mlp(2, 32, 1), parts
         both = (self.generator, self.critic)
@@ -40,14 +46,17 @@ class Game:
             seed = torch.randn(64, 4, generator=self.noise)
 
             def told(real=real, seed=seed):
-                fake = self.generator(seed).detach()
+                with torch.set_grad_enabled(not self.without):
+                    fake = self.generator(seed).detach()
                 return F.softplus(-self.critic(real)).mean() + F.softplus(self.critic(fake)).mean()
 
             def made(seed=seed):
                 return F.softplus(-self.critic(self.generator(seed))).mean()
 
             self.telling.step(told)
+            self.critic.requires_grad_(not self.frozen)
             self.generating.step(made if self.parts == 1 else [made] * self.parts)
+            self.critic.requires_grad_(True)
 
     @property
     def weights(self):
@@ -56,15 +65,19 @@ class Game:
         ]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_game_is_played_as_without_trainers(parts, caplog):
-    plain, ours = (Game(one, one, parts) for one in (PLAIN, HybridTrainerConfig()))
+@pytest.mark.parametrize(
+    "of",
+    [{}, {"parts": 2}, {"frozen": True}, {"without": True}, {"frozen": True, "without": True}],
+    ids=str,
+)
+def test_a_game_is_played_as_without_trainers(of, caplog):
+    plain, ours = (Game(one, one, **of) for one in (PLAIN, HybridTrainerConfig()))
     for game in (plain, ours):
         game.play(400)
     assert all(map(torch.equal, plain.weights, ours.weights))
-    told = [r.getMessage() for r in caplog.records if "another optimizer" in r.getMessage()]
+    told = [r.getMessage() for r in caplog.records if "elsewhere" in r.getMessage()]
     assert len(told) == 1
-    assert "4 parameters" in told[0]
+    assert "parameters (4)" in told[0]
     for trainer in (ours.generating, ours.telling):
         statistics = trainer.statistics()
         assert statistics.full_steps == statistics.steps == 400
@@ -105,10 +118,42 @@ def test_one_that_begins_later_is_noticed():
         if step >= 300:
             other.step()
         other.zero_grad()
-        if step > 540:
+        if step > 300 + SELDOM + 2:
             assert not result.was_predicted
     assert early > 0
+    # There is no game yet.
     assert game.generating.engine.snapshots > 0
+
+
+def test_it_may_be_seen_in_every_second_step_alone():
+    torch.manual_seed(0)
+    coder, critic = mlp(64, 16, 64), mlp(64, 16, 1)
+    x, _ = digits()
+    trainer = HybridTrainer(coder, torch.optim.Adam(coder.parameters(), 1e-3))
+    other = torch.optim.Adam(critic.parameters(), 1e-3)
+    for step in range(60):
+        batch = x[torch.randperm(len(x))[:64]]
+        if step % 2:
+            trainer.step(lambda batch=batch: F.mse_loss(coder(batch), batch))
+        else:
+            trainer.step(lambda batch=batch: F.softplus(-critic(coder(batch))).mean())
+            other.step()
+            other.zero_grad()
+    assert trainer.engine.snapshots == 0
+
+
+def test_what_is_written_now_and_then_is_not_trained():
+    x, y = digits()
+    torch.manual_seed(0)
+    features, head = mlp(64, 32), nn.Linear(32, 10)
+    trainer = HybridTrainer(head, torch.optim.Adam(head.parameters(), 1e-2))
+    state = copy.deepcopy(features.state_dict())
+    for step in range(400):
+        batch = torch.arange(64) + 64 * (step % 28)
+        if step in (4, 20, 90, 91, 250):
+            features.load_state_dict(state)
+        trainer.step(lambda batch=batch: F.cross_entropy(head(features(x[batch])), y[batch]))
+    assert trainer.statistics().predicted_steps > 0
 
 
 def test_a_state_of_it_goes_on_and_one_from_before_is_looked_at_anew():
