@@ -38,7 +38,7 @@ class Raised:
 
     def by_the_probe(self, error: Exception) -> bool:
         """Whether the user's probe has raised a numerical `error`; training goes on without it."""
-        if not self._may_be_numerical(error):
+        if not self._may_be_of_weights(error):
             return False
         self._tell("%s raised %s: %s, and has no number for its loss while it does", "probe", error)
         return True
@@ -65,7 +65,7 @@ class Raised:
             Has the weights as they were before the point that was tried.
         """
         # Else it is another matter, that comes and goes.
-        if not (self._may_be_numerical(error) and _raises(evaluate)):
+        if not (self._may_be_of_weights(error) and _raises(evaluate)):
             return False
         with before:
             if _raises(evaluate):
@@ -78,7 +78,7 @@ class Raised:
         )
         return True
 
-    def _may_be_numerical(self, error: Exception) -> bool:
+    def _may_be_of_weights(self, error: Exception) -> bool:
         return not (isinstance(error, HybridCoreError) or self._is_other(error))
 
     def _tell(self, message: str, name: str, error: Exception) -> None:

@@ -224,6 +224,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             If a state that was loaded is of another model; nothing has been changed then.
         """
         self._check_own_weights("fit()")
+        self._bad = 0
         model, hands, put = self.model, None, None
         known = self._trained is not None and self._trained == (model, model.optimizer)
         if self.config.enabled:
@@ -380,7 +381,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         bad = not (of_step.applied or of_step.overflow) and math.isnan(engine.forecast_loss)
         self._bad = self._bad + 1 if bad else 0
         if self._bad >= HOPELESS:
-            # For TerminateOnNaN, which one that is left out is nothing for.
+            # TerminateOnNaN would wait for ever: a bad batch is left out of the mean.
             self._logs = {**self._logs, "loss": NAN}
         if self.config.on_divergence == "raise" and bad:
             # First, as with JAX the model gets its weights back from there.
@@ -448,7 +449,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             # The last batch of an epoch is over, and no callback has been told so far.
             self._left = self.hands.fingerprint()
             if self._mean.forecasts:
-                return logs
+                return self._mean.of(self._full_logs)
         found = type(self._model)._get_metrics_result_or_logs(self._model, logs)
         if logs is self._logs and not self._mean.full_steps and found.get("loss") == 0.0:
             # All batches were left out, and Keras's mean of none is zero.

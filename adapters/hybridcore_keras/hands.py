@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
@@ -69,8 +68,6 @@ class Hands:
         Secant pairs that there is room for.
     peaks : dict of str to int
         Most bytes that each kind of copies has taken so far.
-    moved : bool
-        Whether an outer step has led to where the weights are, and no good batch has followed yet.
     torn : bool
         Whether the copies of the weights are not those that the engine knows of, because memory
         ran out, or another callback has written the weights.
@@ -113,7 +110,7 @@ class Hands:
         self.start: list[Any] | None = None
         # State of the model before a trial point was evaluated, while it may be taken back.
         self._before_trial: list[Any] | None = None
-        self._on_trial = self.moved = self.torn = False
+        self._on_trial = self.torn = False
         # Whether nobody can have written the weights since they were looked at.
         self._looked = False
         self.room.measure(size_of(self.port.model))
@@ -168,7 +165,6 @@ class Hands:
             assert directive.coefficients is not None
             grows = self.snapshots.grows
             self.snapshots.move(directive.coefficients, take=directive.snapshot)
-            self.moved = directive.snapshot
             if grows:
                 self._measure()
         elif action is Action.REACH:
@@ -293,17 +289,17 @@ class Hands:
     def _full(self, directive: Directive) -> Observation:
         port, start = self.port, perf_counter()
         rates = directive.learning_rate_scale, *directive.highest_rates
-        if self._is_elsewhere:
-            # What raises there has to be done again.
-            port.pull()
-        run = port.gradient if directive.pair else partial(port.full, *rates)
-        observation = _seen(self._pass(run), start)
+        if directive.pair:
+            figures = self._gradients(port.buffers() if self._is_elsewhere else None)
+        else:
+            self.logs, figures = port.full(*rates)
+        observation = _seen(figures, start)
         if not observation.applied:
             if not observation.overflow:
                 port.skip(1)
             # Else the schedule of plain fit does not go on either.
             return observation
-        self._on_trial = self.moved = False
+        self._on_trial = False
         if directive.pair:
             on_trial = self.recovery is not None
             self._spare(lambda: self._take_pair(directive.fresh_pairs))
@@ -316,11 +312,23 @@ class Hands:
             self.secants.here = None
         return observation._replace(gram=self._spare(lambda: self._copy(directive)))
 
-    def _pass(self, run: Callable[[], tuple[dict[str, Any], Figures]]) -> Figures:
-        """Figures of a pass; no numbers where the point that was tried makes it raise."""
+    def _gradients(self, kept: list[Any] | None) -> Figures:
+        """Figures of a pass whose gradients are kept; no numbers where a tried point raises.
+
+        Keras's own step is not asked for more than once: the optimizer may have taken it before
+        something raised.
+
+        Parameters
+        ----------
+        kept : list of tensor or None
+            What the model's state was before; None where no point is tried.
+        """
         try:
-            self.logs, self._figures = run()
+            self.logs, self._figures = self.port.gradient()
         except Exception as error:
+            if kept is None:
+                raise
+            self.port.put_back_buffers(kept)
             if not self._raises_only_there(error, self.port.gradient):
                 raise
             return self._figures._replace(loss=NAN, gradient_norm=NAN)
@@ -358,7 +366,7 @@ class Hands:
     def _gradient(self) -> Observation:
         self._before_trial = self.port.buffers()
         start = perf_counter()
-        figures = self._pass(self.port.gradient)
+        figures = self._gradients(self._before_trial)
         return _seen(figures, start)._replace(objective=figures.loss)
 
     def _evaluate(self, directive: Directive) -> Observation:
@@ -380,8 +388,9 @@ class Hands:
             own = self._probe is None or directive.own_batch
             if own and not self._compiled:
                 # The first one compiles, and would tell a wrong price of all.
-                self.port.probe(None)
                 self._compiled = True
+                if math.isnan(self._loss(own, moved)):
+                    return Observation()
             start = perf_counter()
             loss = self._loss(own, moved)
             objective = loss if directive.own_batch else NAN
@@ -419,10 +428,8 @@ class Hands:
 
     @property
     def _is_elsewhere(self) -> bool:
-        """Whether a jump, a trial of the optimizer or an outer step has led to the weights."""
-        bank = self.bank
-        led = self.recovery is not None or self.moved
-        return led and bank is not None and not bank.waits
+        """Whether a jump or a trial of the optimizer has led to the weights."""
+        return self.recovery is not None and self.bank is not None and not self.bank.waits
 
     def _without_trace(self, evaluate: Callable[[], object]) -> None:
         kept = self.port.buffers()

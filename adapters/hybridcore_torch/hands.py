@@ -180,6 +180,12 @@ class Hands:
         self.torn = True
         return True
 
+    def predict_nothing(self) -> None:
+        """Do without copies to predict from; a jump that cannot be validated is taken back."""
+        if self.recovery is not None:
+            self._roll_back()
+        self.room.predict_nothing()
+
     def try_probe(self) -> None:
         """Evaluate the user's probe, if there is one, to learn at once whether that can be done."""
         if self._probe is not None:

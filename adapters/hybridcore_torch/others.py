@@ -120,7 +120,7 @@ def _parameters(loss: torch.Tensor) -> Iterator[nn.Parameter]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        # A function of the user's own may have anything of that name.
+        # Nodes of users' own functions may have an attribute `variable` too.
         if type(node).__name__ == "AccumulateGrad" and isinstance(node.variable, nn.Parameter):
             yield node.variable
         waiting += [before for before, _ in node.next_functions]

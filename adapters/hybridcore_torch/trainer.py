@@ -53,8 +53,8 @@ class _Taken(NamedTuple):
     seconds: float
 
 
-# Changes of the weights by the loop after which it is told what may be the reason, and steps
-# between two of them, as there are where weights of before are loaded, after which they are others.
+# Writes into the weights by the loop after which it is told what may be the reason, and steps
+# without one after which they are counted anew: a load now and then is none of these.
 OFTEN, SELDOM = 5, 100
 # Of these one may train what the loss of another depends on.
 _TRAINERS: WeakSet[HybridTrainer] = WeakSet()
@@ -415,7 +415,16 @@ class HybridTrainer:
         if closure is None or self._structure.sharded or not self._others.are_due():
             return closure
         models = [trainer.model for trainer in list(_TRAINERS) if trainer is not self]
-        return self._others.watched(closure, self._structure.parameters, models)
+        # As they are now: what is new is looked at later, where no weights are touched.
+        own = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return self._others.watched(closure, own, models)
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether there is anything to stand back from, and the weights are the run's own."""
+        hands = self._hands
+        shown = hands.average is not None and hands.average.shown
+        return self.config.enabled and not shown and bool(hands.room.snapshots or hands.room.pairs)
 
     def _stand_back(self) -> None:
         """Predict nothing any more, if it has noticed some, here and where they are trained."""
@@ -425,16 +434,17 @@ class HybridTrainer:
         theirs = [
             t for t in list(_TRAINERS) if any(id(p) in found for p in t._structure.parameters)
         ]
-        able = [t for t in (self, *theirs) if t._hands.room.snapshots or t._hands.room.pairs]
+        able = [t for t in (self, *theirs) if t._predicts]
         if not able:
             return
         for trainer in able:
-            trainer._hands.room.predict_nothing()
+            trainer._hands.predict_nothing()
             trainer._start_over()
         logger.warning(
-            "the loss depends on parameters (%d) that are not in this optimizer and are trained "
-            "elsewhere, as in a game, so that nothing is predicted%s: put those that are to lower "
-            "one loss into groups of one optimizer, and what averages weights under no_grad()",
+            "the loss depends on parameters (%d) that are not in this optimizer and are written "
+            "elsewhere again and again, as in a game, so that nothing is predicted%s: put those "
+            "that are to lower one loss into groups of one optimizer, and what averages weights "
+            "under no_grad()",
             len(found),
             ", nor by the trainer of these" if theirs else "",
         )
@@ -481,11 +491,11 @@ class HybridTrainer:
             frozen or added since the last step.
         """
         self._check_own_weights("load_state_dict()")
-        self._others = Others()
         if self.config.enabled and self._structure.renew():
             # Frozen since the last step, for instance, as the state is.
             self._start_over()
         checkpoints.restore(self, state)
+        self._others = Others()
 
     def save(self, path: str | Path, *, snapshots: bool = True) -> None:
         """Write :meth:`state_dict` to `path`; a failure leaves a file that was there untouched.

@@ -1,15 +1,16 @@
 """Weights that a loss depends on and somebody else trains, as in a game."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import BRISK, digits
+from problems import BRISK, digits, regression
 from torch import nn
 
-from hybridcore import HybridTrainerConfig
+from hybridcore import HybridTrainerConfig, Phase, ProtocolError
 from hybridcore_torch import HybridTrainer
 from hybridcore_torch.others import SELDOM
 
@@ -101,7 +102,6 @@ def test_there_is_an_average_all_the_same():
 
 
 def test_one_that_begins_later_is_noticed():
-    game = Game(HybridTrainerConfig(), HybridTrainerConfig())
     x, y = digits()
     torch.manual_seed(0)
     features, head = mlp(64, 32), nn.Linear(32, 10)
@@ -121,8 +121,6 @@ def test_one_that_begins_later_is_noticed():
         if step > 300 + SELDOM + 2:
             assert not result.was_predicted
     assert early > 0
-    # There is no game yet.
-    assert game.generating.engine.snapshots > 0
 
 
 def test_it_may_be_seen_in_every_second_step_alone():
@@ -210,3 +208,67 @@ def test_a_full_batch_with_two_optimizers_has_no_jumps():
         second.step()
         second.zero_grad()
     assert trainer.statistics().full_steps == 150
+
+
+def test_a_jump_of_the_others_trainer_is_taken_back():
+    model, optimizer, closure = regression()
+    jumping = HybridTrainer(model, optimizer, dataclasses.replace(BRISK, secant_pairs=0))
+    while not (jumping.engine.may_roll_back and jumping.engine.phase is Phase.PREDICT):
+        jumping.step(closure)
+    before = jumping._hands.before_the_jump()[0]
+    assert not torch.equal(before["weight"], model.weight)
+    head = nn.Linear(10, 2)
+    other = HybridTrainer(head, torch.optim.Adam(head.parameters(), 1e-3))
+    x, _ = digits()
+    for _ in range(4):
+        other.step(lambda: head(model(x)).square().mean())
+        with torch.no_grad():
+            model.bias.add_(0.0)
+    assert jumping.engine.snapshots == other.engine.snapshots == 0
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    for _ in range(30):
+        assert not jumping.step(closure).was_predicted
+
+
+def test_an_average_that_is_shown_stays_so():
+    x, _ = digits()
+    model, optimizer, closure = regression()
+    averaging = HybridTrainer(model, optimizer)
+    for _ in range(60):
+        averaging.step(closure)
+    own = model.weight.detach().clone()
+    head = nn.Linear(10, 2)
+    trainer = HybridTrainer(head, torch.optim.Adam(head.parameters(), 1e-3))
+    with averaging.averaged():
+        for _ in range(6):
+            trainer.step(lambda: head(model(x)).square().mean())
+            with torch.no_grad():
+                model.bias.add_(0.0)
+        with pytest.raises(ProtocolError):
+            averaging.step(closure)
+    assert trainer.engine.snapshots == 0
+    assert torch.equal(own, model.weight)
+
+
+@pytest.mark.parametrize("change", ["unfreeze", "add"])
+def test_what_has_just_come_into_the_optimizer_is_the_trainers_own(change):
+    x, y = digits()
+    torch.manual_seed(0)
+    model = mlp(64, 32, 10)
+    first = model[0].parameters()
+    if change == "unfreeze":
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    else:
+        optimizer = torch.optim.Adam(model[2].parameters(), 1e-2)
+    # Little is copied, so that it is not looked for what is new in most steps.
+    config = HybridTrainerConfig(averaging=False, outer_momentum=False, secant_pairs=0)
+    trainer = HybridTrainer(model, optimizer, config)
+    for step in range(60):
+        if step == 5:
+            model[0].requires_grad_(True)
+            if change == "add":
+                optimizer.add_param_group({"params": list(first)})
+        batch = torch.arange(64) + 64 * (step % 28)
+        trainer.step(lambda batch=batch: F.cross_entropy(model(x[batch]), y[batch]))
+    assert trainer.engine.snapshots > 0
