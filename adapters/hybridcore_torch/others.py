@@ -22,8 +22,8 @@ class Others:
     way of the trainer's own weights so far does not tell where they should go: it turns as the
     others answer. Further on that way lies a lower loss of the batch, and a worse game.
 
-    A loss depends on what its graph leads to, and on the models of other trainers that are called
-    for it: the one may be frozen in the step of the other, or its outputs detached.
+    A loss is taken to depend on what its graph leads to, and on what another trainer trains and is
+    frozen meanwhile: as a critic in the step of the generator.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class Others:
         return self._steps >= self._due
 
     def watched(
-        self, closure: Closures, own: Sequence[torch.Tensor], models: Sequence[nn.Module]
+        self, closure: Closures, own: Sequence[torch.Tensor], others: Sequence[nn.Parameter]
     ) -> Closures:
         """Return `closure` with a look at what its loss depends on.
 
@@ -60,26 +60,17 @@ class Others:
             The user's.
         own : sequence of Parameter
             What the trainer holds.
-        models : sequence of Module
-            Those of other trainers.
+        others : sequence of Parameter
+            What other trainers train.
         """
         looked_at = {id(p) for p in own}
 
         def look(part: Closure) -> Closure:
             def watched() -> torch.Tensor:
-                called: list[nn.Module] = []
-                handles = []
-                try:
-                    for model in models:
-                        handles.append(
-                            model.register_forward_pre_hook(lambda one, _: called.append(one))
-                        )
-                    loss = part()
-                finally:
-                    for handle in handles:
-                        handle.remove()
+                loss = part()
                 if getattr(loss, "grad_fn", None) is not None:
-                    self._look(loss, called, looked_at)
+                    frozen = (p for p in others if not p.requires_grad)
+                    self._look([*_parameters(loss), *frozen], looked_at)
                 return loss
 
             return watched
@@ -87,8 +78,7 @@ class Others:
         first, *more = map(look, parts(closure))
         return [first, *more] if more else first
 
-    def _look(self, loss: torch.Tensor, called: list[nn.Module], looked_at: set[int]) -> None:
-        present = [*_parameters(loss), *(p for model in called for p in model.parameters())]
+    def _look(self, present: Sequence[nn.Parameter], looked_at: set[int]) -> None:
         for parameter in present:
             one, version = id(parameter), parameter._version
             if one in looked_at:

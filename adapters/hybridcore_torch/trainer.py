@@ -414,10 +414,10 @@ class HybridTrainer:
         # Sharded weights are not the parameters that a graph leads to.
         if closure is None or self._structure.sharded or not self._others.are_due():
             return closure
-        models = [trainer.model for trainer in list(_TRAINERS) if trainer is not self]
         # As they are now: what is new is looked at later, where no weights are touched.
         own = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return self._others.watched(closure, own, models)
+        others = [p for t in list(_TRAINERS) if t is not self for p in t._structure.parameters]
+        return self._others.watched(closure, own, others)
 
     @property
     def _predicts(self) -> bool:
