@@ -16,7 +16,7 @@ from hybridcore.errors import HybridCoreError
 logger = logging.getLogger("hybridcore")
 
 # Characters of an error that is told; TensorFlow's is a page.
-LONGEST = 400
+_LONGEST = 400
 # Of the newest two snapshots, which an outer step lies between.
 _BEFORE_THE_MOVE = np.array([[1.0, 0.0]])
 
@@ -37,10 +37,10 @@ class Raised:
         self._told: set[str] = set()
 
     def by_the_probe(self, error: Exception) -> bool:
-        """Whether the user's probe has raised a numerical `error`; training goes on without it."""
+        """Whether the user's probe has raised `error` for itself; training goes on without it."""
         if not self._may_be_of_weights(error):
             return False
-        self._tell("%s raised %s: %s, and has no number for its loss while it does", "probe", error)
+        self._tell("%s raised %s, and has no number for its loss while it does", "probe", error)
         return True
 
     def only_there(
@@ -71,7 +71,7 @@ class Raised:
             if _raises(evaluate):
                 return False
         self._tell(
-            "%s raised %s: %s at a point that was tried, and nothing at the weights from before: "
+            "%s raised %s at a point that was tried, and nothing at the weights from before: "
             "the point is given up, as one where the loss is no number",
             self._name,
             error,
@@ -83,10 +83,15 @@ class Raised:
 
     def _tell(self, message: str, name: str, error: Exception) -> None:
         level = logging.DEBUG if message in self._told else logging.WARNING
-        text = str(error)
-        shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-        logger.log(level, message, name, type(error).__name__, shown)
+        logger.log(level, message, name, brief(error))
         self._told.add(message)
+
+
+def brief(error: Exception) -> str:
+    """Return kind and text of `error`, the text cut where it is long."""
+    text = str(error)
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return f"{type(error).__name__}: {shown}"
 
 
 class Bank(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from textwrap import shorten
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from keras import ops
 
 from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Observation
 from hybridcore.memory import CODED, Room
-from hybridcore.raised import LONGEST, Raised, before_the_point
+from hybridcore.raised import Raised, before_the_point, brief
 from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.checks import ends_the_data
 from hybridcore_keras.groups import by_depth, by_user
@@ -454,7 +453,7 @@ class Hands:
             raise ConfigError(
                 f"probe with parts of shapes {shapes} cannot be evaluated: pass a batch such as "
                 "fit takes from its data, (x, y) or (x, y, sample_weight); it raised "
-                f"{type(error).__name__}: {shorten(str(error), LONGEST)}"
+                f"{brief(error)}"
             ) from error
         if not math.isfinite(loss):
             logger.warning(
