@@ -69,3 +69,5 @@ class WeightAverage:
     @torch.no_grad()
     def _put(self, values: list[torch.Tensor]) -> None:
         torch._foreach_copy_(self._parameters, values)
+        # Around the block, autocast would go on with what it has cast of others.
+        torch.clear_autocast_cache()

@@ -1,5 +1,7 @@
 """The running average of the weights, and the block that evaluates it."""
 
+import contextlib
+
 import pytest
 import torch
 from problems import BRISK, left_by, noisy, regression, weights
@@ -86,6 +88,23 @@ def test_an_error_inside_puts_the_weights_back():
         raise KeyboardInterrupt
     assert all(map(torch.equal, raw, weights(trainer.model)))
     trainer.step(closure)
+
+
+def test_autocast_around_it_sees_the_average_inside_and_the_weights_after():
+    trainer, closure, held_out = noisy()
+    for _ in range(40):
+        trainer.step(closure)
+    expected = []
+    for shown in (contextlib.nullcontext, trainer.averaged):
+        with shown(), torch.autocast("cpu", torch.bfloat16):
+            expected.append(held_out())
+    assert expected[0] != expected[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [held_out()]
+        with trainer.averaged():
+            found.append(held_out())
+        found.append(held_out())
+    assert found == [*expected, expected[0]]
 
 
 @pytest.mark.parametrize("call", ["step", "state_dict", "load_state_dict", "averaged"])

@@ -54,6 +54,23 @@ def test_a_jump_is_kept_where_it_lowered_the_loss_and_taken_back_elsewhere(phase
     assert closure().item() < 0.3
 
 
+def test_autocast_around_it_sees_the_weights_that_are_left():
+    model, optimizer, closure = regression()
+    trainer = HybridTrainer(model, optimizer, JUMPS)
+    while trainer.engine.phase is not Phase.CORRECT:
+        trainer.step(closure)
+    for p in model.parameters():
+        p.data.neg_()
+    trainer._hands.watch()
+    with torch.autocast("cpu", torch.bfloat16):
+        spoilt = closure().item()
+        trainer.finish(closure)
+        found = closure().item()
+    assert trainer.statistics().rollbacks == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert closure().item() == found != spoilt
+
+
 @pytest.mark.parametrize("config", [BRISK, JUMPS], ids=["trial", "jump"])
 def test_the_copies_that_could_take_it_back_are_gone_afterwards(config):
     model, optimizer, closure = regression()
