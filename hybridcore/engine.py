@@ -340,17 +340,18 @@ class Engine:
 
     def _take_in(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""
-        unread, self._unread = self._unread, []
-        for observation in unread:
+        # One by one: what an interrupt comes between is neither lost nor taken in twice.
+        while self._unread:
+            observation = self._unread.pop(0)
             self._account(self._quiet_step, observation)
             self._controller.absorb(self._above_floor(observation), self._quiet_step)
             # After each, or it would matter when they are read.
             self._lower_floor()
-        for phase, seconds, overhead in self._times:
+        while self._times:
+            phase, seconds, overhead = self._times.pop(0)
             self._counters.phase_steps[phase.name] += 1
             self._counters.phase_seconds[phase.name] += seconds
             self._meter.overhead_seconds += overhead
-        self._times.clear()
 
     def _above_floor(self, observation: Observation) -> Observation:
         floor = self._floor.value

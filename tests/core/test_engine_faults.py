@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from descent import BRISK, Descent, Watched
 
-from hybridcore import (
-    Action,
-    Observation,
-    Phase,
-)
+from hybridcore import Action, HybridTrainerConfig, Observation, Phase
+from hybridcore.controller import Controller
 from hybridcore.divergence import DivergenceMonitor, RecoveryAction
 
 # -- bad batches ----------------------------------------------------------------------------------
@@ -130,3 +127,24 @@ def test_a_bad_batch_is_critical_for_a_while():
     assert descent.engine.statistics().divergence_level == "CRITICAL"
     descent.run(recovery_steps())
     assert descent.engine.statistics().divergence_level == "NORMAL"
+
+
+def test_an_interrupt_while_steps_are_counted_loses_and_doubles_none(monkeypatch):
+    """Steps with nothing to decide are counted later, several at once."""
+    descent, absorbed = Descent(HybridTrainerConfig()), []
+    for _ in range(58):
+        descent.engine.count_time(descent.step(), 1e-3, 1e-4)
+    absorb = Controller.absorb
+
+    def interrupted(self, *arguments):
+        absorb(self, *arguments)
+        absorbed.append(arguments)
+        if len(absorbed) in (2, 5):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Controller, "absorb", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            descent.engine.statistics()
+    statistics = descent.engine.statistics()
+    assert statistics.steps == sum(statistics.phase_counts.values()) == 58
