@@ -95,6 +95,15 @@ def check_model(model: Any) -> None:
         )
 
 
+def goes_on_from(optimizer: Any) -> bool:
+    """Whether a step of `optimizer` goes on from wherever the weights have been moved to.
+
+    That of Ftrl puts them where sums of its gradients say (McMahan et al. 2013, algorithm 1).
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return not isinstance(inner, keras.optimizers.Ftrl)
+
+
 def check_steps(steps: int) -> None:
     """Raise :class:`hybridcore.ModelError` unless ``train_step`` took one step of the optimizer."""
     if steps != 1:

@@ -15,7 +15,7 @@ from hybridcore import Action, ConfigError, Directive, HybridTrainerConfig, Obse
 from hybridcore.memory import CODED, Room
 from hybridcore.raised import Raised, before_the_point, brief
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.checks import ends_the_data
+from hybridcore_keras.checks import ends_the_data, goes_on_from
 from hybridcore_keras.groups import by_depth, by_user
 from hybridcore_keras.memory import is_out_of_memory, size_of
 from hybridcore_keras.ports import Figures, Port
@@ -90,6 +90,12 @@ class Hands:
         # Of the newest pass.
         self._figures = Figures(NAN, NAN, NAN, 0.0)
         self.room = Room(config, config.secant_pairs, host=False)
+        if not goes_on_from(port.model.optimizer):
+            self.room.predict_nothing()
+            logger.warning(
+                "optimizer Ftrl puts the weights where sums of its gradients say, wherever they "
+                "were moved to, so that nothing is predicted: take another one, such as Adagrad"
+            )
         self._sums = port.compiled(_sums)
         self.peaks = dict.fromkeys(("snapshots", "secant pairs", "average", "recovery"), 0)
         self.check_groups()

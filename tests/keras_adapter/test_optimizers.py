@@ -41,6 +41,22 @@ def test_optimizers(optimizer):
     assert hybrid.statistics().predicted_steps > 0
 
 
+@pytest.mark.parametrize("wrap", [lambda inner: inner, keras.optimizers.LossScaleOptimizer])
+def test_nothing_is_predicted_where_the_optimizer_forgets_the_weights(wrap, caplog):
+    """Ftrl takes back every move in its next step."""
+    found = []
+    for callbacks in ([], [HybridCallback(BRISK)]):
+        model = regression(wrap(keras.optimizers.Ftrl(0.5)))
+        train(model, 120, *callbacks)
+        found.append(weights(model))
+    (hybrid,) = callbacks
+    assert all(map(np.array_equal, *found))
+    assert hybrid.statistics().predicted_steps == hybrid.statistics().outer_steps == 0
+    assert hybrid.statistics().full_steps == 120
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [message[:15] for message in told] == ["optimizer Ftrl "]
+
+
 def test_the_gradient_norm_is_that_of_the_whole_unscaled_gradient(monkeypatch):
     x, y = digits()
     for optimizer in (
