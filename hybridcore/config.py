@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import sys
 import tomllib
@@ -224,9 +225,12 @@ class HybridTrainerConfig:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from error
         settings = document.get("hybridcore", document)
-        if not isinstance(settings, Mapping):
-            raise _error("hybridcore", settings, "a table of settings")
-        return cls.from_dict(settings)
+        try:
+            if not isinstance(settings, Mapping):
+                raise _error("hybridcore", settings, "a table of settings")
+            return cls.from_dict(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _check_known(names: Iterable[object]) -> None:
@@ -253,7 +257,8 @@ def _check_integer(name: str, value: object, least: int, most: int | None = None
 
 
 def _check_real(name: str, value: object, least: float, most: float) -> None:
-    expected = f"a number from {least:g} to {most:g}"
+    beyond = f"a finite number of at least {least:g}"
+    expected = beyond if math.isinf(most) else f"a number from {least:g} to {most:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _error(name, value, expected)
     if not least <= value <= min(most, sys.float_info.max):

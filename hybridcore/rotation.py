@@ -23,6 +23,13 @@ _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 Content = TypeVar("Content")
 
 
+def as_path(name: str, value: object) -> Path:
+    """Return the argument `name` as a path; :class:`ConfigError` where it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {value!r}: pass a str or a pathlib.Path")
+    return Path(value)
+
+
 class Rotation:
     """Writes a checkpoint every so many steps, and removes the oldest.
 
@@ -39,7 +46,7 @@ class Rotation:
     Raises
     ------
     ConfigError
-        If an argument is out of range.
+        If an argument is out of range or of the wrong type.
     OSError
         If the folder cannot be made.
     """
@@ -49,7 +56,7 @@ class Rotation:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         self._steps, self._keep = steps, keep
-        self._folder = Path(folder)
+        self._folder = as_path("folder", folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._foreign: set[str] = set()
 
@@ -179,7 +186,7 @@ def read_newest(path: str | Path, read: Callable[[Path], Content]) -> Content:
     CheckpointError
         If none can be read.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_dir():
         return read(path)
     # A folder that cannot be written is no reason not to read it.

@@ -120,9 +120,11 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._left: list[float] | None = None
         # Bad batches one after the other.
         self._bad = 0
-        # What the last full step told, and with the forecasts since then, as it is told to Keras.
+        # What the last full step told, and with the forecasts since then, as it is told to Keras,
+        # of the last two steps.
         self._full_logs: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
+        self._logs_before: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
         if not self.config.enabled:
@@ -177,7 +179,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Raises
         ------
         ConfigError
-            If there is neither; nothing has been changed then.
+            If there is neither, or `batch` cannot be evaluated; nothing has been changed then.
         ProtocolError
             While ``fit`` runs, or inside ``averaged()``.
         """
@@ -199,7 +201,15 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         engine.finish()
         if engine.step_done:
             return
-        with hands.port.alone(None if batch is None else on_device(batch)):
+        held = None if batch is None else on_device(batch)
+        with hands.port.alone(held):
+            try:
+                if held is not None:
+                    hands.loss_of("batch", held)
+            except BaseException:
+                # Nothing has been done so far, and it can be called again.
+                engine.abandon()
+                raise
             try:
                 while not engine.step_done:
                     engine.observe(hands.carry_out(engine.next()))
@@ -362,7 +372,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 if of_step.applied or not self._full_logs:
                     self._full_logs = hands.logs
                 self._mean.full_steps += of_step.applied
-            self._logs = self._mean.of(self._full_logs)
+            self._logs_before, self._logs = self._logs, self._mean.of(self._full_logs)
             seconds = perf_counter() - start
             engine.count_time(phase, seconds, seconds - working)
         except BaseException as error:
@@ -451,9 +461,15 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
             if self._mean.forecasts:
                 return self._mean.of(self._full_logs)
         found = type(self._model)._get_metrics_result_or_logs(self._model, logs)
-        if logs is self._logs and not self._mean.full_steps and found.get("loss") == 0.0:
-            # All batches were left out, and Keras's mean of none is zero.
+        if found.get("loss") != 0.0:
+            return found
+        # Keras's mean of none is zero.
+        if logs is self._logs and not self._mean.full_steps:
+            # All batches were left out.
             return {**found, "loss": NAN}
+        if logs is self._logs_before and self._mean.forecasts:
+            # A callback has called train_on_batch, which empties the means, and that was predicted.
+            return self._mean.of(self._full_logs)
         return found
 
     @property

@@ -51,13 +51,26 @@ def by_user(layer_groups: Iterable[Iterable[Any]], variables: Sequence[Any]) -> 
     if not groups or any(not group for group in groups):
         raise ModelError("layer_groups must be non-empty lists of variables, got an empty one")
     positions = {id(variable): position for position, variable in enumerate(variables)}
-    named = [id(variable) for group in groups for variable in group]
-    if len(set(named)) != len(named):
-        raise ModelError("layer_groups names a variable twice: name each once")
-    if set(named) != set(positions):
-        missing, foreign = len(positions.keys() - set(named)), len(set(named) - positions.keys())
+    named = [variable for group in groups for variable in group]
+    identities = [id(variable) for variable in named]
+    twice = [one for one in named if identities.count(id(one)) > 1]
+    if twice:
+        raise ModelError(f"layer_groups names {_path(twice[0])} twice: name each variable once")
+    foreign = [one for one in named if id(one) not in positions]
+    if foreign:
         raise ModelError(
-            f"layer_groups must hold every trainable variable of the model once: {missing} "
-            f"missing, {foreign} not trainable"
+            f"layer_groups holds {_path(foreign[0])}, which is no trainable variable of the model: "
+            "leave it out"
+        )
+    missing = [one for one in variables if id(one) not in identities]
+    if missing:
+        raise ModelError(
+            f"layer_groups lacks {len(missing)} trainable variables of the model, such as "
+            f"{_path(missing[0])}: name each once"
         )
     return [[positions[id(variable)] for variable in group] for group in groups]
+
+
+def _path(variable: Any) -> str:
+    """Return what a user knows a variable by; of anything else its kind."""
+    return str(getattr(variable, "path", type(variable).__name__))

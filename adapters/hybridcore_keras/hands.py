@@ -449,24 +449,39 @@ class Hands:
             return
         self._tried = True
         try:
-            loss = self.port.probe(self._held_out())
+            loss = self.loss_of("probe", self._held_out())
         except Exception as error:
             if is_out_of_memory(error):
                 # A probe for which there is no room is done without, once it is needed.
                 return
-            shapes = keras.tree.map_structure(lambda v: tuple(getattr(v, "shape", ())), self._probe)
-            # In the text too, as Keras cuts the cause off an error that leaves fit.
-            raise ConfigError(
-                f"probe with parts of shapes {shapes} cannot be evaluated: pass a batch such as "
-                "fit takes from its data, (x, y) or (x, y, sample_weight); it raised "
-                f"{brief(error)}"
-            ) from error
+            raise
         if not math.isfinite(loss):
             logger.warning(
                 "probe has the loss %s at first, and no jump or quasi-Newton step is kept while "
                 "that is no finite number: look for NaN in its batch",
                 loss,
             )
+
+    def loss_of(self, name: str, batch: tuple[Any, ...]) -> float:
+        """Loss of the user's `batch`, which is the argument `name`; it leaves no trace.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be evaluated, unless that is for want of memory.
+        """
+        try:
+            return self.port.probe(batch)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            shapes = keras.tree.map_structure(lambda v: tuple(getattr(v, "shape", ())), batch)
+            # In the text too, as Keras cuts the cause off an error that leaves fit.
+            raise ConfigError(
+                f"{name} with parts of shapes {shapes} cannot be evaluated: pass a batch such as "
+                "fit takes from its data, (x, y) or (x, y, sample_weight); it raised "
+                f"{brief(error)}"
+            ) from error
 
     def _held_out(self) -> tuple[Any, ...]:
         """Return the user's probe, brought to the device once."""

@@ -125,7 +125,8 @@ def check_arguments(
         number = isinstance(max_grad_norm, int | float) and not isinstance(max_grad_norm, bool)
         if not number or not 0.0 < float(max_grad_norm) < float("inf"):  # type: ignore[arg-type]
             raise ConfigError(
-                f"max_grad_norm must be a positive number or None, got {max_grad_norm!r}"
+                f"max_grad_norm must be a finite positive number or None, got {max_grad_norm!r}: "
+                "with None gradients are not clipped, and StepResult.gradient_norm is their norm"
             )
     if probe is not None and not callable(probe):
         raise ConfigError(
@@ -133,5 +134,6 @@ def check_arguments(
         )
     if not isinstance(callbacks, Sequence) or not all(callable(c) for c in callbacks):
         raise ConfigError(
-            f"callbacks must be a sequence of callables that take a StepResult, got {callbacks!r}"
+            f"callbacks must be a sequence of callables that take a StepResult, got {callbacks!r}: "
+            "pass a list of them, of one too"
         )

@@ -28,6 +28,11 @@ def check_callable(closure: object) -> None:
     """Raise :class:`ClosureError` unless `closure` can be called, or is a list of such."""
     if callable(closure):
         return
+    if isinstance(closure, Iterator):
+        raise ClosureError(
+            f"closure must be callable or a list of callables, got {type(closure).__name__}, which "
+            "could be gone through once only: make a list of it"
+        )
     in_parts = isinstance(closure, Sequence) and not isinstance(closure, str)
     if in_parts and not closure:
         raise ClosureError("closure is an empty list: pass one closure for each part of the batch")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hybridcore import CheckpointError, checkpoint
+from hybridcore.rotation import as_path
 from hybridcore_torch import files
 from hybridcore_torch.ranks import reshard
 
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 
 def is_folder_of_shards(path: str | Path) -> bool:
     """Whether :func:`write` wrote `path`."""
-    return (Path(path) / _REST).is_file()
+    return (as_path("path", path) / _REST).is_file()
 
 
 def write(state: dict[str, Any], path: str | Path) -> None:

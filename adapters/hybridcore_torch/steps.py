@@ -143,7 +143,10 @@ class Stepper:
         """
         try:
             return self._full(closure, scale, keep, update)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ClosureError):
+                # Those of the parts before.
+                self._drop_gradients()
             if self._unscaled and self._scaler is not None:
                 # Or it would take this batch's gradients for unscaled in every later step.
                 self._scaler.update(self._scaler.get_scale())

@@ -340,8 +340,18 @@ def test_arguments_that_do_not_fit_are_named():
     for groups in ({"all": model.trainable_variables}, ["kernel"], 3):
         with pytest.raises(ConfigError, match=r"got (dict|str|int).* a list for each group"):
             HybridCallback(layer_groups=groups)
-    with pytest.raises(ModelError, match="layer_groups"):
-        train(model, 1, HybridCallback(layer_groups=[[model.trainable_variables[0]]]))
+    first, *others = model.trainable_variables
+    for groups, message in (
+        ([[first]], f"lacks {len(others)} .* such as {others[0].path}: "),
+        ([[first, *others], [first]], f"names {first.path} twice: "),
+        ([[first, *others, keras.Variable(0.0, name="own")]], "holds own, which is no trainable"),
+    ):
+        with pytest.raises(ModelError, match=f"layer_groups {message}"):
+            train(model, 1, HybridCallback(layer_groups=groups))
+    with pytest.raises(ConfigError, match="path must be a path, got 3"):
+        HybridCallback().load(3)
+    with pytest.raises(ConfigError, match="folder must be a path, got 3"):
+        HybridCallback().save_every(5, 3)
     frozen = regression()
     frozen.trainable = False
     frozen.compile("adam", "mse")
@@ -433,7 +443,7 @@ def test_layer_groups_with_a_layer_that_was_frozen_are_refused_before_a_step():
     model.layers[0].trainable = False
     compiled(model, model.optimizer)
     before = weights_of(model)
-    with pytest.raises(ModelError, match=r"layer_groups .* 2 not trainable"):
+    with pytest.raises(ModelError, match=r"layer_groups holds \S+/kernel, which is no trainable"):
         train(model, 5, hybrid)
     assert same(before, weights_of(model))
     assert hybrid.statistics().steps == 40
@@ -501,6 +511,23 @@ def test_weights_that_are_written_before_a_run_is_ended_are_kept():
     assert same(weights_of(model), written)
 
 
+def test_a_batch_that_cannot_be_evaluated_ends_nothing():
+    model, hybrid = regression(), HybridCallback(BRISK)
+    while hybrid.engine.phase is not Phase.CORRECT:
+        train(model, 1, hybrid)
+    x, y = digits()
+    jumped = weights_of(model)
+    for bad in ((x[:, :2], y), (x, np.stack([y] * 3, 1))):
+        with pytest.raises(ConfigError, match=r"batch with parts of shapes .* cannot be evaluated"):
+            hybrid.finish(bad)
+        assert same(weights_of(model), jumped)
+        assert hybrid.engine.may_roll_back
+    hybrid.finish((x, y))
+    assert not hybrid.engine.may_roll_back
+    assert hybrid.statistics().rollbacks == 0
+    assert same(weights_of(model), jumped)
+
+
 @pytest.mark.parametrize("name", ["probe", "put_back"])
 def test_what_fails_while_a_run_is_ended_takes_the_jump_back(name, monkeypatch):
     model, hybrid = regression(), HybridCallback(BRISK)
@@ -510,9 +537,14 @@ def test_what_fails_while_a_run_is_ended_takes_the_jump_back(name, monkeypatch):
         train(model, 1, hybrid)
     model.set_weights([-w for w in model.get_weights()])
     hybrid._left = hybrid.hands.fingerprint()
-    port = hybrid.hands.port
+    port, calls = hybrid.hands.port, []
+    plain = getattr(port, name)
 
     def once(*arguments):
+        calls.append(name)
+        # The first one sees whether the batch can be evaluated at all.
+        if name == "probe" and len(calls) == 1:
+            return plain(*arguments)
         monkeypatch.undo()
         raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import keras
@@ -167,6 +168,19 @@ def test_after_a_cut_off_and_a_compile_the_models_other_methods_are_its_own(call
     assert hybrid.statistics().steps == 3
     train(model, 1, hybrid)
     assert not left_over(model)
+
+
+def test_a_predicted_train_on_batch_of_a_callback_leaves_no_loss_of_zero():
+    """It empties Keras's means, in which nothing is then at the end of the epoch."""
+
+    class Twice(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.train_on_batch(*digits())
+
+    hybrid = HybridCallback(BRISK)
+    losses = train(regression(), 120, Twice(), hybrid)["loss"]
+    assert hybrid.statistics().predicted_steps > 30
+    assert all(0.9 * after < before < 1.5 * after for before, after in pairwise(losses))
 
 
 def test_a_model_whose_fit_was_cut_off_is_left_alone_when_the_callback_trains_another():

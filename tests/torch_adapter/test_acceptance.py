@@ -11,6 +11,7 @@ from torch import nn
 
 from hybridcore import (
     ClosureError,
+    ConfigError,
     DivergenceError,
     HybridTrainerConfig,
     ModelError,
@@ -269,8 +270,15 @@ def test_arguments_that_do_not_fit_are_named():
         HybridTrainer(lazy, torch.optim.SGD(lazy.parameters(), 0.1))
     with pytest.raises(ModelError, match="LBFGS"):
         HybridTrainer(model, torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(ValueError, match="max_grad_norm"):
-        HybridTrainer(model, optimizer, max_grad_norm=-1.0)
+    for norm in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"max_grad_norm must be .* got {norm}: with None"):
+            HybridTrainer(model, optimizer, max_grad_norm=norm)
+    with pytest.raises(ConfigError, match=r"callbacks .* got <built-in .*: pass a list"):
+        HybridTrainer(model, optimizer, callbacks=print)
+    with pytest.raises(ConfigError, match=r"folder must be a path, got 3: "):
+        HybridTrainer(model, optimizer).save_every(5, 3)
+    with pytest.raises(ConfigError, match=r"path must be a path, got 3: "):
+        HybridTrainer.load(3, model, optimizer)
     with pytest.raises(ClosureError, match="callable"):
         HybridTrainer(model, optimizer).step(torch.zeros(1))
     with pytest.raises(ModelError, match="layer_groups"):

@@ -465,6 +465,7 @@ def test_parts_are_predicted_with_and_a_bad_one_costs_the_batch():
     [
         ([], "empty list"),
         ([lambda: torch.zeros(()), 3], "must be callable, got int"),
+        ((c for c in [lambda: torch.zeros(())]), "got generator, .* make a list of it"),
         ("loss", "must be callable, got str"),
     ],
 )
@@ -473,3 +474,11 @@ def test_what_is_no_list_of_closures_is_refused(closure, message):
     trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()))
     with pytest.raises(ClosureError, match=message):
         trainer.step(closure)
+
+
+def test_a_part_that_returns_no_loss_leaves_no_gradients_of_the_others():
+    model = nn.Linear(2, 1)
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()))
+    with pytest.raises(ClosureError, match="NoneType, not a loss"):
+        trainer.step([lambda: model(torch.ones(2)).sum(), lambda: None])
+    assert all(p.grad is None for p in model.parameters())
