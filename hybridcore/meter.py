@@ -9,8 +9,9 @@ made its progress at the slope of the full-step stretches next to it:
 
 Just before a jump plain training is faster than it would have been by the jump's end, and just
 after it slower than it would have been at its start: the mean of the two slopes gives the estimate,
-and each alone an end of the interval. What outer steps gain is not measured: the estimate leaves it
-out, and the upper end of the interval is what they gain at most.
+the steeper one the lower end of the interval, and the other one, times `SETTLING`, the upper end.
+What outer steps gain is not measured: the estimate leaves it out, and the upper end of the interval
+is what they gain at most.
 
 Quasi-Newton steps go on without full steps beside them, so that only the speed of the optimizer
 before them is known, and that falls. If it stayed as it was they would stand for the fewest full
@@ -40,6 +41,9 @@ NOMINAL_PROBE_COST = 1.0 / 3.0
 # shorter run may lead as far where the rate falls. Chosen on the runs of the proving ground
 # (entries 30 and 72 of the log there).
 MARGIN = 0.3
+# How many times what the slopes say a jump is worth at most: what it has excited settles in the
+# full steps behind it, which makes them steeper than those of a plain run (entry 85 there).
+SETTLING = 2.0
 # No quasi-Newton step stands for more full steps, however slow the optimizer seemed before it.
 MOST_A_STEP = 5.0
 # No jump stands for more full steps, however little the full steps beside it achieved.
@@ -305,7 +309,7 @@ class Meter:
             return 0.0, 0.0, math.inf
         worths = [_worth(jump.progress, beside) for beside in (before, after) if beside]
         middle = _worth(jump.progress, before + after)
-        return min(*worths, middle), middle, max(*worths, middle)
+        return min(*worths, middle), middle, SETTLING * max(*worths, middle)
 
     def _first_of_full_steps(self, indices: range) -> list[Stretch]:
         found = (self.stretches[i] for i in indices if not self.stretches[i].predicting)
