@@ -154,7 +154,14 @@ class Controller:
     @property
     def quiet_step(self) -> Directive:
         """Step that each of :meth:`quiet_steps` is."""
-        return SKIP if self.stands_still else self.outer.allowance.full_step(FULL_STEP)
+        return SKIP if self.stands_still else self._carried(FULL_STEP)
+
+    def _carried(self, directive: Directive) -> Directive:
+        """Return a full step as it has to be between outer steps."""
+        forgetting = self.outer.forgetting
+        if forgetting != 1.0:
+            directive = directive._replace(forgetting=forgetting)
+        return self.outer.allowance.full_step(directive)
 
     def absorb(self, observation: Observation, directive: Directive = FULL_STEP) -> None:
         """Take in the figures of a step that `directive` asked for."""
@@ -336,7 +343,7 @@ class Controller:
     ) -> Generator[Directive, Observation, Observation]:
         """Take a full step, and average the weights where it is time to."""
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
-        directive = self.outer.allowance.full_step(directive)
+        directive = self._carried(directive)
         observation = yield directive._replace(average=weight) if weight else directive
         self.absorb(observation, directive)
         if weight and observation.applied:

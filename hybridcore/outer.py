@@ -257,6 +257,17 @@ class OuterMomentum:
         self.trust = min(1.0, max(LEAST_TRUST, trust))
 
     @property
+    def forgetting(self) -> float:
+        """How many times as fast averages over steps of what layers see have to forget.
+
+        At full strength an average of very many steps becomes one of `INTERVAL`: that is less than
+        what the way of the weights alone asks for, and better all the same (entry 85 of the log).
+        """
+        # The first snapshot begins a displacement, the second ends it, and the third is of a step.
+        pushed = self.active and self._snapshots > 2
+        return 1.0 + self._last * (INTERVAL - 1.0) if pushed else 1.0
+
+    @property
     def annealed(self) -> bool:
         """Whether the learning rate is down to `ANNEALED` of the highest they have had."""
         return self._highest > 0.0 and self._learning_rate <= ANNEALED * self._highest

@@ -74,6 +74,9 @@ class Directive(NamedTuple):
     highest_rates : tuple of float
         For ``FULL``: learning rates of the parameter groups that a `learning_rate_scale` above 1
         does not go beyond, as a schedule may have risen; empty where there is no such limit.
+    forgetting : float
+        For ``FULL``: how many times as fast what is averaged over steps of what layers see, as by
+        batch norm, has to forget, at least 1, as outer steps take the weights further.
     average : float
         For ``FULL`` and ``BASE``: weight in [0, 1] of the weights in their running average.
     pair : bool
@@ -98,6 +101,7 @@ class Directive(NamedTuple):
     exact: bool = False
     learning_rate_scale: float = 1.0
     highest_rates: tuple[float, ...] = ()
+    forgetting: float = 1.0
     average: float = 0.0
     pair: bool = False
     fresh_pairs: bool = False

@@ -297,7 +297,7 @@ class Hands:
         if directive.pair:
             figures = self._gradients(port.buffers() if self._is_elsewhere else None)
         else:
-            self.logs, figures = port.full(*rates)
+            self.logs, figures = port.full(*rates, forgetting=directive.forgetting)
         observation = _seen(figures, start)
         if not observation.applied:
             if not observation.overflow:

@@ -18,7 +18,15 @@ from hybridcore import ModelError
 from hybridcore_keras.checks import check_steps, other_optimizers, unused
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.losses import batch_loss, check_reports_loss, loss_trackers
-from hybridcore_keras.ports import Figures, Replaced, accumulators, built, own_statistics
+from hybridcore_keras.ports import (
+    Figures,
+    Replaced,
+    accumulators,
+    built,
+    hastened,
+    own_statistics,
+    slow_averages,
+)
 from hybridcore_keras.rates import Rates
 
 _FIGURES = "hybrid_figures"
@@ -95,7 +103,7 @@ class JAXPort:
         metrics = list(old[_METRICS])
         for place in places:
             metrics[place] = jnp.zeros_like(metrics[place])
-        self.rates.offset, (self.rates.scale, self.rates.highest) = extras
+        forgetting = self._use(extras)
         self._told, self._steps = None, 0
         statistics = own_statistics(self.model) if self._keeping else contextlib.nullcontext()
         try:
@@ -106,6 +114,8 @@ class JAXPort:
         check_reports_loss(self.model, logs)
         check_steps(self._steps)
         logs, new = dict(logs), list(new)
+        if not self._keeping:
+            new[_OTHERS] = self._hastened(old[_OTHERS], new[_OTHERS], forgetting)
         new[_METRICS] = list(new[_METRICS])
         totals = [new[_METRICS][place] for place in places[0::2]]
         counts = [new[_METRICS][place] for place in places[1::2]]
@@ -169,6 +179,18 @@ class JAXPort:
             return weights, variables
         return self._plain_apply(variables, gradients, weights)
 
+    def _hastened(self, old: Any, new: Any, forgetting: Any) -> list[Any]:
+        """Have averages of many batches among the values `new` forget as fast as they have to."""
+        momenta = {id(variable): momentum for variable, momentum in slow_averages(self.model)}
+        return [
+            hastened(before, now, momenta[id(variable)], forgetting)
+            if id(variable) in momenta
+            else now
+            for variable, before, now in zip(
+                self.model.non_trainable_variables, old, new, strict=True
+            )
+        ]
+
     def _trackers(self) -> tuple[list[Any], list[int]]:
         """Trackers of the loss, and where the metrics' state holds their totals and counts."""
         trackers = loss_trackers(self.model)
@@ -213,22 +235,32 @@ class JAXPort:
             self._batches = batches
         return len(self._batches)
 
-    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+    def full(
+        self, scale: float = 1.0, highest: float = math.inf, *, forgetting: float = 1.0
+    ) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures.
 
-        A `scale` above 1 takes no rate beyond `highest`.
+        A `scale` above 1 takes no rate beyond `highest`. Averages of batch norm that are of many
+        batches forget so many times as fast as `forgetting` says.
         """
         iterator = self._iterator if self._batches is None else iter(self._batches)
-        logs, state = self._function((*self._state, self._extras(scale, highest)), iterator)
+        logs, state = self._function(
+            (*self._state, self._extras(scale, highest, forgetting)), iterator
+        )
         self._state = list(state[:4])
         if self._batches is None:
             # They are used up, and what follows in the step must not take those of the next.
             self._batches = []
         return logs, _figures(logs)
 
-    def _extras(self, scale: float, highest: float) -> tuple[Any, Any]:
+    def _extras(self, scale: float, highest: float, forgetting: float = 1.0) -> tuple[Any, Any]:
         # A compiled function takes arrays of NumPy at once; to make JAX's takes 0.2 ms.
-        return np.int32(self.rates.skipped), np.array((scale, highest), np.float32)
+        return np.int32(self.rates.skipped), np.array((scale, highest, forgetting), np.float32)
+
+    def _use(self, extras: tuple[Any, Any]) -> Any:
+        """Take the rates of a step, and return how fast it forgets."""
+        self.rates.offset, (self.rates.scale, self.rates.highest, forgetting) = extras
+        return forgetting
 
     def _settle_rates(self) -> None:
         self.rates.offset, self.rates.scale, self.rates.highest = self.rates.skipped, 1.0, math.inf
@@ -266,7 +298,7 @@ class JAXPort:
         return weights, variables
 
     def _applied(self, variables: Any, gradients: Any, weights: Any, extras: Any) -> Any:
-        self.rates.offset, (self.rates.scale, self.rates.highest) = extras
+        self._use(extras)
         try:
             with self.rates.inside():
                 return self._plain_apply(variables, gradients, weights)

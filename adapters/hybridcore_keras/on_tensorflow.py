@@ -70,12 +70,16 @@ class TensorFlowPort(StatefulPort):
             self._batches = batches
         return len(self._batches)
 
-    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+    def full(
+        self, scale: float = 1.0, highest: float = math.inf, *, forgetting: float = 1.0
+    ) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures.
 
-        A `scale` above 1 takes no rate beyond `highest`.
+        A `scale` above 1 takes no rate beyond `highest`. Averages of batch norm that are of many
+        batches forget so many times as fast as `forgetting` says.
         """
         self._set_rates(scale, highest)
+        self._set_forgetting(forgetting)
         if self._batches is None and not self._takes_batches:
             logs = self._function(self._iterator)
             # They are used up, and what follows in the step must not take those of the next.

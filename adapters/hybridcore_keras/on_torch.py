@@ -28,12 +28,16 @@ class TorchPort(StatefulPort):
         """Return 1: the batch is here."""
         return 1
 
-    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+    def full(
+        self, scale: float = 1.0, highest: float = math.inf, *, forgetting: float = 1.0
+    ) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures.
 
-        A `scale` above 1 takes no rate beyond `highest`.
+        A `scale` above 1 takes no rate beyond `highest`. Averages of batch norm that are of many
+        batches forget so many times as fast as `forgetting` says.
         """
         self._set_rates(scale, highest)
+        self._set_forgetting(forgetting)
         logs = self._function(self._batches)
         return logs, self._figures(logs)
 

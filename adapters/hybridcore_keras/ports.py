@@ -8,10 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import keras
+from keras import ops
 from keras.layers import BatchNormalization
 
 from hybridcore import ModelError
 from hybridcore_keras.rates import Rates
+
+# Least momentum of an average of batch norm's that forgets sooner behind outer steps, which are ten
+# full steps apart.
+QUICK = 0.9
 
 
 class Figures(NamedTuple):
@@ -119,10 +124,13 @@ class Port(Protocol):
         """
         ...
 
-    def full(self, scale: float = 1.0, highest: float = math.inf) -> tuple[dict[str, Any], Figures]:
+    def full(
+        self, scale: float = 1.0, highest: float = math.inf, *, forgetting: float = 1.0
+    ) -> tuple[dict[str, Any], Figures]:
         """Run Keras's own train function with rates times `scale`; its logs and our figures.
 
-        A `scale` above 1 takes no rate beyond `highest`.
+        A `scale` above 1 takes no rate beyond `highest`. Averages of batch norm that are of many
+        batches forget so many times as fast as `forgetting` says.
         """
         ...
 
@@ -260,6 +268,31 @@ def own_statistics(model: Any) -> Iterator[None]:
         for layer, momentum in zip(layers, momenta, strict=True):
             vars(layer).pop("call", None)
             layer.momentum = momentum
+
+
+def slow_averages(model: Any) -> list[tuple[Any, float]]:
+    """Averages of batch norm, with their momenta, of so many batches that outer steps leave them.
+
+    Those of fewer have come along before the next one.
+    """
+    replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
+    layers = (one for one in model._flatten_layers() if isinstance(one, BatchNormalization))
+    return [
+        (variable, layer.momentum)
+        for layer in layers
+        # Of several replicas each has values of its own in a step.
+        if layer.momentum > QUICK and layer.built and replicas == 1
+        for variable in (layer.moving_mean, layer.moving_variance)
+    ]
+
+
+def hastened(before: Any, now: Any, momentum: float, forgetting: Any) -> Any:
+    """Value of an average that has moved `forgetting` times as far as from `before` to `now`.
+
+    But no further than with a momentum of `QUICK`; if that is once it is `now`, to the bit.
+    """
+    times = ops.minimum(ops.cast(forgetting, now.dtype), (1.0 - QUICK) / (1.0 - momentum))
+    return ops.where(times == 1.0, now, before + times * (now - before))
 
 
 def _averaging(layer: Any) -> Callable[..., Any]:

@@ -20,9 +20,11 @@ from hybridcore_keras.ports import (
     accumulators,
     build_optimizer,
     built,
+    hastened,
     is_built,
     own_statistics,
     recurrent_states,
+    slow_averages,
 )
 from hybridcore_keras.rates import Rates
 
@@ -68,6 +70,8 @@ class StatefulPort:
         self._plain_function: Any = None
         self._function: Any = None
         self._scale, self._highest, self._offset = 1.0, math.inf, 0
+        # How many times as fast averages of many batches forget.
+        self._forgetting, self._set = _held(1.0, "float32"), 1.0
         self.gradients: list[Any] = []
         self._applier: Any = None
         self._follower: Any = None
@@ -127,10 +131,15 @@ class StatefulPort:
             tracker.reset_state()
         self._seen.norm = self._seen.scale = ops.zeros((), "float32")
         self._kept, self._seen.steps = {}, 0
+        slow = [] if self._keeping else slow_averages(model)
+        averages = [self._read(variable) for variable, _ in slow]
         statistics = own_statistics(model) if self._keeping else contextlib.nullcontext()
         rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside(), unused(self._unused), statistics:
             logs = self._plain_step(data)
+        for (variable, momentum), before in zip(slow, averages, strict=True):
+            now = self._read(variable)
+            variable.assign(hastened(before, now, momentum, self._forgetting))
         check_reports_loss(model, logs)
         check_steps(self._seen.steps)
         logs = dict(logs)
@@ -271,6 +280,12 @@ class StatefulPort:
             self._offset = -1
             self.rates.offset.assign(self.rates.skipped)
             self._offset = self.rates.skipped
+
+    def _set_forgetting(self, forgetting: float) -> None:
+        if forgetting != self._set and slow_averages(self.model):
+            self._set = math.nan
+            self._forgetting.assign(forgetting)
+            self._set = forgetting
 
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""

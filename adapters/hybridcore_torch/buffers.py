@@ -15,6 +15,8 @@ from hybridcore_torch.ranks import local
 # Elements from which on a buffer is not copied in vain, and how many of those tell whether it has
 # changed where its version does not, as it was written through ``.data``.
 LARGE, SAMPLE = 2**18, 1024
+# Momentum of averages of ten batches, as many as there are full steps between outer steps.
+QUICK = 0.1
 
 
 @dataclass(slots=True)
@@ -101,6 +103,35 @@ def put_back(kept: Kept) -> None:
         if mark is not None:
             mark.version = buffer._version
         registry[name] = buffer
+
+
+def slow_averages(modules: Iterable[nn.Module]) -> dict[int, float]:
+    """Momenta of layers of batch norm that average more batches than are between outer steps.
+
+    Those of fewer have come along before the next one.
+
+    Returns
+    -------
+    dict of int to float
+        By the identities of the layers' registries of buffers.
+    """
+    layers = (module for module in modules if isinstance(module, nn.modules.batchnorm._NormBase))
+    # None is for the mean of all batches.
+    momenta = {id(layer._buffers): layer.momentum or 0.0 for layer in layers}
+    return {registry: momentum for registry, momentum in momenta.items() if 0.0 < momentum < QUICK}
+
+
+@torch.no_grad()
+def hasten(kept: Kept, slow: dict[int, float], forgetting: float) -> None:
+    """Have averages move `forgetting` times as far as they did since they were kept.
+
+    But no further than with a momentum of `QUICK`.
+    """
+    for registry, name, buffer, copy, _ in kept:
+        momentum = slow.get(id(registry))
+        if momentum is not None and buffer.is_floating_point() and registry[name] is buffer:
+            times = min(forgetting, QUICK / momentum)
+            buffer.sub_(copy).mul_(times).add_(copy)
 
 
 def can_come_back(buffer: torch.Tensor) -> bool:

@@ -426,7 +426,13 @@ class Hands:
         keep = (lambda: self._take_pair(directive.fresh_pairs)) if directive.pair else None
         start = perf_counter()
         try:
-            observation = self.stepper.full(closure, directive.scale_at, keep=keep, update=update)
+            observation = self.stepper.full(
+                closure,
+                directive.scale_at,
+                keep=keep,
+                update=update,
+                forgetting=directive.forgetting,
+            )
         except NUMERICAL as error:
             # An update that raises has changed what it could.
             if self.stepper.updating or not self._raises_only_there(

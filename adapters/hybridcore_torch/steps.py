@@ -76,6 +76,7 @@ class Stepper:
         # Where the schedule was left; None where it may be elsewhere by now.
         self._epoch: int | None = None
         self.modules = list(self._model.modules())
+        self._slow = buffers.slow_averages(self.modules)
         self.late = not all(p.is_cpu for p in self._model.parameters())
         usual = self._scaler is None and self._max_grad_norm is None and not self._ranks.several
         self._is_usual = usual and are_wide(self._used())
@@ -126,7 +127,13 @@ class Stepper:
         return Observation(loss.item(), norm, rate, perf_counter() - start)
 
     def full(
-        self, closure: Closures, scale: Scale, *, keep: Keep | None = None, update: bool = True
+        self,
+        closure: Closures,
+        scale: Scale,
+        *,
+        keep: Keep | None = None,
+        update: bool = True,
+        forgetting: float = 1.0,
     ) -> Observation:
         """Take the step unless loss or gradients are not finite; the schedule advances anyway.
 
@@ -140,9 +147,11 @@ class Stepper:
             Called where weights and gradients, not yet clipped, belong together.
         update : bool
             False leaves the weights and the optimizer alone.
+        forgetting : float
+            How many times as fast averages of many batches forget, as those of batch norm.
         """
         try:
-            return self._full(closure, scale, keep, update)
+            return self._full(closure, scale, keep, update, forgetting)
         except BaseException as error:
             if isinstance(error, ClosureError):
                 # Those of the parts before.
@@ -154,7 +163,12 @@ class Stepper:
             raise
 
     def _full(
-        self, closure: Closures, scale: Scale, keep: Keep | None, update: bool
+        self,
+        closure: Closures,
+        scale: Scale,
+        keep: Keep | None,
+        update: bool,
+        forgetting: float,
     ) -> Observation:
         self.updating = False
         kept = self.buffers.keep(self.modules)
@@ -205,6 +219,8 @@ class Stepper:
         if not applied:
             # A bad batch has been through the running statistics of normalisation layers.
             buffers.put_back(kept)
+        elif forgetting != 1.0:
+            buffers.hasten(kept, self._slow, forgetting)
         seconds = perf_counter() - start - self._watching
         return Observation(
             *(value, norm, rates[0], seconds),

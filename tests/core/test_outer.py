@@ -212,6 +212,27 @@ def test_noise_is_averaged_down():
     assert np.std(left) < np.std(noise)
 
 
+def test_averages_forget_faster_from_the_first_outer_step_to_the_last():
+    outer = trusted(0.5)
+    outer.begin()
+    for count, rate in enumerate([1.0] * 40 + [0.5] * 20 + [0.1] * 20):
+        before = outer.forgetting
+        assert count > 1 or before == 1.0
+        outer.see(Observation(1.0, learning_rate=rate))
+        # Not in each step, or it would matter when they are read.
+        assert outer.forgetting == before
+        outer.take(None)
+        if outer.pending:
+            outer.step()
+            outer.stepped()
+            assert outer.forgetting == pytest.approx(1.0 + 9.0 * outer.strength)
+        if rate == 1.0 and count > 1:
+            assert outer.forgetting == pytest.approx(5.5)
+    assert outer.annealed
+    outer.stop()
+    assert outer.forgetting == 1.0
+
+
 def test_a_state_resumes_exactly():
     first, second = OuterMomentum(50, 14), OuterMomentum(50, 14)
     first.begin()

@@ -74,6 +74,27 @@ assert noisy.outer_steps > 20, noisy
 assert noisy.steps == 8 * 57
 assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == noisy.full_steps
 
+# While outer steps take the weights further, averages of batch norm forget sooner.
+norm = keras.layers.BatchNormalization()
+model, hybrid = build(keras.optimizers.Adam(1e-2), norm), HybridCallback(HybridTrainerConfig())
+seen = []
+for step in range(200):
+    times = hybrid.engine.controller.outer.forgetting
+    rows = slice(32 * step % 1760, 32 * step % 1760 + 32)
+    before = keras.ops.convert_to_numpy(norm.moving_mean)
+    full_steps = hybrid.statistics().full_steps
+    fit(model, hybrid, epochs=1, inputs=x[rows], labels=y[rows])
+    if hybrid.statistics().full_steps > full_steps:
+        moved = keras.ops.convert_to_numpy(norm.moving_mean) - before
+        expected = 0.01 * (x[rows].mean(0) - before)
+        # An outer step that is weighed is taken where the step begins, and others where one ends.
+        # Steps that look at whether batches are the same are as ever.
+        possible = times, hybrid.engine.controller.outer.forgetting, 1.0
+        (found, *_) = (t for t in possible if np.allclose(moved, t * expected, 1e-3, 1e-6))
+        seen.append(found)
+assert seen[:100] == [1.0] * 100
+assert np.median(seen[-20:]) > 4.0, seen
+
 # A factor on the rate that ends at the highest one is plain fit at that rate.
 plain, model = (build(keras.optimizers.SGD(0.1)) for _ in range(2))
 fit(plain, epochs=1)

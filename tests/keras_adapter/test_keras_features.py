@@ -28,7 +28,7 @@ from hybridcore_keras.averages import WeightAverage
 from hybridcore_keras.fits import Fit
 from hybridcore_keras.gradients import gradient_norm
 from hybridcore_keras.groups import by_depth
-from hybridcore_keras.ports import port_of
+from hybridcore_keras.ports import port_of, slow_averages
 
 # What Keras does to TensorFlow's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -217,6 +217,26 @@ def test_where_every_batch_is_the_same_batch_norm_holds_its_own_statistics():
     with port.alone(batch()):
         port.full()
     close([norm.moving_mean], [0.99 * before + 0.01 * inside.mean(0)])
+
+
+@pytest.mark.parametrize(("times", "share"), [(1.0, 0.01), (3.0, 0.03), (20.0, 0.1)])
+def test_batch_norm_forgets_as_many_times_as_fast(times, share):
+    model = perceptron(layers=normalised)
+    norm = model.layers[1]
+    port = trained(model, 3).hands.port
+    inside = np.asarray(model.layers[0](batch()[0]), np.float64)
+    kept = [np.asarray(norm.moving_mean), np.asarray(norm.moving_variance)]
+    with port.alone(batch()):
+        port.full(forgetting=times)
+    new = [inside.mean(0), inside.var(0)]
+    expected = [old + share * (now - old) for old, now in zip(kept, new, strict=True)]
+    close([norm.moving_mean, norm.moving_variance], expected)
+
+
+def test_averages_of_few_batches_are_left_alone():
+    model = perceptron(layers=lambda: [keras.layers.BatchNormalization(momentum=0.9)])
+    assert not slow_averages(model)
+    assert len(slow_averages(perceptron(layers=normalised))) == 2
 
 
 def test_statistics_of_a_layer_that_is_called_twice_are_the_mean_of_both():

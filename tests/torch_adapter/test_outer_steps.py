@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import digits, left_by, noisy, weights
+from torch import nn
 
 from hybridcore import Action, Directive, HybridTrainerConfig, Phase
 from hybridcore.outer import INTERVAL, RATE, REACH, SHARE, newest_weight
@@ -290,6 +291,30 @@ def test_one_that_leads_to_no_number_is_taken_back_to_the_last_bit(kind, weighed
             assert not outer.active
     assert returns >= 3
     assert trainer.statistics().divergences == (0 if weighed else 2 * returns)
+
+
+@pytest.mark.parametrize(("momentum", "most"), [(0.01, 0.1), (0.05, 0.1), (0.1, 0.1), (0.3, 0.3)])
+def test_averages_of_many_batches_forget_faster_behind_them(momentum, most, trusting):
+    x, y = digits()
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(64, momentum=momentum)
+    model = nn.Sequential(norm, nn.Linear(64, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2))
+    shares = []
+    for _ in range(260):
+        batch, full_steps = torch.randint(0, 1200, (16,)), trainer.statistics().full_steps
+        before = norm.running_mean.clone()
+        trainer.step(lambda batch=batch: F.cross_entropy(model(x[batch]), y[batch]))
+        if trainer.statistics().full_steps > full_steps:
+            away, moved = x[batch].mean(0) - before, norm.running_mean - before
+            share = float(moved @ away / (away @ away))
+            torch.testing.assert_close(moved, share * away, rtol=1e-3, atol=1e-6)
+            # The first one is weighed, and so taken where a step begins.
+            shares.append((trainer.statistics().outer_steps > 0, share))
+    assert sum(pushed for pushed, _ in shares) > 40
+    assert all(share == pytest.approx(momentum, rel=1e-3) for pushed, share in shares if not pushed)
+    faster = sorted(share for pushed, share in shares if pushed)
+    assert faster[len(faster) // 2] == pytest.approx(most, rel=1e-3) == faster[-1]
 
 
 def test_a_falling_rate_is_passed_faster():
