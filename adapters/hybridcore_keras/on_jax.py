@@ -25,7 +25,6 @@ from hybridcore_keras.ports import (
     built,
     hastened,
     own_statistics,
-    slow_averages,
 )
 from hybridcore_keras.rates import Rates
 
@@ -105,7 +104,8 @@ class JAXPort:
             metrics[place] = jnp.zeros_like(metrics[place])
         forgetting = self._use(extras)
         self._told, self._steps = None, 0
-        statistics = own_statistics(self.model) if self._keeping else contextlib.nullcontext()
+        model = self.model
+        statistics = own_statistics(model) if self._keeping else hastened(model, forgetting)
         try:
             with self.rates.inside(), unused(self._unused), statistics:
                 logs, new = self._plain_step((*old[:_METRICS], metrics), data)
@@ -114,8 +114,6 @@ class JAXPort:
         check_reports_loss(self.model, logs)
         check_steps(self._steps)
         logs, new = dict(logs), list(new)
-        if not self._keeping:
-            new[_OTHERS] = self._hastened(old[_OTHERS], new[_OTHERS], forgetting)
         new[_METRICS] = list(new[_METRICS])
         totals = [new[_METRICS][place] for place in places[0::2]]
         counts = [new[_METRICS][place] for place in places[1::2]]
@@ -178,18 +176,6 @@ class JAXPort:
             self._kept = list(gradients)
             return weights, variables
         return self._plain_apply(variables, gradients, weights)
-
-    def _hastened(self, old: Any, new: Any, forgetting: Any) -> list[Any]:
-        """Have averages of many batches among the values `new` forget as fast as they have to."""
-        momenta = {id(variable): momentum for variable, momentum in slow_averages(self.model)}
-        return [
-            hastened(before, now, momenta[id(variable)], forgetting)
-            if id(variable) in momenta
-            else now
-            for variable, before, now in zip(
-                self.model.non_trainable_variables, old, new, strict=True
-            )
-        ]
 
     def _trackers(self) -> tuple[list[Any], list[int]]:
         """Trackers of the loss, and where the metrics' state holds their totals and counts."""

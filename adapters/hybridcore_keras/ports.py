@@ -270,29 +270,50 @@ def own_statistics(model: Any) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def slow_averages(model: Any) -> list[tuple[Any, float]]:
-    """Averages of batch norm, with their momenta, of so many batches that outer steps leave them.
+def slow_averages(model: Any) -> list[Any]:
+    """Layers of batch norm whose averages are of more batches than lie between two outer steps.
 
     Those of fewer have come along before the next one.
     """
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
     layers = (one for one in model._flatten_layers() if isinstance(one, BatchNormalization))
-    return [
-        (variable, layer.momentum)
-        for layer in layers
-        # Of several replicas each has values of its own in a step.
-        if layer.momentum > QUICK and layer.built and replicas == 1
-        for variable in (layer.moving_mean, layer.moving_variance)
-    ]
+    # Of several replicas each has values of its own in a step.
+    return [layer for layer in layers if layer.momentum > QUICK and replicas == 1]
 
 
-def hastened(before: Any, now: Any, momentum: float, forgetting: Any) -> Any:
-    """Value of an average that has moved `forgetting` times as far as from `before` to `now`.
+@contextlib.contextmanager
+def hastened(model: Any, forgetting: Any) -> Iterator[None]:
+    """Have :func:`slow_averages` move `forgetting` times as far with each batch.
 
-    But no further than with a momentum of `QUICK`; if that is once it is `now`, to the bit.
+    But no further than with a momentum of `QUICK`; where that is once they move as ever, to the
+    bit.
     """
-    times = ops.minimum(ops.cast(forgetting, now.dtype), (1.0 - QUICK) / (1.0 - momentum))
-    return ops.where(times == 1.0, now, before + times * (now - before))
+    layers = slow_averages(model)
+    try:
+        for layer in layers:
+            vars(layer)["call"] = _hastening(layer, forgetting)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("call", None)
+
+
+def _hastening(layer: Any, forgetting: Any) -> Callable[..., Any]:
+    plain, most = layer.call, (1.0 - QUICK) / (1.0 - layer.momentum)
+
+    def call(*arguments: Any, training: Any = None, **named: Any) -> Any:
+        if not training:
+            return plain(*arguments, training=training, **named)
+        averages = layer.moving_mean, layer.moving_variance
+        kept = [ops.copy(average) for average in averages]
+        outputs = plain(*arguments, training=training, **named)
+        for average, before in zip(averages, kept, strict=True):
+            now = ops.copy(average)
+            times = ops.minimum(ops.cast(forgetting, now.dtype), most)
+            average.assign(ops.where(times == 1.0, now, before + times * (now - before)))
+        return outputs
+
+    return call
 
 
 def _averaging(layer: Any) -> Callable[..., Any]:

@@ -131,15 +131,10 @@ class StatefulPort:
             tracker.reset_state()
         self._seen.norm = self._seen.scale = ops.zeros((), "float32")
         self._kept, self._seen.steps = {}, 0
-        slow = [] if self._keeping else slow_averages(model)
-        averages = [self._read(variable) for variable, _ in slow]
-        statistics = own_statistics(model) if self._keeping else contextlib.nullcontext()
+        statistics = own_statistics(model) if self._keeping else hastened(model, self._forgetting)
         rate = ops.cast(self.rates.unscaled(), "float32")
         with self.rates.inside(), unused(self._unused), statistics:
             logs = self._plain_step(data)
-        for (variable, momentum), before in zip(slow, averages, strict=True):
-            now = self._read(variable)
-            variable.assign(hastened(before, now, momentum, self._forgetting))
         check_reports_loss(model, logs)
         check_steps(self._seen.steps)
         logs = dict(logs)

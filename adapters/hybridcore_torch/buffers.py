@@ -125,13 +125,18 @@ def slow_averages(modules: Iterable[nn.Module]) -> dict[int, float]:
 def hasten(kept: Kept, slow: dict[int, float], forgetting: float) -> None:
     """Have averages move `forgetting` times as far as they did since they were kept.
 
-    But no further than with a momentum of `QUICK`.
+    But no further than with a momentum of `QUICK`, of all the batches that came in since then.
     """
+    batches = {
+        id(registry): int(buffer - copy)
+        for registry, name, buffer, copy, _ in kept
+        if id(registry) in slow and name == "num_batches_tracked"
+    }
     for registry, name, buffer, copy, _ in kept:
-        momentum = slow.get(id(registry))
-        if momentum is not None and buffer.is_floating_point() and registry[name] is buffer:
-            times = min(forgetting, QUICK / momentum)
-            buffer.sub_(copy).mul_(times).add_(copy)
+        if batches.get(id(registry)) and buffer.is_floating_point() and registry[name] is buffer:
+            times = min(forgetting, QUICK / (slow[id(registry)] * batches[id(registry)]))
+            if times > 1.0:
+                buffer.sub_(copy).mul_(times).add_(copy)
 
 
 def can_come_back(buffer: torch.Tensor) -> bool:

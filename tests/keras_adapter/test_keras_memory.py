@@ -185,7 +185,7 @@ def test_other_errors_and_the_step_s_own_memory_are_none_of_this(monkeypatch):
         train(model, 100, hybrid)
     assert hybrid.statistics().snapshots == 6
 
-    def full(port, *rates):
+    def full(port, *rates, forgetting):
         raise short()
 
     monkeypatch.setattr(TensorFlowPort, "full", full)
