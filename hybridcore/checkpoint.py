@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hybridcore.errors import CheckpointError
+from hybridcore.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("hybridcore")
 
@@ -55,6 +55,13 @@ def _save_numpy(arrays: dict[str, Any], path: str, metadata: dict[str, str]) -> 
 
     # It takes the memory as it lies, whatever the strides say.
     save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path, metadata)
+
+
+def as_path(name: str, value: object) -> Path:
+    """Return the argument `name` as a path; :class:`ConfigError` where it is none."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {value!r}: pass a str or a pathlib.Path")
+    return Path(value)
 
 
 def write(
@@ -83,10 +90,12 @@ def write(
     ------
     CheckpointError
         If `state` holds something that a checkpoint cannot.
+    ConfigError
+        If `path` is none.
     OSError
         If the file cannot be written; one that was there before is untouched.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file in it")
     if not path.parent.is_dir():

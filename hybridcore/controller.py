@@ -154,10 +154,10 @@ class Controller:
     @property
     def quiet_step(self) -> Directive:
         """Step that each of :meth:`quiet_steps` is."""
-        return SKIP if self.stands_still else self._carried(FULL_STEP)
+        return SKIP if self.stands_still else self._between_outer_steps(FULL_STEP)
 
-    def _carried(self, directive: Directive) -> Directive:
-        """Return a full step as it has to be between outer steps."""
+    def _between_outer_steps(self, directive: Directive) -> Directive:
+        """Return a full step at the rate, and as fast to forget, as outer steps want it."""
         forgetting = self.outer.forgetting
         if forgetting != 1.0:
             directive = directive._replace(forgetting=forgetting)
@@ -343,7 +343,7 @@ class Controller:
     ) -> Generator[Directive, Observation, Observation]:
         """Take a full step, and average the weights where it is time to."""
         weight = self.average.weight(self.taken + 1) if self.config.averaging else 0.0
-        directive = self._carried(directive)
+        directive = self._between_outer_steps(directive)
         observation = yield directive._replace(average=weight) if weight else directive
         self.absorb(observation, directive)
         if weight and observation.applied:

@@ -340,7 +340,7 @@ class Engine:
 
     def _take_in(self) -> None:
         """Take in what was put off, because on a short step each line of Python counts."""
-        # One by one: what an interrupt comes between is neither lost nor taken in twice.
+        # One by one, so that an interrupt costs no more than the one at hand.
         while self._unread:
             observation = self._unread.pop(0)
             self._account(self._quiet_step, observation)

@@ -260,8 +260,8 @@ class OuterMomentum:
     def forgetting(self) -> float:
         """How many times as fast averages over steps of what layers see have to forget.
 
-        At full strength an average of very many steps becomes one of `INTERVAL`: that is less than
-        what the way of the weights alone asks for, and better all the same (entry 85 of the log).
+        At full strength an average of very many steps becomes one of about `INTERVAL`, which is
+        more than the way of the weights alone asks for, and better (entry 85 of the log).
         """
         # The first snapshot begins a displacement, the second ends it, and the third is of a step.
         pushed = self.active and self._snapshots > 2
@@ -401,6 +401,8 @@ class OuterMomentum:
         """Take no more outer steps, and predict only what the rate pays for."""
         if not self.active:
             return
+        # There are no outer steps before they begin anew.
+        self._last = 0.0
         if self._level < INTERVAL:
             # It rises.
             self.allowance.pause()

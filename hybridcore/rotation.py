@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hybridcore.checkpoint import remove_leftovers
+from hybridcore.checkpoint import as_path, remove_leftovers
 from hybridcore.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,13 +21,6 @@ logger = logging.getLogger("hybridcore")
 _SECOND = 10**9
 _NAME = re.compile(r"step-(\d{9,})\.safetensors")
 Content = TypeVar("Content")
-
-
-def as_path(name: str, value: object) -> Path:
-    """Return the argument `name` as a path; :class:`ConfigError` where it is none."""
-    if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{name} must be a path, got {value!r}: pass a str or a pathlib.Path")
-    return Path(value)
 
 
 class Rotation:

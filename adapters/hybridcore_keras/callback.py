@@ -120,10 +120,10 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._left: list[float] | None = None
         # Bad batches one after the other.
         self._bad = 0
-        # What the last full step told, and with the forecasts since then, as it is told to Keras,
-        # of the last two steps.
+        # What the last full step told, and with the forecasts since then, as it is told to Keras.
         self._full_logs: dict[str, Any] = {}
         self._logs: dict[str, Any] = {}
+        # The same of the step before: the last of an epoch may be followed by one of a callback.
         self._logs_before: dict[str, Any] = {}
         self._mean = RunningMean()
         self._began = 0.0
@@ -205,7 +205,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         with hands.port.alone(held):
             try:
                 if held is not None:
-                    hands.loss_of("batch", held)
+                    hands.check_batch(held)
             except BaseException:
                 # Nothing has been done so far, and it can be called again.
                 engine.abandon()

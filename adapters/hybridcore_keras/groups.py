@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def by_user(layer_groups: Iterable[Iterable[Any]], variables: Sequence[Any]) -> 
         raise ModelError("layer_groups must be non-empty lists of variables, got an empty one")
     positions = {id(variable): position for position, variable in enumerate(variables)}
     named = [variable for group in groups for variable in group]
-    identities = [id(variable) for variable in named]
-    twice = [one for one in named if identities.count(id(one)) > 1]
+    counts = Counter(map(id, named))
+    twice = [one for one in named if counts[id(one)] > 1]
     if twice:
         raise ModelError(f"layer_groups names {_path(twice[0])} twice: name each variable once")
     foreign = [one for one in named if id(one) not in positions]
@@ -62,7 +63,7 @@ def by_user(layer_groups: Iterable[Iterable[Any]], variables: Sequence[Any]) -> 
             f"layer_groups holds {_path(foreign[0])}, which is no trainable variable of the model: "
             "leave it out"
         )
-    missing = [one for one in variables if id(one) not in identities]
+    missing = [one for one in variables if id(one) not in counts]
     if missing:
         raise ModelError(
             f"layer_groups lacks {len(missing)} trainable variables of the model, such as "

@@ -462,6 +462,20 @@ class Hands:
                 loss,
             )
 
+    def check_batch(self, batch: tuple[Any, ...]) -> None:
+        """Raise :class:`hybridcore.ConfigError` unless a `batch` can be evaluated.
+
+        At the weights from before a jump or a trial, as where that has led the loss may raise.
+        """
+        if self.recovery is None:
+            return
+        self.snapshots.set_aside()
+        try:
+            self.snapshots.restore()
+            self.loss_of("batch", batch)
+        finally:
+            self.snapshots.put_back()
+
     def loss_of(self, name: str, batch: tuple[Any, ...]) -> float:
         """Loss of the user's `batch`, which is the argument `name`; it leaves no trace.
 

@@ -102,7 +102,7 @@ class JAXPort:
         metrics = list(old[_METRICS])
         for place in places:
             metrics[place] = jnp.zeros_like(metrics[place])
-        forgetting = self._use(extras)
+        forgetting = self._take(extras)
         self._told, self._steps = None, 0
         model = self.model
         statistics = own_statistics(model) if self._keeping else hastened(model, forgetting)
@@ -243,7 +243,7 @@ class JAXPort:
         # A compiled function takes arrays of NumPy at once; to make JAX's takes 0.2 ms.
         return np.int32(self.rates.skipped), np.array((scale, highest, forgetting), np.float32)
 
-    def _use(self, extras: tuple[Any, Any]) -> Any:
+    def _take(self, extras: tuple[Any, Any]) -> Any:
         """Take the rates of a step, and return how fast it forgets."""
         self.rates.offset, (self.rates.scale, self.rates.highest, forgetting) = extras
         return forgetting
@@ -284,7 +284,7 @@ class JAXPort:
         return weights, variables
 
     def _applied(self, variables: Any, gradients: Any, weights: Any, extras: Any) -> Any:
-        self._use(extras)
+        self._take(extras)
         try:
             with self.rates.inside():
                 return self._plain_apply(variables, gradients, weights)

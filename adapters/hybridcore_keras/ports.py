@@ -12,11 +12,11 @@ from keras import ops
 from keras.layers import BatchNormalization
 
 from hybridcore import ModelError
+from hybridcore.outer import INTERVAL
 from hybridcore_keras.rates import Rates
 
-# Least momentum of an average of batch norm's that forgets sooner behind outer steps, which are ten
-# full steps apart.
-QUICK = 0.9
+# Momentum of averages of as many batches as there are full steps between two outer steps.
+QUICK = 1.0 - 1.0 / INTERVAL
 
 
 class Figures(NamedTuple):
@@ -278,7 +278,7 @@ def slow_averages(model: Any) -> list[Any]:
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
     layers = (one for one in model._flatten_layers() if isinstance(one, BatchNormalization))
     # Of several replicas each has values of its own in a step.
-    return [layer for layer in layers if layer.momentum > QUICK and replicas == 1]
+    return [layer for layer in layers if QUICK < layer.momentum < 1.0 and replicas == 1]
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class StatefulPort:
         self._function: Any = None
         self._scale, self._highest, self._offset = 1.0, math.inf, 0
         # How many times as fast averages of many batches forget.
-        self._forgetting, self._set, self._hastens = _held(1.0, "float32"), math.nan, False
+        self._forgetting, self._assigned, self._hastens = _held(1.0, "float32"), math.nan, False
         self.gradients: list[Any] = []
         self._applier: Any = None
         self._follower: Any = None
@@ -101,7 +101,7 @@ class StatefulPort:
             build_optimizer(model)
         self.rates.install()
         self._unused = other_optimizers(model)
-        self._hastens, self._set = bool(slow_averages(model)), math.nan
+        self._hastens, self._assigned = bool(slow_averages(model)), math.nan
         new = self._function is None or plain is not self._plain_function
         if new:
             self._function, self._plain_function = None, plain
@@ -278,11 +278,11 @@ class StatefulPort:
             self._offset = self.rates.skipped
 
     def _set_forgetting(self, forgetting: float) -> None:
-        if forgetting != self._set:
-            self._set = math.nan
+        if forgetting != self._assigned:
+            self._assigned = math.nan
             if self._hastens:
                 self._forgetting.assign(forgetting)
-            self._set = forgetting
+            self._assigned = forgetting
 
     def skip(self, batches: int) -> None:
         """Count `batches` for the schedule without training on them."""

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hybridcore.outer import INTERVAL
 from hybridcore_torch.ranks import local
 
 # Elements from which on a buffer is not copied in vain, and how many of those tell whether it has
 # changed where its version does not, as it was written through ``.data``.
 LARGE, SAMPLE = 2**18, 1024
-# Momentum of averages of ten batches, as many as there are full steps between outer steps.
-QUICK = 0.1
+# Momentum of averages of as many batches as there are full steps between two outer steps.
+QUICK = 1.0 / INTERVAL
 
 
 @dataclass(slots=True)
@@ -105,38 +106,34 @@ def put_back(kept: Kept) -> None:
         registry[name] = buffer
 
 
-def slow_averages(modules: Iterable[nn.Module]) -> dict[int, float]:
-    """Momenta of layers of batch norm that average more batches than are between outer steps.
-
-    Those of fewer have come along before the next one.
-
-    Returns
-    -------
-    dict of int to float
-        By the identities of the layers' registries of buffers.
-    """
-    layers = (module for module in modules if isinstance(module, nn.modules.batchnorm._NormBase))
-    # None is for the mean of all batches.
-    momenta = {id(layer._buffers): layer.momentum or 0.0 for layer in layers}
-    return {registry: momentum for registry, momentum in momenta.items() if 0.0 < momentum < QUICK}
-
-
 @torch.no_grad()
-def hasten(kept: Kept, slow: dict[int, float], forgetting: float) -> None:
-    """Have averages move `forgetting` times as far as they did since they were kept.
+def hasten(kept: Kept, norms: Iterable[Any], forgetting: float) -> None:
+    """Have averages of many batches move as if each batch had counted `forgetting` times as much.
 
-    But no further than with a momentum of `QUICK`, of all the batches that came in since then.
+    But for no more than with a momentum of `QUICK`.
+
+    Parameters
+    ----------
+    kept : list of KeptBuffer
+        How they were before the batches.
+    norms : iterable of Module
+        Layers of batch norm.
     """
-    batches = {
-        id(registry): int(buffer - copy)
-        for registry, name, buffer, copy, _ in kept
-        if id(registry) in slow and name == "num_batches_tracked"
-    }
-    for registry, name, buffer, copy, _ in kept:
-        if batches.get(id(registry)) and buffer.is_floating_point() and registry[name] is buffer:
-            times = min(forgetting, QUICK / (slow[id(registry)] * batches[id(registry)]))
-            if times > 1.0:
-                buffer.sub_(copy).mul_(times).add_(copy)
+    before = {(id(one.registry), one.name): one.copy for one in kept}
+    for layer in norms:
+        # None is for the mean of all batches.
+        momentum, place = layer.momentum or 0.0, id(layer._buffers)
+        count = before.get((place, "num_batches_tracked"))
+        if count is None or not 0.0 < momentum < QUICK:
+            continue
+        batches = int(layer.num_batches_tracked - count)
+        if not batches:
+            continue
+        moved = 1.0 - (1.0 - momentum) ** batches
+        times = (1.0 - (1.0 - min(QUICK, momentum * forgetting)) ** batches) / moved
+        for name in ("running_mean", "running_var"):
+            copy = before[place, name]
+            getattr(layer, name).sub_(copy).mul_(times).add_(copy)
 
 
 def can_come_back(buffer: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hybridcore import CheckpointError, checkpoint
-from hybridcore.rotation import as_path
+from hybridcore.checkpoint import as_path
 from hybridcore_torch import files
 from hybridcore_torch.ranks import reshard
 

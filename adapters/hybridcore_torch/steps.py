@@ -76,7 +76,8 @@ class Stepper:
         # Where the schedule was left; None where it may be elsewhere by now.
         self._epoch: int | None = None
         self.modules = list(self._model.modules())
-        self._slow = buffers.slow_averages(self.modules)
+        norms = (m for m in self.modules if isinstance(m, nn.modules.batchnorm._NormBase))
+        self._norms = [norm for norm in norms if norm.running_mean is not None]
         self.late = not all(p.is_cpu for p in self._model.parameters())
         usual = self._scaler is None and self._max_grad_norm is None and not self._ranks.several
         self._is_usual = usual and are_wide(self._used())
@@ -154,7 +155,7 @@ class Stepper:
             return self._full(closure, scale, keep, update, forgetting)
         except BaseException as error:
             if isinstance(error, ClosureError):
-                # Those of the parts before.
+                # Nothing has been changed then, and parts before this one have left gradients.
                 self._drop_gradients()
             if self._unscaled and self._scaler is not None:
                 # Or it would take this batch's gradients for unscaled in every later step.
@@ -219,8 +220,9 @@ class Stepper:
         if not applied:
             # A bad batch has been through the running statistics of normalisation layers.
             buffers.put_back(kept)
-        elif forgetting != 1.0:
-            buffers.hasten(kept, self._slow, forgetting)
+        elif forgetting != 1.0 and not self._ranks.several:
+            # Of several ranks each has moved from what another one had.
+            buffers.hasten(kept, self._norms, forgetting)
         seconds = perf_counter() - start - self._watching
         return Observation(
             *(value, norm, rates[0], seconds),

@@ -245,10 +245,12 @@ class HybridTrainer:
         self._try_probe()
         self._check_structure()
         self.engine.finish()
-        self._take_turn(closure, a_step=False)
+        try:
+            self._take_turn(closure, a_step=False)
+        finally:
+            # Around it, autocast would go on with what it has cast of weights that were taken back.
+            torch.clear_autocast_cache()
         self._hands.let_go(False, self.engine.holds_mark, self.engine.holds_pairs)
-        # Around it, autocast would go on with what it has cast of weights that were taken back.
-        torch.clear_autocast_cache()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Put the running average of the weights into the model, for as long as the block lasts.

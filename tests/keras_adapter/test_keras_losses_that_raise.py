@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras_problems import BRISK, CURVED, digits, perceptron, regression, same, train
 from keras_problems import weights as weights_of
 
-from hybridcore import Action, HybridTrainerConfig
+from hybridcore import Action, HybridTrainerConfig, Phase
 from hybridcore_keras import HybridCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -178,6 +178,20 @@ def test_what_led_to_where_the_loss_raises_is_taken_back():
     assert statistics.divergences >= returned
     assert statistics.steps == 301
     assert int(model.optimizer.iterations) == statistics.full_steps - statistics.divergences
+
+
+def test_a_jump_to_where_the_loss_raises_is_taken_back_as_the_run_ends():
+    model, hybrid, loss = fragile(
+        BRISK, lambda model, hybrid: not same(weights_of(model), hybrid.saved)
+    )
+    loss.armed = False
+    while hybrid.engine.phase is not Phase.CORRECT:
+        train(model, 1, hybrid)
+    loss.armed = True
+    hybrid.finish(digits())
+    assert loss.raised
+    assert same(weights_of(model), hybrid.saved)
+    assert hybrid.statistics().rollbacks == 1
 
 
 def test_what_a_step_of_keras_raises_is_the_users_to_see():

@@ -317,6 +317,21 @@ def test_averages_of_many_batches_forget_faster_behind_them(momentum, most, trus
     assert faster[len(faster) // 2] == pytest.approx(most, rel=1e-3) == faster[-1]
 
 
+@pytest.mark.parametrize("momentum", [0.01, 0.05])
+def test_they_hasten_averages_of_parts_no_further_than_to_the_batches(momentum, trusting):
+    x, y = digits()
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(64, momentum=momentum)
+    model = nn.Sequential(norm, nn.Linear(64, 10))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2))
+    for _ in range(260):
+        parts = torch.randint(0, 1200, (24, 8))
+        trainer.step([lambda p=p: F.cross_entropy(model(x[p]), y[p]) for p in parts])
+    assert trainer.statistics().outer_steps > 5
+    assert (norm.running_var >= 0.0).all()
+    torch.testing.assert_close(norm.running_mean, x[:1200].mean(0), rtol=0.0, atol=0.2)
+
+
 def test_a_falling_rate_is_passed_faster():
     """On five seeds: lower held-out loss than the plain loop's under the same linear schedule.
 
