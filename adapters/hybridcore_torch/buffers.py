@@ -132,8 +132,10 @@ def hasten(kept: Kept, norms: Iterable[Any], forgetting: float) -> None:
         moved = 1.0 - (1.0 - momentum) ** batches
         times = (1.0 - (1.0 - min(QUICK, momentum * forgetting)) ** batches) / moved
         for name in ("running_mean", "running_var"):
-            copy = before[place, name]
-            getattr(layer, name).sub_(copy).mul_(times).add_(copy)
+            copy = before.get((place, name))
+            # None is of one that cannot be written in place.
+            if copy is not None:
+                getattr(layer, name).sub_(copy).mul_(times).add_(copy)
 
 
 def can_come_back(buffer: torch.Tensor) -> bool:
