@@ -41,6 +41,8 @@ RISEN = 1.0
 SHIFTED, HIGH = 5, 3.0
 # Full steps since then, or since the rate last rose, from which on the loss has a level of its own.
 LEVEL = 5 * INTERVAL
+# Of a share of one batch in ten, as it is told by a momentum of 0.9.
+ROUNDING = 1e-9
 # Where fewer full steps lie ahead they are not worth beginning.
 LEAST = 3 * INTERVAL
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
@@ -55,6 +57,34 @@ MOST_WORTH = REACH - 1.0
 def newest_weight(number: int) -> float:
     """Weight in (0, 1] of the outer point in the average, in outer step `number`, from 1."""
     return min(NEWEST, 2.0 / (number + 2.0))
+
+
+def hastening(share: float, forgetting: float, batches: int = 1) -> float:
+    """How many times as far an average over batches has to move, to forget so much faster.
+
+    As if each batch had counted `forgetting` times as much, for 1 / `INTERVAL` at most: averages of
+    fewer batches than lie between two outer steps have come along before the next one. After ``n``
+    batches of a share ``p`` an average has kept ``(1 - p)^n`` of what it was.
+
+    Parameters
+    ----------
+    share : float
+        Weight in [0, 1] of the newest batch in the average.
+    forgetting : float
+        As in :class:`hybridcore.Directive`, at least 1; infinite for the most there is.
+    batches : int
+        How many batches came in since it was as it was before.
+
+    Returns
+    -------
+    float
+        At least 1, and 1 where it is to move as ever.
+    """
+    if not share or not batches or share * INTERVAL > 1.0 - ROUNDING:
+        return 1.0
+    faster = min(share * forgetting, 1.0 / INTERVAL)
+    kept, kept_at_most = (1.0 - share) ** batches, (1.0 - faster) ** batches
+    return (1.0 - kept_at_most) / (1.0 - kept)
 
 
 def is_due(taken: int) -> bool:

@@ -12,11 +12,8 @@ from keras import ops
 from keras.layers import BatchNormalization
 
 from hybridcore import ModelError
-from hybridcore.outer import INTERVAL
+from hybridcore.outer import hastening
 from hybridcore_keras.rates import Rates
-
-# Momentum of averages of as many batches as there are full steps between two outer steps.
-QUICK = 1.0 - 1.0 / INTERVAL
 
 
 class Figures(NamedTuple):
@@ -271,22 +268,23 @@ def own_statistics(model: Any) -> Iterator[None]:
 
 
 def slow_averages(model: Any) -> list[Any]:
-    """Layers of batch norm whose averages are of more batches than lie between two outer steps.
-
-    Those of fewer have come along before the next one.
-    """
+    """Layers of batch norm whose averages :func:`hybridcore.outer.hastening` is for."""
     replicas = getattr(getattr(model, "distribute_strategy", None), "num_replicas_in_sync", 1)
     layers = (one for one in model._flatten_layers() if isinstance(one, BatchNormalization))
     # Of several replicas each has values of its own in a step.
-    return [layer for layer in layers if QUICK < layer.momentum < 1.0 and replicas == 1]
+    return [layer for layer in layers if replicas == 1 and _most(layer) > 1.0]
+
+
+def _most(layer: Any) -> float:
+    return hastening(1.0 - layer.momentum, math.inf)
 
 
 @contextlib.contextmanager
 def hastened(model: Any, forgetting: Any) -> Iterator[None]:
-    """Have :func:`slow_averages` move `forgetting` times as far with each batch.
+    """Have :func:`slow_averages` forget faster; where `forgetting` is 1 all is as ever, to the bit.
 
-    But no further than with a momentum of `QUICK`; where that is once they move as ever, to the
-    bit.
+    It is a tensor. Each batch is a call of its own, and for one `hybridcore.outer.hastening` is the
+    lesser of it and the most there is.
     """
     layers = slow_averages(model)
     try:
@@ -299,7 +297,7 @@ def hastened(model: Any, forgetting: Any) -> Iterator[None]:
 
 
 def _hastening(layer: Any, forgetting: Any) -> Callable[..., Any]:
-    plain, most = layer.call, (1.0 - QUICK) / (1.0 - layer.momentum)
+    plain, most = layer.call, _most(layer)
 
     def call(*arguments: Any, training: Any = None, **named: Any) -> Any:
         if not training:

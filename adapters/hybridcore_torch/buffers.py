@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hybridcore.outer import INTERVAL
+from hybridcore.outer import hastening
 from hybridcore_torch.ranks import local
 
 # Elements from which on a buffer is not copied in vain, and how many of those tell whether it has
 # changed where its version does not, as it was written through ``.data``.
 LARGE, SAMPLE = 2**18, 1024
-# Momentum of averages of as many batches as there are full steps between two outer steps.
-QUICK = 1.0 / INTERVAL
 
 
 @dataclass(slots=True)
@@ -108,9 +106,7 @@ def put_back(kept: Kept) -> None:
 
 @torch.no_grad()
 def hasten(kept: Kept, norms: Iterable[Any], forgetting: float) -> None:
-    """Have averages of many batches move as if each batch had counted `forgetting` times as much.
-
-    But for no more than with a momentum of `QUICK`.
+    """Have the averages of batch norm forget faster, by :func:`hybridcore.outer.hastening`.
 
     Parameters
     ----------
@@ -121,20 +117,17 @@ def hasten(kept: Kept, norms: Iterable[Any], forgetting: float) -> None:
     """
     before = {(id(one.registry), one.name): one.copy for one in kept}
     for layer in norms:
-        # None is for the mean of all batches.
-        momentum, place = layer.momentum or 0.0, id(layer._buffers)
+        place = id(layer._buffers)
         count = before.get((place, "num_batches_tracked"))
-        if count is None or not 0.0 < momentum < QUICK:
+        if count is None:
             continue
+        # A momentum of None is for the mean of all batches.
         batches = int(layer.num_batches_tracked - count)
-        if not batches:
-            continue
-        moved = 1.0 - (1.0 - momentum) ** batches
-        times = (1.0 - (1.0 - min(QUICK, momentum * forgetting)) ** batches) / moved
+        times = hastening(layer.momentum or 0.0, forgetting, batches)
         for name in ("running_mean", "running_var"):
             copy = before.get((place, name))
             # None is of one that cannot be written in place.
-            if copy is not None:
+            if copy is not None and times > 1.0:
                 getattr(layer, name).sub_(copy).mul_(times).add_(copy)
 
 

@@ -569,7 +569,7 @@ class HybridTrainer:
         FileNotFoundError, CheckpointError
             If there is none, or if it is damaged or does not fit; nothing has been changed then.
         ConfigError
-            If there is a ``config``.
+            If there is a ``config``, or `path` is no path.
         """
         if "config" in arguments:
             raise ConfigError("load() takes its settings from the file: leave config= out")

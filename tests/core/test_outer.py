@@ -25,6 +25,7 @@ from hybridcore.outer import (
     SHARE,
     WEIGHED,
     OuterMomentum,
+    hastening,
 )
 from hybridcore.secant import Stage
 
@@ -210,6 +211,21 @@ def test_noise_is_averaged_down():
             bank = [*bank[-3:], x]
             left.append(x)
     assert np.std(left) < np.std(noise)
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.05, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("forgetting", [1.0, 3.0, math.inf])
+@pytest.mark.parametrize("batches", [1, 7, 40])
+def test_a_hastened_average_is_one_in_which_each_batch_counts_for_more(share, forgetting, batches):
+    plain = faster = 5.0
+    counts = max(share, min(share * forgetting, 0.1))
+    for _ in range(batches):
+        plain, faster = plain + share * (2.0 - plain), faster + counts * (2.0 - faster)
+    times = hastening(share, forgetting, batches)
+    assert times >= 1.0
+    assert 5.0 + times * (plain - 5.0) == pytest.approx(faster)
+    assert hastening(0.0, forgetting, batches) == hastening(share, forgetting, 0) == 1.0
+    assert hastening(1.0 - 0.9, forgetting, batches) == 1.0
 
 
 def test_averages_forget_faster_from_the_first_outer_step_to_the_last():

@@ -233,9 +233,10 @@ def test_batch_norm_forgets_as_many_times_as_fast(times, share):
     close([norm.moving_mean, norm.moving_variance], expected)
 
 
-def test_averages_of_few_batches_are_left_alone():
-    model = perceptron(layers=lambda: [keras.layers.BatchNormalization(momentum=0.9)])
-    assert not slow_averages(model)
+def test_averages_of_few_batches_are_left_alone_and_those_that_stand_still():
+    for momentum in (0.5, 0.9, 1.0):
+        norm = keras.layers.BatchNormalization(momentum=momentum)
+        assert not slow_averages(perceptron(layers=lambda norm=norm: [norm]))
     assert len(slow_averages(perceptron(layers=normalised))) == 1
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from problems import digits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -178,6 +179,8 @@ def work(rank, world, rendezvous, folder, kind, steps, bad_rank):
             outcome = uneven(model, x, y, rank)
         elif kind == "clipped":
             outcome = clipped(model, x, y, rank)
+        elif kind == "normalised":
+            outcome = normalised(rank)
         elif kind == "ended":
             outcome = ended(model, x[rank::world], y[rank::world])
         else:
@@ -300,6 +303,22 @@ def ended(model, x, y):
     return {"ends": ends, "rollbacks": trainer.statistics().rollbacks, "weights": whole(model)}
 
 
+def normalised(rank):
+    """Slow averages of batch norm behind outer steps, which each pass takes from the first rank."""
+    x, y = digits()
+    torch.manual_seed(0)
+    layers = (nn.Linear(64, 32), nn.BatchNorm1d(32, momentum=0.01), nn.ReLU(), nn.Linear(32, 10))
+    model = DistributedDataParallel(nn.Sequential(*layers))
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters(), 1e-2), CONFIG)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(200):
+        rows = torch.randint(0, 1200, (16,), generator=generator)
+        trainer.step(lambda rows=rows: F.cross_entropy(model(x[rows]), y[rows]))
+    norm = model.module[1]
+    averages = [norm.running_mean.clone(), norm.running_var.clone()]
+    return {"outer_steps": trainer.statistics().outer_steps, "averages": averages}
+
+
 def run(world, folder, kind, steps=range(STEPS), bad_rank=None):
     rendezvous = f"file://{folder}/rendezvous-{world}"
     mp.spawn(work, (world, rendezvous, folder, kind, steps, bad_rank), nprocs=world)
@@ -420,6 +439,14 @@ def test_a_run_that_ends_in_a_jump_ends_alike_on_every_rank(tmp_path):
     assert one["ends"] == other["ends"] == [True, True]
     assert one["rollbacks"] == other["rollbacks"] == 1
     assert all(map(torch.equal, one["weights"], other["weights"]))
+
+
+def test_averages_that_come_from_another_rank_are_not_hastened(tmp_path):
+    for outcome in run(2, tmp_path, "normalised"):
+        assert outcome["outer_steps"] > 5
+        mean, variance = outcome["averages"]
+        assert mean.abs().max() < 10.0
+        assert 0.0 < variance.min() < variance.max() < 100.0
 
 
 def test_a_rank_that_is_elsewhere_is_named(tmp_path):
