@@ -54,11 +54,11 @@ def affordable(model: Any, wanted: int, room: float) -> int:
 class SecantBank:
     """The newest `capacity` pairs of a displacement and the change of the gradient over it.
 
-    Vectors are flat, and pairs the rows of two tensors, of zeros where there is none yet, so that
-    nothing is compiled anew for another number of them; see ``hybridcore.quasi_newton`` for what
-    is made of them. The metric is the inverse root of the mean square of the gradients that the
-    pairs saw when their products were first asked for, as in Adam, and stays until the bank is
-    emptied.
+    Vectors are flat, and those that a step is made of the rows of one table, of zeros where there
+    is no pair yet, so that nothing is compiled anew for another number of them; see
+    ``hybridcore.quasi_newton`` for what is made of them. The metric is the inverse root of the mean
+    square of the gradients that the pairs saw when their products were first asked for, as in Adam,
+    and stays until the bank is emptied.
 
     Parameters
     ----------
@@ -76,12 +76,10 @@ class SecantBank:
         self._size: int = sum(sizes)
         self._first = port.reader(self._begun)
         self._next = port.reader(_moved_on)
-        self._add_square = port.compiled(lambda total, new: total + new * new)
-        self._as_metric = port.compiled(_metric)
-        self._inner_products = port.compiled(_products)
+        self._turn = port.compiled(_turned)
         self._differs = port.reader(lambda weights, flat: ops.any(_flat(weights) != flat))
         self._reach = port.writer(self._reached)
-        self._put = port.writer(lambda flat: (self._split(flat), None))
+        self._put = port.writer(lambda _, flat: (self._split(flat), None))
         self.clear()
 
     @property
@@ -89,8 +87,8 @@ class SecantBank:
         """Bytes of all vectors, but for what an operation on them takes while it lasts."""
         if self._held is None:
             return 0
-        beside = (self._metric, None if self.here is self._held[0] else self.here)
-        return self._size * (2 * self._capacity + 2 + sum(one is not None for one in beside))
+        elsewhere = self.here is not None and self.here is not self.base
+        return self._size * (2 * self._capacity + 3 + elsewhere)
 
     @property
     def identities(self) -> list[int]:
@@ -106,14 +104,16 @@ class SecantBank:
         """Forget the base, the pairs and the metric."""
         # Where the weights were put last, flat; None where they have moved on since.
         self.here: Any = None
-        # Base, its gradient, displacements, changes of the gradient.
+        # Base, its gradient, the metric, until there is one the sum of so many squared gradients,
+        # and the table: displacements, and changes of the gradient in the metric.
         self._held: tuple[Any, Any, Any, Any] | None = None
-        # Rows of the pairs, oldest first.
+        # Slots of the pairs, oldest first.
         self._order: list[int] = []
-        # Until it is the metric, the sum of so many squared gradients.
-        self._metric: Any = None
         self._squares = 0
         self._is_metric = False
+        # By slot, and last those with the gradient at the base.
+        slots = self._capacity
+        self._plain, self._scaled = np.zeros((slots, slots + 1)), np.zeros((slots + 1, slots + 1))
 
     def take(self) -> None:
         """Make weights and gradients as they are the base, and keep the pair from the last one."""
@@ -121,40 +121,63 @@ class SecantBank:
             self._held = tuple(self._first(self._port.gradients))
         else:
             full = len(self._order) == self._capacity
-            row = self._order[0] if full else len(self._order)
-            place = ops.convert_to_tensor([[row]], "int32")
-            held = tuple(self._next(self._port.gradients, *self._held, place))
-            self._held, self._order = held, [*self._order[full:], row]
-        self.here, gradient = self._held[:2]
-        if not self._is_metric:
-            total = ops.zeros_like(gradient) if self._metric is None else self._metric
-            self._metric = self._add_square(total, gradient)
-            self._squares += 1
+            slot = self._order[0] if full else len(self._order)
+            places = ops.convert_to_tensor([[slot], [self._capacity + slot]], "int32")
+            given = self._port.gradients, *self._held, places
+            *held, found = self._next(*given, ops.convert_to_tensor(self._is_metric))
+            self._held, self._order = tuple(held), [*self._order[full:], slot]
+            if self._is_metric:
+                self._keep_products(slot, np.array(ops.convert_to_numpy(found), np.float64))
+        self.here = self.base
+        self._squares += not self._is_metric
 
     def products(self) -> Secants:
         """Inner products of the pairs, oldest first, and the gradient at the base."""
-        assert self._held is not None
         if not self._is_metric:
+            assert self._held is not None
+            base, gradient, total, table = self._held
             count = ops.convert_to_tensor(float(self._squares), "float32")
-            self._metric, self._is_metric = self._as_metric(self._metric, count), True
-        _, *vectors = self._held
-        found = self._inner_products(*vectors, self._metric)
-        plain, scaled = (np.array(ops.convert_to_numpy(one), np.float64) for one in found)
+            metric, table, *found = self._turn(total, count, gradient, table)
+            self._held, self._is_metric = (base, gradient, metric, table), True
+            self._plain, self._scaled = (np.array(ops.convert_to_numpy(one), "d") for one in found)
         # The gradient is in the place of the last change.
         places = [*self._order, self._capacity]
-        return Secants(plain[np.ix_(self._order, places)], scaled[np.ix_(places, places)])
+        plain = self._plain[np.ix_(self._order, places)]
+        return Secants(plain, self._scaled[np.ix_(places, places)])
 
-    def reach(self, coefficients: NDArray[np.float64]) -> None:
-        """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
+    def _keep_products(self, slot: int, found: NDArray[np.float64]) -> None:
+        """Take in the products of the table with the gradient and with the change in `slot`."""
+        (with_gradient, with_change), k = found, self._capacity
+        self._plain[:, k] = with_gradient[:k]
+        self._scaled[:, k] = self._scaled[k] = with_gradient[k:]
+        # Displacements and changes before them are in no direction.
+        self._plain[slot, :k] = 0.0
+        self._plain[:, slot] = with_change[:k]
+        self._scaled[:k, slot] = self._scaled[slot, :k] = with_change[k:-1]
+
+    def reach(self, coefficients: NDArray[np.float64]) -> bool:
+        """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors.
+
+        Returns
+        -------
+        bool
+            False if they were not where they were put last: then they stay where they are.
+        """
         if not coefficients.any():
-            self.back_to_base()
-            return
+            there = self.is_there()
+            if there:
+                self.back_to_base()
+            return there
         assert self._held is not None
-        k, shares = len(self._order), np.zeros((2, self._capacity), np.float32)
-        shares[0, self._order], shares[1, self._order] = coefficients[:k], coefficients[k:-1]
-        steepest = np.array(coefficients[-1], np.float32)
-        point = *self._held, self._metric, *map(ops.convert_to_tensor, (shares, steepest))
-        self.here = self._reach(*point)
+        k, slots, known = len(self._order), self._capacity, self.here is not None
+        # By slot; last, whether there is anything to hold the weights against.
+        told = np.zeros(2 * slots + 2, np.float32)
+        told[self._order] = coefficients[:k]
+        told[slots:][self._order] = coefficients[k:-1]
+        told[-2:] = coefficients[-1], known
+        here = self.here if known else self.base
+        self.here, there = self._reach(here, *self._held, ops.convert_to_tensor(told))
+        return bool(there)
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
@@ -179,15 +202,20 @@ class SecantBank:
         """Return pairs, base and metric as NumPy arrays."""
         rows: list[Any] = []
         if self._held is not None:
-            base, gradient, *pairs = self._held
-            for one in pairs:
-                rows += list(ops.convert_to_numpy(one)[: len(self._order)])
-            rows += [base, gradient, self._metric]
+            base, gradient, metric, table = self._held
+            vectors, k = ops.convert_to_numpy(table), len(self._order)
+            rows += [*vectors[:k], *vectors[self._capacity :][:k]]
+            rows += [base, gradient, metric]
         rows = [np.array(ops.convert_to_numpy(row)) for row in rows]
         counts = [len(self._order), self._held is not None, self._squares, self._is_metric]
-        # In another order their sums would differ in the last digit.
-        order = list(self._order)
-        return {"rows": rows, "counts": [int(count) for count in counts], "order": order}
+        return {
+            "rows": rows,
+            "counts": [int(count) for count in counts],
+            # In another order sums would differ in the last digit, and found anew the products.
+            "order": list(self._order),
+            "plain": self._plain.copy(),
+            "scaled": self._scaled.copy(),
+        }
 
     def takes(self, state: dict[str, Any]) -> bool:
         """Whether `state` is of as many weights and no more pairs."""
@@ -203,34 +231,44 @@ class SecantBank:
             return
         rows = [np.asarray(row) for row in state["rows"]]
         unused = [np.zeros_like(rows[-1])] * (self._capacity - pairs)
+        base, gradient, metric = rows[2 * pairs :]
         moved, changed = (rows[i * pairs : (i + 1) * pairs] + unused for i in range(2))
-        held = (*rows[2 * pairs : 2 * pairs + 2], np.stack(moved), np.stack(changed))
-        base, gradient, moved, changed = (ops.convert_to_tensor(value) for value in held)
-        self._held = base, gradient, moved, changed
+        if is_metric and "plain" not in state:
+            # States from before products were kept hold changes as they were.
+            both = np.stack([*changed, gradient])
+            self._plain, self._scaled = moved @ both.T, both * metric @ both.T
+            changed = [metric * change for change in changed]
+        elif is_metric:
+            self._plain, self._scaled = (np.array(state[name]) for name in ("plain", "scaled"))
+        table = np.stack([*moved, *changed])
+        held = (ops.convert_to_tensor(value) for value in (base, gradient, metric, table))
+        self._held = tuple(held)
+        self._is_metric = bool(is_metric)
         # States from before there was one hold the oldest first.
-        self._order = [int(row) for row in state.get("order", range(pairs))]
-        self._metric, self._is_metric = ops.convert_to_tensor(rows[-1]), bool(is_metric)
+        self._order = [int(slot) for slot in state.get("order", range(pairs))]
 
     # -- what is compiled -------------------------------------------------------------------
 
     def _begun(self, weights: Sequence[Any], gradients: Sequence[Any]) -> tuple[Any, ...]:
-        base = _flat(weights)
-        none = ops.zeros((self._capacity, base.shape[0]), base.dtype)
-        return base, _flat(gradients), none, none
+        base, gradient = _flat(weights), _flat(gradients)
+        none = ops.zeros((2 * self._capacity, base.shape[0]), base.dtype)
+        return base, gradient, gradient * gradient, none
 
     def _reached(
         self,
+        weights: Sequence[Any],
+        here: Any,
         base: Any,
         gradient: Any,
-        moved: Any,
-        changed: Any,
         metric: Any,
-        shares: Any,
-        steepest: Any,
+        table: Any,
+        told: Any,
     ) -> tuple[list[Any], Any]:
-        curved = ops.matmul(shares[1], changed) + steepest * gradient
-        flat = base + metric * curved + ops.matmul(shares[0], moved)
-        return self._split(flat), flat
+        present = _flat(weights)
+        there = ops.logical_or(told[-1] == 0.0, ops.all(present == here))
+        step = ops.matmul(told[:-2], table) + told[-2] * metric * gradient
+        flat = ops.where(there, base + step, present)
+        return self._split(flat), (flat, there)
 
     def _split(self, flat: Any) -> list[Any]:
         parts, start = [], 0
@@ -250,24 +288,29 @@ def _moved_on(
     gradients: Sequence[Any],
     base: Any,
     gradient: Any,
-    moved: Any,
-    changed: Any,
-    place: Any,
+    metric: Any,
+    table: Any,
+    places: Any,
+    is_metric: Any,
 ) -> tuple[Any, ...]:
-    """Make `weights` and `gradients` the base, and what is between the two the pair at `place`."""
+    """Make `weights` and `gradients` the base, and what is between the two a pair."""
     here, slope = _flat(weights), _flat(gradients)
-    moved = ops.scatter_update(moved, place, (here - base)[None])
-    changed = ops.scatter_update(changed, place, (slope - gradient)[None])
-    return here, slope, moved, changed
+    both, step = ops.stack((slope, slope - gradient)), here - base
+    turned = ops.where(is_metric, metric, 1.0) * both
+    metric = ops.where(is_metric, metric, metric + slope * slope)
+    table = ops.scatter_update(table, places, ops.stack((step, turned[1])))
+    # As rows: as columns it takes TensorFlow twice as long.
+    found = [ops.matmul(both, ops.transpose(rows)) for rows in (table, turned[:1])]
+    return here, slope, metric, table, ops.concatenate(found, axis=1)
 
 
-def _metric(total: Any, count: Any) -> Any:
+def _turned(total: Any, count: Any, gradient: Any, table: Any) -> tuple[Any, ...]:
+    """Make the metric, bring the changes in `table` into it, and find all products of the pairs."""
+    k = table.shape[0] // 2
     root = ops.sqrt(total / count)
     metric = 1.0 / (root + _FLOOR * ops.mean(root) + _TINY)
-    return metric / ops.mean(metric)
-
-
-def _products(gradient: Any, moved: Any, changed: Any, metric: Any) -> tuple[Any, Any]:
-    changes = ops.concatenate((changed, gradient[None]))
-    others = ops.transpose(changes)
-    return ops.matmul(moved, others), ops.matmul(changes * metric, others)
+    metric = metric / ops.mean(metric)
+    changes = ops.concatenate((table[k:], gradient[None]))
+    turned, columns = changes * metric, ops.transpose(changes)
+    table = ops.concatenate((table[:k], turned[:-1]))
+    return metric, table, ops.matmul(table[:k], columns), ops.matmul(turned, columns)

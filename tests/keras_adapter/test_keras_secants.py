@@ -33,17 +33,20 @@ def test_products_and_points_are_those_of_the_vectors():
     moved, changed = (rows[i * k : (i + 1) * k][state["order"]] for i in range(2))
     base, gradient, metric = rows[2 * k :]
     assert np.abs(moved).min(axis=0).max() > 0.0
-    both = np.vstack((changed, gradient))
+    # Changes are kept in the metric.
+    both = np.vstack((changed / metric, gradient))
     plain, scaled = bank.products()
+    # Displacements and changes before them are in no direction.
+    products = ((np.triu(plain), np.triu(moved @ both.T)), (scaled, both * metric @ both.T))
     # Of vectors in float32: to the rounding of a sum of so many.
-    for found, expected in ((plain, moved @ both.T), (scaled, both * metric @ both.T)):
+    for found, expected in products:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
     shares = np.random.default_rng(0).normal(size=2 * k + 1)
-    vectors = np.vstack((moved, changed * metric, gradient * metric))
-    bank.reach(shares)
+    vectors = np.vstack((moved, changed, gradient * metric))
+    assert bank.reach(shares)
     reached = np.concatenate([w.ravel() for w in weights_of(model)])
     np.testing.assert_allclose(reached, base + shares @ vectors, rtol=1e-3, atol=1e-5)
-    bank.reach(np.zeros(2 * k + 1))
+    assert bank.reach(np.zeros(2 * k + 1))
     back = np.concatenate([w.ravel() for w in weights_of(model)])
     assert np.array_equal(back, base.astype(np.float32))
 
@@ -134,7 +137,7 @@ def test_what_a_callback_writes_once_is_not_undone(moment):
             kernel, engine = self.model.trainable_variables[0], hybrid.engine
             if self.done:
                 # Of the optimizer there are three steps since at most.
-                assert np.abs(kernel.numpy()[:32]).max() <= 0.04
+                assert np.abs(kernel.numpy()[:32]).max() <= 0.05
                 self.done += 1
             elif hybrid.hands.secants is not None:
                 leaps = engine.phase is Phase.PREDICT
