@@ -51,6 +51,23 @@ def test_products_and_points_are_those_of_the_vectors():
     assert np.array_equal(back, base.astype(np.float32))
 
 
+def test_a_state_from_before_products_were_kept_has_the_same_ones():
+    _, hybrid = descending()
+    bank = hybrid.hands.secants
+    state = bank.state_dict()
+    k, metric = state["counts"][0], state["rows"][-1]
+    changes = [row / metric for row in state["rows"][k : 2 * k]]
+    old = {"rows": [*state["rows"][:k], *changes, *state["rows"][2 * k :]]}
+    other = SecantBank(hybrid.hands.port, hybrid.hands.pairs)
+    other.load_state_dict(old | {"counts": state["counts"], "order": state["order"]})
+    (plain, scaled), (found, turned) = bank.products(), other.products()
+    np.testing.assert_allclose(np.triu(found), np.triu(plain), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(turned, scaled, rtol=1e-3, atol=1e-9)
+    again = other.state_dict()
+    for here, there in zip(again["rows"], state["rows"], strict=True):
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-12)
+
+
 def test_the_gradient_of_the_pairs_is_that_of_the_loss():
     model, hybrid = descending()
     hybrid.hands.secants.back_to_base()
