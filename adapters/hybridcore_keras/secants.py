@@ -127,7 +127,7 @@ class SecantBank:
             *held, found = self._next(*given, ops.convert_to_tensor(self._is_metric))
             self._held, self._order = tuple(held), [*self._order[full:], slot]
             if self._is_metric:
-                self._keep_products(slot, np.array(ops.convert_to_numpy(found), np.float64))
+                self._keep_products(slot, _wide(found))
         self.here = self.base
         self._squares += not self._is_metric
 
@@ -139,11 +139,16 @@ class SecantBank:
             count = ops.convert_to_tensor(float(self._squares), "float32")
             metric, table, *found = self._turn(total, count, gradient, table)
             self._held, self._is_metric = (base, gradient, metric, table), True
-            self._plain, self._scaled = (np.array(ops.convert_to_numpy(one), "d") for one in found)
+            self._plain, self._scaled = map(_wide, found)
+        pairs, all_of_them = self._places
+        return Secants(self._plain[pairs], self._scaled[all_of_them])
+
+    @property
+    def _places(self) -> tuple[Any, Any]:
+        """Where products are, oldest first: those of the pairs, and with the gradient's own."""
         # The gradient is in the place of the last change.
         places = [*self._order, self._capacity]
-        plain = self._plain[np.ix_(self._order, places)]
-        return Secants(plain, self._scaled[np.ix_(places, places)])
+        return np.ix_(self._order, places), np.ix_(places, places)
 
     def _keep_products(self, slot: int, found: NDArray[np.float64]) -> None:
         """Take in the products of the table with the gradient and with the change in `slot`."""
@@ -208,13 +213,14 @@ class SecantBank:
             rows += [base, gradient, metric]
         rows = [np.array(ops.convert_to_numpy(row)) for row in rows]
         counts = [len(self._order), self._held is not None, self._squares, self._is_metric]
+        pairs, all_of_them = self._places
         return {
             "rows": rows,
             "counts": [int(count) for count in counts],
             # In another order sums would differ in the last digit, and found anew the products.
             "order": list(self._order),
-            "plain": self._plain.copy(),
-            "scaled": self._scaled.copy(),
+            "plain": self._plain[pairs],
+            "scaled": self._scaled[all_of_them],
         }
 
     def takes(self, state: dict[str, Any]) -> bool:
@@ -233,19 +239,20 @@ class SecantBank:
         unused = [np.zeros_like(rows[-1])] * (self._capacity - pairs)
         base, gradient, metric = rows[2 * pairs :]
         moved, changed = (rows[i * pairs : (i + 1) * pairs] + unused for i in range(2))
-        if is_metric and "plain" not in state:
+        # States from before there was one hold the oldest first.
+        self._order = [int(slot) for slot in state.get("order", range(pairs))]
+        self._is_metric = bool(is_metric)
+        if "plain" in state:
+            of_pairs, of_all = self._places
+            self._plain[of_pairs], self._scaled[of_all] = state["plain"], state["scaled"]
+        elif is_metric:
             # States from before products were kept hold changes as they were.
             both = np.stack([*changed, gradient])
             self._plain, self._scaled = moved @ both.T, both * metric @ both.T
             changed = [metric * change for change in changed]
-        elif is_metric:
-            self._plain, self._scaled = (np.array(state[name]) for name in ("plain", "scaled"))
         table = np.stack([*moved, *changed])
         held = (ops.convert_to_tensor(value) for value in (base, gradient, metric, table))
         self._held = tuple(held)
-        self._is_metric = bool(is_metric)
-        # States from before there was one hold the oldest first.
-        self._order = [int(slot) for slot in state.get("order", range(pairs))]
 
     # -- what is compiled -------------------------------------------------------------------
 
@@ -277,6 +284,10 @@ class SecantBank:
             parts.append(ops.reshape(flat[start : start + size], variable.shape))
             start += size
         return parts
+
+
+def _wide(found: Any) -> NDArray[np.float64]:
+    return np.array(ops.convert_to_numpy(found), np.float64)
 
 
 def _flat(values: Sequence[Any]) -> Any:

@@ -68,6 +68,15 @@ def test_a_state_from_before_products_were_kept_has_the_same_ones():
         np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-12)
 
 
+def test_a_state_goes_into_a_bank_that_has_room_for_more_pairs():
+    _, hybrid = descending()
+    state = hybrid.hands.secants.state_dict()
+    larger = SecantBank(hybrid.hands.port, hybrid.hands.pairs + 3)
+    larger.load_state_dict(state)
+    for here, there in zip(larger.products(), hybrid.hands.secants.products(), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
 def test_the_gradient_of_the_pairs_is_that_of_the_loss():
     model, hybrid = descending()
     hybrid.hands.secants.back_to_base()
