@@ -141,10 +141,13 @@ class Hands:
     def carry_out(self, directive: Directive) -> Observation:
         """Do what `directive` says."""
         port, action = self.port, directive.action
-        if not self._looked and action not in (Action.SKIP, Action.REACH):
+        if not self._looked and action is not Action.SKIP:
             self._looked = True
             if self.secants is not None and not self.secants.is_there():
-                return self._written()
+                # Another callback has written the weights, which stay so.
+                self.restart()
+                self.torn = True
+                return Observation()
         if action is Action.FULL:
             observation = self._full(directive)
             # Only now: in the first pass TensorFlow makes what has not been built before.
@@ -172,9 +175,8 @@ class Hands:
         elif action is Action.REACH:
             assert self.secants is not None
             assert directive.coefficients is not None
-            self._looked = self._on_trial = True
-            if not self.secants.reach(directive.coefficients):
-                return self._written()
+            self._on_trial = True
+            self.secants.reach(directive.coefficients)
             self._on_trial = bool(directive.coefficients.any())
         elif action is Action.MARK:
             self.snapshots.save()
@@ -196,12 +198,6 @@ class Hands:
         elif action is Action.ROLLBACK:
             self._take_back()
             self._roll_back()
-        return Observation()
-
-    def _written(self) -> Observation:
-        """Leave the weights as another callback has written them, and do without all copies."""
-        self.restart()
-        self.torn = True
         return Observation()
 
     def let_go(self, recovery: bool, mark: bool, pairs: bool) -> None:

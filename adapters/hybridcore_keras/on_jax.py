@@ -353,11 +353,11 @@ class JAXPort:
         return lambda *arguments: compiled(self._state[_WEIGHTS], *arguments)
 
     def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a function of the weights and more that returns others and more."""
+        """Compile a function that returns values of the weights, and more; put them there."""
         compiled = self.compiled(lambda *arguments: _copies(function(*arguments)))
 
         def write(*arguments: Any) -> Any:
-            values, more = compiled(self._state[_WEIGHTS], *arguments)
+            values, more = compiled(*arguments)
             self._state[_WEIGHTS] = list(values)
             return more
 

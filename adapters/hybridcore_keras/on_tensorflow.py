@@ -212,11 +212,11 @@ class TensorFlowPort(StatefulPort):
         )
 
     def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a function of the weights and more that returns others and more."""
+        """Compile a function that returns values of the weights, and more; put them there."""
         variables = self.variables
 
         def write(*arguments: Any) -> Any:
-            values, more = function([tf.identity(v.value) for v in variables], *arguments)
+            values, more = function(*arguments)
             # Or some were written before memory runs out for others.
             with tf.control_dependencies(values):
                 for variable, value in zip(variables, values, strict=True):

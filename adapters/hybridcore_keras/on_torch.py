@@ -91,11 +91,11 @@ class TorchPort(StatefulPort):
         )
 
     def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function` of the weights and more, which puts there what it returns."""
+        """Return `function`, which returns values of the weights and more; put them there."""
         variables = self.variables
 
         def write(*arguments: Any) -> Any:
-            values, more = function([v.value for v in variables], *arguments)
+            values, more = function(*arguments)
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
             return more

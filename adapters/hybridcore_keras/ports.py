@@ -183,9 +183,7 @@ class Port(Protocol):
         ...
 
     def writer(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a function of the weights, and of what it is given besides.
-
-        It returns values, one for each of `variables`, and more.
+        """Compile a function of tensors that returns values, one for each of `variables`, and more.
 
         What is made of it puts the weights at the values, if all of them could be computed, and
         returns what is more. That shares no memory with the weights.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybridcore_keras.callback import HybridCallback
     from hybridcore_keras.hands import Hands
 
-VERSION = 4
+VERSION = 5
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 COPIES = ("bank", "average", "secants", "recovery", "start")
 KEYS = {"config", "engine", "beside", "skipped", *COPIES}
@@ -96,7 +96,10 @@ def migrated(state: object) -> dict[str, Any]:
         state = {**new, "snapshots": True, "logs": {}, **state, "hybridcore_keras": 3}
     if state["hybridcore_keras"] == 3:
         # Before version 4 nothing was kept of where secant pairs began.
-        state = {"start": None, **state, "hybridcore_keras": VERSION}
+        state = {"start": None, **state, "hybridcore_keras": 4}
+    if state["hybridcore_keras"] == 4:
+        # Before version 5 secant pairs had no products, which the bank finds.
+        state = {**state, "hybridcore_keras": VERSION}
     if state["hybridcore_keras"] != VERSION:
         raise CheckpointError(
             f"state is of version {state['hybridcore_keras']!r}, and 2 to {VERSION} are read here: "

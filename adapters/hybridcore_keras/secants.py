@@ -79,7 +79,7 @@ class SecantBank:
         self._turn = port.compiled(_turned)
         self._differs = port.reader(lambda weights, flat: ops.any(_flat(weights) != flat))
         self._reach = port.writer(self._reached)
-        self._put = port.writer(lambda _, flat: (self._split(flat), None))
+        self._put = port.writer(lambda flat: (self._split(flat), None))
         self.clear()
 
     @property
@@ -104,8 +104,9 @@ class SecantBank:
         """Forget the base, the pairs and the metric."""
         # Where the weights were put last, flat; None where they have moved on since.
         self.here: Any = None
-        # Base, its gradient, the metric, until there is one the sum of so many squared gradients,
-        # and the table: displacements, and changes of the gradient in the metric.
+        # Base, its gradient, the metric, and the table: displacements, and changes of the gradient
+        # times the metric. Until there is a metric, the sum of so many squared gradients in its
+        # place, and changes as they are.
         self._held: tuple[Any, Any, Any, Any] | None = None
         # Slots of the pairs, oldest first.
         self._order: list[int] = []
@@ -125,9 +126,11 @@ class SecantBank:
             places = ops.convert_to_tensor([[slot], [self._capacity + slot]], "int32")
             given = self._port.gradients, *self._held, places
             *held, found = self._next(*given, ops.convert_to_tensor(self._is_metric))
+            # Where reading them raises, all is as before.
+            products = _wide(found) if self._is_metric else None
             self._held, self._order = tuple(held), [*self._order[full:], slot]
-            if self._is_metric:
-                self._keep_products(slot, _wide(found))
+            if products is not None:
+                self._keep_products(slot, products)
         self.here = self.base
         self._squares += not self._is_metric
 
@@ -138,8 +141,8 @@ class SecantBank:
             base, gradient, total, table = self._held
             count = ops.convert_to_tensor(float(self._squares), "float32")
             metric, table, *found = self._turn(total, count, gradient, table)
-            self._held, self._is_metric = (base, gradient, metric, table), True
             self._plain, self._scaled = map(_wide, found)
+            self._held, self._is_metric = (base, gradient, metric, table), True
         pairs, all_of_them = self._places
         return Secants(self._plain[pairs], self._scaled[all_of_them])
 
@@ -160,29 +163,18 @@ class SecantBank:
         self._plain[:, slot] = with_change[:k]
         self._scaled[:k, slot] = self._scaled[slot, :k] = with_change[k:-1]
 
-    def reach(self, coefficients: NDArray[np.float64]) -> bool:
-        """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors.
-
-        Returns
-        -------
-        bool
-            False if they were not where they were put last: then they stay where they are.
-        """
+    def reach(self, coefficients: NDArray[np.float64]) -> None:
+        """Put the weights at the base plus `coefficients` (2 k + 1,) of the bank's vectors."""
         if not coefficients.any():
-            there = self.is_there()
-            if there:
-                self.back_to_base()
-            return there
+            return self.back_to_base()
         assert self._held is not None
-        k, slots, known = len(self._order), self._capacity, self.here is not None
-        # By slot; last, whether there is anything to hold the weights against.
-        told = np.zeros(2 * slots + 2, np.float32)
-        told[self._order] = coefficients[:k]
-        told[slots:][self._order] = coefficients[k:-1]
-        told[-2:] = coefficients[-1], known
-        here = self.here if known else self.base
-        self.here, there = self._reach(here, *self._held, ops.convert_to_tensor(told))
-        return bool(there)
+        k, slots = len(self._order), self._capacity
+        # By slot, and last that of the gradient.
+        shares = np.zeros(2 * slots + 1, np.float32)
+        shares[self._order] = coefficients[:k]
+        shares[slots:][self._order] = coefficients[k:-1]
+        shares[-1] = coefficients[-1]
+        self.here = self._reach(*self._held, ops.convert_to_tensor(shares))
 
     def back_to_base(self) -> None:
         """Put the weights where the last pair ended."""
@@ -204,7 +196,7 @@ class SecantBank:
         return self._held[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return pairs, base and metric as NumPy arrays."""
+        """Return pairs, base, metric and products as NumPy arrays."""
         rows: list[Any] = []
         if self._held is not None:
             base, gradient, metric, table = self._held
@@ -248,7 +240,8 @@ class SecantBank:
         elif is_metric:
             # States from before products were kept hold changes as they were.
             both = np.stack([*changed, gradient])
-            self._plain, self._scaled = moved @ both.T, both * metric @ both.T
+            products = np.stack(moved) @ both.T, both * metric @ both.T
+            self._plain, self._scaled = (one.astype(np.float64) for one in products)
             changed = [metric * change for change in changed]
         table = np.stack([*moved, *changed])
         held = (ops.convert_to_tensor(value) for value in (base, gradient, metric, table))
@@ -262,20 +255,10 @@ class SecantBank:
         return base, gradient, gradient * gradient, none
 
     def _reached(
-        self,
-        weights: Sequence[Any],
-        here: Any,
-        base: Any,
-        gradient: Any,
-        metric: Any,
-        table: Any,
-        told: Any,
+        self, base: Any, gradient: Any, metric: Any, table: Any, shares: Any
     ) -> tuple[list[Any], Any]:
-        present = _flat(weights)
-        there = ops.logical_or(told[-1] == 0.0, ops.all(present == here))
-        step = ops.matmul(told[:-2], table) + told[-2] * metric * gradient
-        flat = ops.where(there, base + step, present)
-        return self._split(flat), (flat, there)
+        flat = base + ops.matmul(shares[:-1], table) + shares[-1] * metric * gradient
+        return self._split(flat), flat
 
     def _split(self, flat: Any) -> list[Any]:
         parts, start = [], 0

@@ -72,9 +72,9 @@ class SnapshotBank:
         self._coded = port.reader(lambda present, base: self._encode(self._flatten(present), base))
         self._recoded = port.compiled(self._recode)
         self._inner_products = port.compiled(self._blocks)
-        self._moved = port.writer(lambda _, *point: (self._combine(*point), None))
-        self._moved_on = port.writer(lambda _, *point: self._combine_and_flatten(*point))
-        self._put = port.writer(lambda _, *row: (self._split(self._exact(*row)), None))
+        self._moved = port.writer(lambda *point: (self._combine(*point), None))
+        self._moved_on = port.writer(self._combine_and_flatten)
+        self._put = port.writer(lambda row, base: (self._split(self._exact(row, base)), None))
 
     @property
     def identities(self) -> list[int]:

@@ -238,7 +238,7 @@ def test_a_bank_of_any_kind_moves_as_numpy_does(kind):
     rng = np.random.default_rng(0)
     flat = lambda: np.concatenate([w.astype(np.float64).ravel() for w in weights(model)])  # noqa: E731
 
-    put = port.writer(lambda _, values: (values, None))
+    put = port.writer(lambda values: (values, None))
 
     def wander():
         put([v + 1e-3 * rng.standard_normal(v.shape, np.float32) for v in port.variables])

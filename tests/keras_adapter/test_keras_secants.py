@@ -4,7 +4,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_problems import BRISK, CURVED, Watch, digits, perceptron, regression, train
+from keras_problems import (
+    BRISK,
+    CROSS_ENTROPY,
+    CURVED,
+    Watch,
+    digits,
+    perceptron,
+    regression,
+    train,
+)
 from keras_problems import weights as weights_of
 
 from hybridcore import HybridTrainerConfig, Phase
@@ -43,29 +52,36 @@ def test_products_and_points_are_those_of_the_vectors():
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
     shares = np.random.default_rng(0).normal(size=2 * k + 1)
     vectors = np.vstack((moved, changed, gradient * metric))
-    assert bank.reach(shares)
+    bank.reach(shares)
     reached = np.concatenate([w.ravel() for w in weights_of(model)])
     np.testing.assert_allclose(reached, base + shares @ vectors, rtol=1e-3, atol=1e-5)
-    assert bank.reach(np.zeros(2 * k + 1))
+    bank.reach(np.full(2 * k + 1, np.nan))
+    assert np.isnan(weights_of(model)[0]).all()
+    bank.reach(np.zeros(2 * k + 1))
     back = np.concatenate([w.ravel() for w in weights_of(model)])
     assert np.array_equal(back, base.astype(np.float32))
 
 
-def test_a_state_from_before_products_were_kept_has_the_same_ones():
-    _, hybrid = descending()
-    bank = hybrid.hands.secants
-    state = bank.state_dict()
+def test_a_state_of_version_4_has_the_same_products():
+    model, hybrid = descending()
+    whole, bank = hybrid.state_dict(), hybrid.hands.secants
+    state = whole["secants"]
     k, metric = state["counts"][0], state["rows"][-1]
     changes = [row / metric for row in state["rows"][k : 2 * k]]
     old = {"rows": [*state["rows"][:k], *changes, *state["rows"][2 * k :]]}
+    old |= {"counts": state["counts"], "order": state["order"]}
     other = SecantBank(hybrid.hands.port, hybrid.hands.pairs)
-    other.load_state_dict(old | {"counts": state["counts"], "order": state["order"]})
+    other.load_state_dict(old)
     (plain, scaled), (found, turned) = bank.products(), other.products()
     np.testing.assert_allclose(np.triu(found), np.triu(plain), rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(turned, scaled, rtol=1e-3, atol=1e-9)
     again = other.state_dict()
     for here, there in zip(again["rows"], state["rows"], strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-12)
+    resumed = HybridCallback(CURVED)
+    resumed.load_state_dict(whole | {"hybridcore_keras": 4, "secants": old})
+    losses = train(regression(seed=1), 5, resumed)["loss"]
+    np.testing.assert_allclose(losses, train(model, 5, hybrid)["loss"], rtol=1e-3)
 
 
 def test_a_state_goes_into_a_bank_that_has_room_for_more_pairs():
@@ -145,6 +161,27 @@ def test_weights_that_a_callback_writes_after_each_batch_stay_so():
     assert ends["ours"] < 1.02 * ends["plain"]
 
 
+def test_weights_that_a_train_step_writes_stay_so_and_keras_counts_its_passes():
+    class Clipped(keras.Sequential):
+        def train_step(self, *arguments):
+            logs = super().train_step(*arguments)
+            kernel = self.trainable_variables[0]
+            kernel.assign(keras.ops.clip(kernel, -0.25, 0.25))
+            return logs
+
+    keras.utils.set_random_seed(0)
+    layers = keras.layers.Dense(16, "tanh"), keras.layers.BatchNormalization()
+    model = Clipped([keras.Input((64,)), *layers, keras.layers.Dense(10)])
+    model.compile(keras.optimizers.Adam(1e-2), CROSS_ENTROPY)
+    hybrid = HybridCallback(CURVED)
+    watch = Watch(hybrid)
+    train(model, 300, hybrid, watch)
+    statistics = hybrid.statistics()
+    assert statistics.secant_steps > 0
+    assert watch.iterations[-1] == statistics.full_steps
+    assert np.abs(weights_of(model)[0]).max() <= 0.25 + 1e-6
+
+
 MOMENTS = {
     "a step": lambda s: s.stage is Stage.DESCEND and not (s.landing or s.block_over or s.suspects),
     "a decision": lambda s: s.block_over,
@@ -162,7 +199,7 @@ def test_what_a_callback_writes_once_is_not_undone(moment):
         def on_train_batch_end(self, batch, logs=None):
             kernel, engine = self.model.trainable_variables[0], hybrid.engine
             if self.done:
-                # Of the optimizer there are three steps since at most.
+                # Three steps of the optimizer since at most, each of about its rate, 0.01.
                 assert np.abs(kernel.numpy()[:32]).max() <= 0.05
                 self.done += 1
             elif hybrid.hands.secants is not None:
