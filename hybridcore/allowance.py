@@ -44,6 +44,8 @@ class Allowance:
         Least full steps between two flights; up to a quarter more are taken.
     most : int
         Predicted steps of a flight, at most.
+    accumulation_steps : int
+        Steps that an update of the weights takes: what stands for one is worth as many.
 
     Attributes
     ----------
@@ -53,8 +55,12 @@ class Allowance:
         Predicted steps ``p`` that the coming `interval` full steps pay for by their rate.
     """
 
-    def __init__(self, interval: int, full_steps: int, most: int) -> None:
+    def __init__(
+        self, interval: int, full_steps: int, most: int, accumulation_steps: int = 1
+    ) -> None:
         self._interval, self._apart, self._most = interval, full_steps, most
+        self._stands_for = STANDS_FOR * accumulation_steps
+        self._most_paid = PAID * accumulation_steps
         self.ahead = self._flights = 0
         # Learning rates of the groups: now, the highest, and what may be gone up to.
         self._rates: tuple[float, ...] = ()
@@ -107,14 +113,14 @@ class Allowance:
         trust : float
             What outer steps have turned out to be worth, in [0, 1].
         """
-        earned = STANDS_FOR * strength
+        earned = self._stands_for * strength
         pairs = zip(self._rates, self._highest, strict=True)
         # A group that is not trained has all room.
         share = max((rate / highest for rate, highest in pairs if highest > 0.0), default=1.0)
         room = self._interval * (1.0 / share - 1.0) if share > 0.0 else math.inf
         # The full step that follows a flight does not count for the next.
         places = self._interval * self._most / ((1.0 + SPREAD / 2.0) * self._apart + 1.0)
-        self.paid = max(0.0, min(PAID * (2.0 * trust - 1.0), room, places - earned))
+        self.paid = max(0.0, min(self._most_paid * (2.0 * trust - 1.0), room, places - earned))
         self._earned += earned + self._unsettled
         self._unsettled = 0.0
         self._limits = self._highest

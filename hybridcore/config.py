@@ -179,6 +179,21 @@ class HybridTrainerConfig:
         """Full steps between two snapshots, so that a bank fits into `min_full_steps`."""
         return max(1, self.min_full_steps // self.snapshots)
 
+    def accumulating(self, steps: int) -> HybridTrainerConfig:
+        """Return the same settings for a loop in which an update takes so many `steps`.
+
+        All that are numbers of steps count updates; snapshots lie whole updates apart.
+        """
+        if steps == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            warmup_steps=steps * self.warmup_steps,
+            min_full_steps=steps * self.snapshot_interval * self.snapshots,
+            horizon=steps * self.horizon,
+            correction_interval=steps * self.correction_interval,
+        )
+
     def memory_limit(self, weights: float) -> float:
         """Return `memory` in bytes, for trainable parameters of so many bytes in float32."""
         number, unit = re.findall(_MEMORY, self.memory)[0]

@@ -54,12 +54,19 @@ class Controller:
         Told where stretches of full steps and jumps begin and end.
     pairs : int
         Secant pairs that the adapter can hold.
+    accumulation_steps : int
+        Full steps that an update of the weights takes, at least 1: settings count updates.
     """
 
     def __init__(
-        self, config: HybridTrainerConfig, counters: Counters, meter: Meter, pairs: int = 0
+        self,
+        config: HybridTrainerConfig,
+        counters: Counters,
+        meter: Meter,
+        pairs: int = 0,
+        accumulation_steps: int = 1,
     ) -> None:
-        self.config = config
+        self.config = config = config.accumulating(accumulation_steps)
         self.phase = Phase.WARMUP
         self.confidence = 0.0
         self.forecast_loss = NAN
@@ -74,7 +81,8 @@ class Controller:
         self.monitor = DivergenceMonitor(config.divergence_sigma)
         # A flight is as far as a jump goes without a probe.
         flight = min(config.horizon, config.correction_interval - 1)
-        self.outer = OuterMomentum(config.min_full_steps, flight)
+        self.outer = OuterMomentum(config.min_full_steps, flight, accumulation_steps)
+        meter.outer_interval = self.outer.interval
         self.secant = SecantDescent(pairs, config.min_full_steps, config.averaging)
         self.average = Averaging()
         self.counters, self.meter = counters, meter
@@ -446,7 +454,7 @@ class Controller:
         whose loss they are weighed by.
         """
         wanted = self.config.outer_momentum and self.pace.snapshots > 0 and not self.secant.repeats
-        return wanted and self.pace.until_snapshot(self.taken) >= LEAST
+        return wanted and self.pace.until_snapshot(self.taken) >= LEAST * self.outer.interval
 
     @property
     def in_flight(self) -> Flight:

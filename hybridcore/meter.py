@@ -194,6 +194,8 @@ class Meter:
         Time that hybridcore itself took: snapshots, decisions, moves.
     mark : (log loss, full steps, probes)
         Where the present stretch began; NaN while there is no such point.
+    outer_interval : int
+        Full steps that an outer step follows.
     """
 
     stretches: list[Stretch] = field(default_factory=list)
@@ -202,6 +204,7 @@ class Meter:
     overhead_seconds: float = 0.0
     mark: tuple[float, int, int] = (math.nan, 0, 0)
     secants: SecantCredit = field(default_factory=SecantCredit)
+    outer_interval: int = INTERVAL
 
     def spent(self, full_steps: int, probes: int) -> tuple[int, int]:
         """Full steps and probes since the mark, from the run's totals."""
@@ -288,7 +291,7 @@ class Meter:
         low, middle, high = (
             outside + stands.sum(axis=0) + np.array(self.secants.stands_for())
         ) / total
-        high += outer_steps * INTERVAL * MOST_WORTH / total
+        high += outer_steps * self.outer_interval * MOST_WORTH / total
         if secant_steps:
             high = math.inf
         return float(middle), Interval(float(low) * (1 - MARGIN), float(high) * (1 + MARGIN))

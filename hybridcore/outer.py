@@ -39,12 +39,12 @@ MOST_FALL = 6.0
 RISEN = 1.0
 # Losses in a row that are so many mean differences above their slow mean: other data have come.
 SHIFTED, HIGH = 5, 3.0
-# Full steps since then, or since the rate last rose, from which on the loss has a level of its own.
-LEVEL = 5 * INTERVAL
+# Displacements since then, or since the rate last rose, from which on the loss has a level.
+LEVEL = 5
 # Of a share of one batch in ten, as it is told by a momentum of 0.9.
 ROUNDING = 1e-9
-# Where fewer full steps lie ahead they are not worth beginning.
-LEAST = 3 * INTERVAL
+# Where fewer displacements lie ahead they are not worth beginning.
+LEAST = 3
 # The path is held against itself in the fifth of them, the tenth, the twentieth and every fortieth,
 # as a Gram matrix can cost more than a step.
 # Two displacements had a cosine of 0.76 to 0.97 on smooth work, and 0.1 to 0.73 on mini-batches.
@@ -87,13 +87,8 @@ def hastening(share: float, forgetting: float, batches: int = 1) -> float:
     return (1.0 - kept_at_most) / (1.0 - kept)
 
 
-def is_due(taken: int) -> bool:
-    """Whether the full step after number `taken` is one of those that may end in a snapshot."""
-    return (taken + 1) % INTERVAL == 0
-
-
 class OuterMomentum:
-    """Primal averaging over the displacements of `INTERVAL` full steps each.
+    """Primal averaging over the displacements of `INTERVAL` updates each.
 
     This is the iteration of Schedule-Free (Defazio et al. 2024, equations 3 to 5) with the
     displacement ``d`` of ten full steps in the place of a gradient step: the outer point ``z`` goes
@@ -121,7 +116,7 @@ class OuterMomentum:
     ``y <- y + (1 - s + s * RATE) * d + m``
 
     Where a batch stays for several steps there are none: that is the controller's to know. While
-    the rate rises, and for `INTERVAL` full steps after that, there are none, as they would
+    the rate rises, and for `interval` full steps after that, there are none, as they would
     take the weights further than the loop itself dares to yet; then they begin without momentum. So
     they do where `SHIFTED` losses in a row are high, as momentum is of data that come no more then.
 
@@ -166,9 +161,13 @@ class OuterMomentum:
     ----------
     full_steps, most : int
         Of the allowance.
+    accumulation_steps : int
+        Full steps that an update of the weights takes, as gradients are summed over them.
 
     Attributes
     ----------
+    interval : int
+        Full steps of a displacement: `INTERVAL` updates.
     active : bool
         Whether outer steps are taken now.
     pending : bool
@@ -179,26 +178,28 @@ class OuterMomentum:
     allowance : Allowance
         Steps that may be predicted.
     loss : float
-        Mean loss of about the last `INTERVAL` full steps; NaN before the first.
+        Mean loss of about the last `interval` full steps; NaN before the first.
     trust : float
         How far a push may go, in [0.1, 1], by what outer steps have done to the loss so far.
     strength : float
         In [0, 1]: `trust` at the highest learning rate that outer steps have had, 0 where it is
-        annealed, where it has risen or other data have come in the last `INTERVAL` full steps, and
+        annealed, where it has risen or other data have come in the last `interval` full steps, and
         where a negative loss rises.
     """
 
-    def __init__(self, full_steps: int, most: int) -> None:
+    def __init__(self, full_steps: int, most: int, accumulation_steps: int = 1) -> None:
+        self.interval = INTERVAL * accumulation_steps
         self.active = False
         self.pending = False
         self.straight = False
-        self.allowance = Allowance(INTERVAL, full_steps, most)
+        self.allowance = Allowance(self.interval, full_steps, most, accumulation_steps)
         self.loss = NAN
         self.strength = TRUST
         self._snapshots = 0
         self._highest = self._learning_rate = 0.0
-        # Full steps since the rate last rose or other data came, up to LEVEL; high losses in a row.
-        self._level, self._high = LEVEL, 0
+        # Full steps since the rate last rose or other data came, up to LEVEL
+        # displacements; high losses in a row.
+        self._level, self._high = LEVEL * self.interval, 0
         # Strength at the last outer step, and that times the learning rate.
         self._last, self._pushed = 1.0, 0.0
         # Outer steps weighed, and since then; the mean and the mean square of the rise over them.
@@ -223,24 +224,24 @@ class OuterMomentum:
         high = known and loss > self._mean + HIGH * self._difference
         self._high = self._high + 1 if high else 0
         # A loss that has been negative is held against its lowest below.
-        shifted = self._high == SHIFTED and self._level == LEVEL and math.isinf(self._lowest)
+        shifted = self._high == SHIFTED and self._has_level and math.isinf(self._lowest)
         risen = known and self.allowance.rises(rates)
-        self._level = 0 if risen or shifted else min(self._level + 1, LEVEL)
+        self._level = 0 if risen or shifted else min(self._level + 1, LEVEL * self.interval)
         self._learning_rate = learning_rate = max(rates)
         if known:
             self._follow(loss)
         else:
             self.loss = self._newest = self._mean = loss
-        if self._level < LEVEL:
+        if not self._has_level:
             self._mean = self.loss
         if math.isfinite(self._lowest):
-            self._lowest = self._mean if self._level < LEVEL else min(self._lowest, self._mean)
+            self._lowest = min(self._lowest, self._mean) if self._has_level else self._mean
         self.allowance.see(rates, scale=directive.scale_at(rates), counts=self.active)
         if self.active and learning_rate > self._highest:
             self._highest = learning_rate
         left = max(0.0, (self._share - ANNEALED) / (1.0 - ANNEALED))
         falls = self._mean - self._lowest <= RISEN * self._difference
-        self.strength = self.trust * left if falls and self._level >= INTERVAL else 0.0
+        self.strength = self.trust * left if falls and self._level >= self.interval else 0.0
 
     def _follow(self, loss: float) -> None:
         """Take `loss` into the means, where there are some."""
@@ -253,7 +254,7 @@ class OuterMomentum:
         else:
             self._difference = difference
         self._newest = loss
-        self.loss += (loss - self.loss) / INTERVAL
+        self.loss += (loss - self.loss) / self.interval
 
     def raise_losses(self, by: float) -> None:
         """Take note that losses are higher `by` from now on, as one was negative."""
@@ -316,10 +317,14 @@ class OuterMomentum:
         self.allowance.restart()
         self.allowance.ahead = 0
 
+    def is_due(self, taken: int) -> bool:
+        """Whether the full step after number `taken` is one of those that may end in a snapshot."""
+        return (taken + 1) % self.interval == 0
+
     def until_due(self, taken: int) -> int:
         """Full steps after number `taken` until one that begins or ends with work for this."""
         flight = self.allowance.until_flight if self.active else None
-        until = (-taken - 1) % INTERVAL
+        until = (-taken - 1) % self.interval
         return until if flight is None else min(until, flight)
 
     @property
@@ -433,13 +438,17 @@ class OuterMomentum:
             return
         # There are no outer steps before they begin anew.
         self._last = 0.0
-        if self._level < INTERVAL:
+        if self._level < self.interval:
             # It rises.
             self.allowance.pause()
             return
         self.allowance.earn(0.0, self.trust)
         if not self.allowance.paid:
             self.stop()
+
+    @property
+    def _has_level(self) -> bool:
+        return self._level == LEVEL * self.interval
 
     @property
     def _share(self) -> float:
@@ -497,6 +506,9 @@ class OuterMomentum:
         self._rise, self._square, self._newest, self._difference = figures
         self._mean, self._lowest = map(float, state.get("means", (self.loss, math.inf)))
         self._judge()
-        self._level, self._high = int(state.get("level", LEVEL)), int(state.get("high", 0))
+        self._level, self._high = (
+            int(state.get("level", LEVEL * self.interval)),
+            int(state.get("high", 0)),
+        )
         doubt, before = state.get("doubt", (-1, NAN))
         self._doubt, self._here = int(doubt), float(before)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridcore.outer import is_due
 from hybridcore.phases import Event, Phase, transition
 from hybridcore.types import NAN, SKIP, Action, Directive, Turn
 
@@ -21,7 +20,7 @@ _BACK = Directive(Action.MOVE, np.array([[1.0, 0.0]]))
 def rest(controller: Controller) -> Turn:
     """Take a full step while there is nothing to look at, and outer steps if that lasts."""
     outer = controller.outer
-    due = is_due(controller.taken)
+    due = outer.is_due(controller.taken)
     bearable = controller.monitor.action().bearable
     if bearable and not due and outer.active and outer.allowance.until_flight == 0:
         outer.allowance.begin()

@@ -39,7 +39,7 @@ from hybridcore_keras.fits import Fit
 from hybridcore_keras.hands import Hands, on_device
 from hybridcore_keras.history import report
 from hybridcore_keras.losses import RunningMean
-from hybridcore_keras.ports import port_of
+from hybridcore_keras.ports import executions_of_an_update, new_engine, port_of
 
 NAN = float("nan")
 # Bad batches in a row from which on the logs say so.
@@ -59,7 +59,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     takes its batch from the data and runs neither forward nor backward pass, but for a probe now
     and then. ``optimizer.iterations`` counts full steps only; learning-rate schedules stand where
     they would in plain ``fit``. Quasi-Newton steps are full steps too, whether the optimizer sees
-    their gradients or the trial point is taken back.
+    their gradients or the trial point is taken back. Where the optimizer sums gradients of batches
+    (``gradient_accumulation_steps``), settings that are numbers of steps count updates.
 
     Used in a second ``fit`` of the same model and optimizer, it goes on where it was; another
     callback begins anew, but for the place of the schedule.
@@ -115,7 +116,8 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # What was put back, until the first epoch begins.
         self._restored: dict[str, Any] | None = None
         self._saver: Saver | None = None
-        self._trained: tuple[Any, Any] | None = None
+        # Model, its optimizer, and steps that an update takes.
+        self._trained: tuple[Any, Any, int] | None = None
         # Fingerprint of the weights as they were left, until they are trained again.
         self._left: list[float] | None = None
         # Bad batches one after the other.
@@ -236,7 +238,7 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._check_own_weights("fit()")
         self._bad = 0
         model, hands, put = self.model, None, None
-        known = self._trained is not None and self._trained == (model, model.optimizer)
+        known = self._trained == (model, model.optimizer, executions_of_an_update(model))
         if self.config.enabled:
             check_model(model)
             other = Fit.of(model)
@@ -409,13 +411,15 @@ class HybridCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _start(self, model: Any, hands: Hands | None) -> None:
         """Begin a run with a model or an optimizer that is new here."""
         pairs = self.config.secant_pairs if hands is None else hands.pairs
-        if self._trained is not None or pairs != self.engine.pairs:
-            self.engine = Engine(self.config, pairs)
+        steps = executions_of_an_update(model)
+        # The first engine is for an update in every step.
+        if self._trained is not None or pairs != self.engine.pairs or steps != 1:
+            self.engine = new_engine(self.config, pairs, model)
         if hands is not None and hands.room.snapshots != self.engine.snapshots:
             self.engine.regroup(pairs, hands.room.snapshots)
             self.engine.take_events()
         self._hands, self._full_logs = hands, {}
-        self._trained, self._left = (model, model.optimizer), None
+        self._trained, self._left = (model, model.optimizer, steps), None
 
     def _start_over(self) -> None:
         """Give the model back, and forget what was known of its weights."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import keras
 from keras import ops
 from keras.layers import BatchNormalization
 
-from hybridcore import ModelError
+from hybridcore import Engine, HybridTrainerConfig, ModelError
+from hybridcore.controller import Controller
 from hybridcore.outer import hastening
 from hybridcore_keras.rates import Rates
 
@@ -340,6 +342,20 @@ def built(model: Any, replaced: Replaced) -> Any:
 def accumulators(optimizer: Any) -> list[Any]:
     """Variables in which an optimizer, but for a wrapper around it, sums gradients of batches."""
     return list(getattr(optimizer, "_accumulated_gradients", ()))
+
+
+def new_engine(config: HybridTrainerConfig, pairs: int, model: Any) -> Engine:
+    """Return an engine that knows how many executions of `model` an update of the weights takes."""
+    steps = executions_of_an_update(model)
+    return Engine(config, pairs, partial(Controller, accumulation_steps=steps))
+
+
+def executions_of_an_update(model: Any) -> int:
+    """Count those that an update of the weights takes, where the optimizer sums gradients."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    # With enabled=False the optimizer may be anything.
+    batches = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+    return int(batches // math.gcd(batches, model.steps_per_execution))
 
 
 def build_optimizer(model: Any) -> None:

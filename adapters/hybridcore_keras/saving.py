@@ -13,7 +13,7 @@ from keras import ops
 
 from hybridcore import CheckpointError, Engine
 from hybridcore_keras.averages import WeightAverage
-from hybridcore_keras.ports import build_optimizer, recurrent_states, scope_of
+from hybridcore_keras.ports import build_optimizer, new_engine, recurrent_states, scope_of
 from hybridcore_keras.randomness import check_random_states, random_states, restore_random_states
 from hybridcore_keras.secants import SecantBank
 from hybridcore_keras.snapshots import SnapshotBank, as_numpy
@@ -49,7 +49,7 @@ def collect(callback: HybridCallback, snapshots: bool = True) -> dict[str, Any]:
         "random": random_states(),
     }
     if callback._trained is not None:
-        model, optimizer = callback._trained
+        model, optimizer, _ = callback._trained
         # With JAX a model has no weights of its own while fit runs.
         getattr(model, "jax_state_sync", lambda: None)()
         state["model"] = _values(_variables(model))
@@ -157,12 +157,12 @@ def fitted(
         )
     with _damage():
         _check_model(state, model)
-        engine = Engine(callback.config, callback.config.secant_pairs)
+        engine = new_engine(callback.config, callback.config.secant_pairs, model)
         copies: dict[str, Any] = {}
         if hands is not None:
             beside = state["beside"] or hands.room.state_dict()
             pairs = hands.pairs_of(hands.room.restored(beside, 0))
-            engine = Engine(callback.config, pairs)
+            engine = new_engine(callback.config, pairs, model)
             if not pairs and state["secants"] is not None:
                 # As it is compiled now there are none any more.
                 state = state | {"secants": None, "start": None, "snapshots": False}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybridcore import Action, HybridTrainerConfig, Phase
 from hybridcore.allowance import PAID, STANDS_FOR, Allowance
-from hybridcore.outer import INTERVAL, is_due
+from hybridcore.outer import INTERVAL
 from hybridcore.types import Directive
 
 FULL = Directive(Action.FULL)
@@ -371,7 +371,7 @@ def test_as_long_as_a_flight_may_be(settings, trusting):
 def test_what_is_abandoned_or_bad_earns_nothing(trusting):
     descent, _, _ = fallen(100, lambda k: 0.05)
     controller, allowance = descent.engine.controller, descent.engine.controller.outer.allowance
-    while not is_due(controller.taken) or controller.phase is not Phase.FULL:
+    while not controller.outer.is_due(controller.taken) or controller.phase is not Phase.FULL:
         descent.step()
     before = allowance.state_dict()
     for _ in range(5):
