@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from keras_problems import BRISK, compiled, digits, perceptron, regression, train, weights
 
-from hybridcore import HybridTrainerConfig
 from hybridcore.outer import INTERVAL
 from hybridcore_keras import HybridCallback
 from hybridcore_keras.ports import executions_of_an_update
@@ -75,11 +74,11 @@ def test_another_compile_for_as_many_updates_goes_on_and_for_others_begins_anew(
 
 
 def test_a_run_is_resumed_exactly_in_the_midst_of_a_cycle():
-    whole, callback = perceptron(accumulating(3)), HybridCallback(HybridTrainerConfig())
+    whole, callback = perceptron(accumulating(3)), HybridCallback(BRISK)
     train(whole, 400, callback)
-    first, saved = perceptron(accumulating(3)), HybridCallback(HybridTrainerConfig())
+    first, saved = perceptron(accumulating(3)), HybridCallback(BRISK)
     train(first, 200, saved)
-    second, resumed = perceptron(accumulating(3), seed=5), HybridCallback(HybridTrainerConfig())
+    second, resumed = perceptron(accumulating(3), seed=5), HybridCallback(BRISK)
     resumed.load_state_dict(saved.state_dict())
     train(second, 200, resumed)
     assert callback.statistics().predicted_steps > 0
